@@ -1,0 +1,83 @@
+"""Every key a run has, with its default. The other configs start from here and override.
+
+    python -m jaxdp.train --config=configs/default.py --workdir=DIR --config.data.path=FILE.txt
+
+A key is set in a config file, or on the command line as --config.KEY=VALUE.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """Returns the default config, complete but for data.path."""
+    c = ConfigDict()
+
+    # The run.
+    c.seed = 0  # Decides initial parameters, data order, dropout; same seed, same run.
+    c.num_train_steps = 1000  # Optimizer steps.
+    c.global_batch_size = 16  # Sequences per optimizer step, over all devices of all processes.
+    c.grad_accum_steps = 1  # Micro-batches a device works through per optimizer step.
+    c.seq_len = 256  # Tokens per sequence; also the longest context of the model.
+    c.log_every = 10  # Steps between lines of metrics.jsonl.
+    c.eval_every = 250  # Steps between evaluations; there is always one at the end.
+    c.eval_max_batches = 0  # Batches per evaluation; 0: the whole validation split.
+
+    # The data.
+    c.data = ConfigDict()
+    c.data.path = ""  # "tfds:NAME[/CONFIG][:VERSION]", or text files: "text:GLOB", "FILE.txt".
+    c.data.data_dir = ""  # Where TFDS keeps its data; "": ~/tensorflow_datasets.
+    c.data.text_key = "text"  # The TFDS feature that holds the text.
+    c.data.train_split = "train"  # TFDS split to train on; slices such as "train[:99%]" too.
+    c.data.eval_split = "validation"  # TFDS split to evaluate on.
+    c.data.eval_fraction = 0.1  # Text files: this much of the text, from its end, is validation.
+    c.data.cache_dir = ""  # Where tokenised text is kept; "": ~/.cache/jaxdp/tokens.
+
+    # "char", "byte", "train:bpe:VOCAB_SIZE" (trained on the training split), "hf:NAME" from the
+    # Hugging Face hub, or the path of a tokenizer.json.
+    c.tokenizer = "byte"
+
+    # The model.
+    c.objective = "causal"  # "causal": predict the next token; "masked": BERT's cloze task.
+    c.model = ConfigDict()
+    c.model.num_layers = 4
+    c.model.num_heads = 4
+    c.model.num_kv_heads = 0  # Key/value heads (grouped-query attention); 0: num_heads.
+    c.model.embed_dim = 128  # Model width D.
+    c.model.mlp_dim = 0  # Hidden width of the feed-forward layer; 0: 4 * embed_dim.
+    c.model.positions = "learned"  # "learned" or "rotary".
+    c.model.norm = "layernorm"  # "layernorm" or "rmsnorm".
+    c.model.activation = "gelu"  # "gelu" or "swiglu".
+    c.model.tied_head = True  # The output layer shares the embedding's weights.
+    c.model.bias = False  # Biases in linear layers and layer norms.
+    c.model.dropout = 0.0  # On embeddings and on each residual branch.
+    c.model.dtype = "float32"  # Computation: "float32" or "bfloat16". Parameters are float32.
+    c.model.remat = False  # Recompute activations in the backward pass: less memory, more time.
+    c.model.scan_layers = False  # One compiled layer, looped: compiles faster, runs slower.
+    c.model.vocab_multiple = 1  # Pad the vocabulary to a multiple of this (128 suits GPUs).
+
+    # The optimizer.
+    c.optimizer = ConfigDict()
+    c.optimizer.name = "adamw"  # "adamw", "lion", "sgd", "muon" (AdamW for what is no matrix).
+    c.optimizer.learning_rate = 1e-3  # The highest of the schedule.
+    c.optimizer.schedule = "cosine"  # After warm-up: "cosine", "linear", "wsd", "constant".
+    c.optimizer.warmup_steps = 100  # Linear from 0 to learning_rate.
+    c.optimizer.final_fraction = 0.1  # Last learning rate / highest ("constant" ignores it).
+    c.optimizer.decay_fraction = 0.2  # "wsd": the share of all steps spent decaying at the end.
+    c.optimizer.weight_decay = 0.1  # Decoupled; on matrices, not on biases or norm scales.
+    c.optimizer.b1 = 0.9  # Momentum of every optimizer ("sgd" and "muon" use Nesterov's).
+    c.optimizer.b2 = 0.99  # Second-moment decay ("adamw", "lion", "muon"'s AdamW part).
+    c.optimizer.clip_norm = 1.0  # Global gradient norm is clipped to this; 0: never.
+
+    # Checkpoints.
+    c.checkpoint = ConfigDict()
+    c.checkpoint.every = 500  # Steps between checkpoints; there is always one at the end.
+    c.checkpoint.keep_last = 2  # The newest ones kept (the best by validation loss stays too).
+    c.checkpoint.keep_every = 0  # Also keep those at multiples of this many steps; 0: none.
+
+    # The sample of text shown at the end of a run (causal models, no extra cost before that).
+    c.sample = ConfigDict()
+    c.sample.prompt = "\n"
+    c.sample.num_tokens = 200  # 0: no sample.
+
+    c.wandb_project = ""  # Also log to this Weights & Biases project (pip install 'jaxdp[wandb]').
+    return c

@@ -1,0 +1,3 @@
+"""jaxdp: data-parallel training of Flax transformer language models."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,137 @@
+"""Checkpoints, by Orbax: written in the background, whole or not at all."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from ml_collections import ConfigDict
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from jaxdp import parallel
+from jaxdp.config import ConfigError
+
+FOLDER = "checkpoints"
+METRIC = "eval/loss"
+
+
+class Checkpoints:
+    """The checkpoints of a workdir, `checkpoints/<step>/`, step being the steps done.
+
+    Kept are the newest keep_last, the best by validation loss, and the multiples of keep_every.
+    Each holds the state (`step`, `params`, `opt_state`) and a small JSON of what the run must find
+    again when it goes on.
+    """
+
+    def __init__(self, workdir: Path, config: ConfigDict):
+        """Opens the workdir's checkpoints, or an empty set of them."""
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=_policy(config), enable_async_checkpointing=True
+        )
+        self._manager = ocp.CheckpointManager(_folder(workdir), options=options)
+
+    def save(self, step: int, state: Any, extra: dict, eval_loss: float | None) -> None:
+        """Starts to save; waits only for the one before and for a copy of the state.
+
+        Args:
+          step: steps done; names the checkpoint.
+          state: replicated.
+          extra: JSON.
+          eval_loss: at this very step, where it was evaluated.
+        """
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(parallel.to_global(_saved(state))),
+            extra=ocp.args.JsonSave(extra),
+        )
+        # An infinite loss is the worst: such a checkpoint is kept only while it is new.
+        metrics = {METRIC: math.inf if eval_loss is None else eval_loss}
+        self._manager.save(step, args=args, metrics=metrics, force=True)
+
+    def latest(self) -> tuple[int, dict] | None:
+        """The newest checkpoint's step and the JSON saved with it; None where there is none."""
+        step = self._manager.latest_step()
+        if step is None:
+            return None
+        args = ocp.args.Composite(extra=ocp.args.JsonRestore())
+        return step, self._manager.restore(step, args=args).extra
+
+    def restore(self, step: int, state: Any, replicas: parallel.Replicas) -> Any:
+        """Restores a checkpoint, written on however many devices.
+
+        Args:
+          step: which one.
+          state: replicated, of the same shapes; its values are not used.
+          replicas: the devices.
+
+        Returns:
+          The state, replicated.
+        """
+        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, parallel.to_global(_saved(state)))
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
+        found = self._manager.restore(step, args=args)
+        return state.replace(**replicas.replicate(parallel.to_local(found.state)))
+
+    def wait(self) -> None:
+        """Returns when all is on disk."""
+        self._manager.wait_until_finished()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Waits, and frees threads."""
+        self._manager.close()
+
+
+def load_params(workdir: Path, params: Any) -> tuple[Any, int]:
+    """Reads only the parameters of the newest checkpoint, on one device.
+
+    Args:
+      workdir: of a run.
+      params: a pytree of arrays or of their shapes and dtypes.
+
+    Returns:
+      The parameters, and the step they are of.
+
+    Raises:
+      ConfigError: there is no checkpoint.
+    """
+    folder = _folder(workdir)
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    target = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), {"params": params}
+    )
+    options = ocp.CheckpointManagerOptions(create=False)
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} does not exist: --workdir must be that of a training run")
+    with ocp.CheckpointManager(folder, options=options) as manager:
+        step = manager.latest_step()
+        if step is None:
+            raise ConfigError(f"{folder} holds no checkpoint: train first, with the same --workdir")
+        restore = ocp.args.PyTreeRestore(
+            target,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+            partial_restore=True,
+        )
+        found = manager.restore(step, args=ocp.args.Composite(state=restore))
+        return found.state["params"], step
+
+
+def _folder(workdir: Path) -> Path:
+    return workdir.absolute() / FOLDER
+
+
+def _saved(state: Any) -> dict:
+    return {"step": state.step, "params": state.params, "opt_state": state.opt_state}
+
+
+def _policy(config: ConfigDict) -> preservation_policy.PreservationPolicy:
+    c = config.checkpoint
+    best = preservation_policy.BestN(
+        get_metric_fn=lambda metrics: metrics[METRIC], reverse=True, n=1
+    )
+    policies = [preservation_policy.LatestN(c.keep_last), best]
+    if c.keep_every:
+        policies.append(preservation_policy.EveryNSteps(c.keep_every))
+    return preservation_policy.AnyPreservationPolicy(policies)

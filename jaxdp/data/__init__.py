@@ -1,0 +1,1 @@
+"""From a corpus to batches: `sources` (documents) -> `cache` (tokens on disk) -> `pipeline`."""

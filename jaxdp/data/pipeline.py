@@ -1,0 +1,155 @@
+"""From tokens to batches, with `tf.data`.
+
+The sequences of optimizer step s are a pure function of (seed, s): number s * G + i, for row i of
+a global batch of G, is looked up in a shuffled order of the epoch that it falls in. So a resumed
+run starts anywhere at no cost, and the global batch does not depend on how many processes and
+devices share it.
+
+Shapes: G global batch, P rows of this process, L sequence length.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+Batch = dict[str, np.ndarray]
+
+
+def num_windows(tokens: int, seq_len: int) -> int:
+    """Training sequences in one epoch: windows side by side, from a first one drawn per epoch."""
+    return max((tokens - 1) // seq_len - 1, 1)
+
+
+def train_batches(
+    tokens: np.ndarray,
+    *,
+    objective: str,
+    seq_len: int,
+    seed: int,
+    start_step: int,
+    num_steps: int,
+    global_batch_size: int,
+    process_index: int,
+    process_count: int,
+) -> Iterator[Batch]:
+    """Yields this process's rows of the batches of steps start_step .. num_steps - 1.
+
+    In each epoch windows of L + 1 tokens lie side by side (they share the border token, so that
+    each token is a target once), in shuffled order, from an offset that is new in each epoch: less
+    than 2 L tokens at the ends are left out, others each time.
+
+    Args:
+      tokens: [tokens] integers, at least seq_len + 1 of them.
+      objective: "causal" (targets are the next tokens) or "masked" (the tokens themselves).
+      seq_len: L.
+      seed: decides the order.
+      start_step: the first step to give a batch for.
+      num_steps: the step to end before.
+      global_batch_size: G, divisible by process_count.
+      process_index: which of the equal parts of the global batch to give.
+      process_count: how many there are.
+
+    Yields:
+      inputs [P, L] int32, targets [P, L] int32, weights [P, L] float32 (all one).
+    """
+    from jaxdp.data.tensorflow import tf
+
+    per_host = global_batch_size // process_count
+    windows = num_windows(len(tokens), seq_len)
+    slack = len(tokens) - 1 - windows * seq_len
+    rows = np.arange(per_host, dtype=np.int64) + process_index * per_host
+
+    def start_positions(step):
+        number = step * global_batch_size + rows
+        epoch = number // windows
+        seeds = tf.stack([tf.fill([per_host], tf.constant(seed, tf.int64)), epoch], axis=1)
+        window = _shuffle(number % windows, seeds, windows - 1)
+        # A long cycle of its own, so that the offset is as good as drawn anew in each epoch.
+        offset = _shuffle(
+            epoch % (slack + 1), tf.stack([seeds[:, 0], epoch // (slack + 1)], 1), slack
+        )
+        return window * seq_len + offset
+
+    def gather(starts):
+        window = tokens[starts[:, None] + np.arange(seq_len + 1)].astype(np.int32)
+        return _split(window, objective)
+
+    def to_batch(step):
+        inputs, targets = tf.numpy_function(
+            gather, [start_positions(step)], [tf.int32, tf.int32], stateful=False
+        )
+        return inputs, targets
+
+    dataset = tf.data.Dataset.range(start_step, num_steps)
+    dataset = dataset.map(to_batch, num_parallel_calls=2, deterministic=True).prefetch(4)
+    weights = np.ones((per_host, seq_len), np.float32)
+    for inputs, targets in dataset.as_numpy_iterator():
+        yield {"inputs": inputs, "targets": targets, "weights": weights}
+
+
+def _shuffle(index, seeds, max_index: int):
+    """A stateless permutation of 0 .. max_index, a different one for each pair of seeds.
+
+    Args:
+      index: [P] int64.
+      seeds: [P, 2] int64.
+      max_index: the highest index.
+
+    Returns:
+      [P] int64.
+    """
+    from jaxdp.data.tensorflow import tf
+
+    # The op takes three 32-bit seeds per row; tf.random.experimental.index_shuffle, which wraps
+    # it, takes one seed for all rows only.
+    salt = tf.fill([tf.shape(seeds)[0], 1], tf.constant(max_index % 2**31, tf.int64))
+    seeds = tf.cast(tf.concat([seeds, salt], axis=1), tf.int32)
+    max_index = tf.constant(max_index, tf.int64)
+    return tf.raw_ops.RandomIndexShuffle(index=index, seed=seeds, max_index=max_index, rounds=4)
+
+
+def eval_batches(
+    tokens: np.ndarray,
+    *,
+    objective: str,
+    seq_len: int,
+    max_batches: int,
+    global_batch_size: int,
+    process_index: int,
+    process_count: int,
+) -> Iterator[Batch]:
+    """Yields one pass over the tokens, each a target exactly once (but the very first).
+
+    What the last window and the last batch lack is filled with weight 0, so that every process
+    yields equally many batches of equal shape.
+
+    Args:
+      tokens: [tokens] integers, at least 2 of them.
+      objective: as for `train_batches`.
+      seq_len: L.
+      max_batches: stop after so many; 0: never.
+      global_batch_size: G, divisible by process_count.
+      process_index: which of the equal parts of each global batch to give.
+      process_count: how many there are.
+
+    Yields:
+      As `train_batches` does.
+    """
+    per_host = global_batch_size // process_count
+    windows = -(-(len(tokens) - 1) // seq_len)
+    batches = -(-windows // global_batch_size)
+    for batch in range(min(batches, max_batches or batches)):
+        first = batch * global_batch_size + process_index * per_host
+        starts = (first + np.arange(per_host)) * seq_len
+        positions = starts[:, None] + np.arange(seq_len + 1)
+        window = tokens[np.minimum(positions, len(tokens) - 1)].astype(np.int32)
+        inputs, targets = _split(window, objective)
+        weights = (positions[:, 1:] < len(tokens)).astype(np.float32)
+        yield {"inputs": inputs, "targets": targets, "weights": weights}
+
+
+def _split(window: np.ndarray, objective: str) -> tuple[np.ndarray, np.ndarray]:
+    """[P, L + 1] -> inputs and targets, [P, L] each."""
+    if objective == "masked":
+        return window[:, 1:], window[:, 1:]
+    return window[:, :-1], window[:, 1:]

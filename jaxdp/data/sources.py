@@ -1,0 +1,148 @@
+"""Where documents come from: a TFDS dataset or local text files, each split in two."""
+
+import glob
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+from ml_collections import ConfigDict
+
+from jaxdp.config import ConfigError
+
+
+class Source(Protocol):
+    """A corpus: `train` and `validation` texts, always in the same order."""
+
+    def identity(self) -> dict:
+        """What the texts depend on, as JSON: the same identity means the same texts."""
+
+    def documents(self, split: str) -> Iterator[str]:
+        """Yields the documents of "train" or "validation"."""
+
+
+def get_source(config: ConfigDict) -> Source:
+    """Opens the corpus that data.path names.
+
+    Raises:
+      ConfigError: it can't be found.
+    """
+    kind, colon, rest = config.data.path.partition(":")
+    if colon and kind == "tfds":
+        return TfdsSource(rest, config)
+    return TextSource(rest if colon and kind == "text" else config.data.path, config)
+
+
+class TextSource:
+    """Text files (UTF-8), one document each; the end of their text is the validation split."""
+
+    def __init__(self, pattern: str, config: ConfigDict):
+        """Finds the files; raises ConfigError where there are none."""
+        found = glob.glob(str(Path(pattern).expanduser()), recursive=True)
+        self.paths = sorted(path for path in map(Path, found) if path.is_file())
+        self.eval_fraction = config.data.eval_fraction
+        if not self.paths:
+            raise ConfigError(
+                f"data.path={config.data.path!r} matches no file: give the path of a text file, "
+                "a quoted glob, or tfds:NAME"
+            )
+
+    def identity(self) -> dict:
+        """Paths, sizes and times of change: cheap, where reading would cost minutes."""
+        stats = [(str(path.resolve()), path.stat()) for path in self.paths]
+        files = [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats]
+        return {"files": files, "eval_fraction": self.eval_fraction}
+
+    def documents(self, split: str) -> Iterator[str]:
+        """Yields one document per file; the file that the split's border cuts gives its part."""
+        border = self._border()
+        position = 0
+        for path in self.paths:
+            text = self._read(path)
+            cut = min(max(border - position, 0), len(text))
+            position += len(text)
+            part = text[:cut] if split == "train" else text[cut:]
+            if part:
+                yield part
+
+    def _border(self) -> int:
+        """How many characters, of all files in a row, are training text."""
+        total = sum(len(self._read(path)) for path in self.paths)
+        return int(total * (1 - self.eval_fraction))
+
+    @staticmethod
+    def _read(path: Path) -> str:
+        try:
+            return path.read_bytes().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ConfigError(
+                f"data.path: {path} is not UTF-8 text (byte {error.start}): convert it, for "
+                "example with iconv"
+            ) from None
+
+
+class TfdsSource:
+    """A TensorFlow dataset with a text feature, prepared on first use."""
+
+    def __init__(self, name: str, config: ConfigDict):
+        """Finds the builder; raises ConfigError where TFDS has none of that name."""
+        from jaxdp.data import python_stdlib
+        from jaxdp.data.tensorflow import tfds
+
+        self._tfds = tfds
+        if not sys.stderr.isatty():
+            tfds.disable_progress_bar()
+        self.splits = {"train": config.data.train_split, "validation": config.data.eval_split}
+        self.text_key = config.data.text_key
+        self.path = config.data.path
+        data_dir = str(Path(config.data.data_dir).expanduser()) if config.data.data_dir else None
+        try:
+            if name == "python_stdlib":
+                self.builder = python_stdlib.PythonStdlib(data_dir=data_dir)
+            else:
+                self.builder = tfds.builder(name, data_dir=data_dir)
+        except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:
+            raise ConfigError(
+                f"data.path={self.path!r} is not known to TFDS ({_first_line(error)}): see "
+                "tensorflow.org/datasets/catalog for names, or check data.data_dir"
+            ) from None
+
+    def identity(self) -> dict:
+        """The dataset's full name with its version, the splits and the feature."""
+        name = self.builder.info.full_name
+        return {"tfds": name, "splits": self.splits, "text_key": self.text_key}
+
+    def documents(self, split: str) -> Iterator[str]:
+        """Prepares the dataset if need be and yields the text of each example."""
+        self._prepare()
+        spec = self.splits[split]
+        try:
+            dataset = self.builder.as_dataset(split=spec, shuffle_files=False)
+        except (ValueError, KeyError) as error:
+            key = "data.train_split" if split == "train" else "data.eval_split"
+            raise ConfigError(
+                f"{key}={spec!r} is no split of {self.path} ({_first_line(error)}): "
+                f"it has {', '.join(self.builder.info.splits)}"
+            ) from None
+        features = self.builder.info.features or {}
+        if self.text_key not in features:
+            raise ConfigError(
+                f"data.text_key={self.text_key!r} is no feature of {self.path}: choose one of "
+                f"{', '.join(features)}"
+            )
+        for example in self._tfds.as_numpy(dataset.map(lambda e: e[self.text_key])):
+            yield example.decode("utf-8")
+
+    def _prepare(self) -> None:
+        try:
+            self.builder.download_and_prepare()
+        except Exception as error:  # Downloads fail in as many ways as there are servers.
+            raise ConfigError(
+                f"data.path={self.path!r} can't be prepared ({_first_line(error)}): download it "
+                "where there is a network and point data.data_dir there"
+            ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,116 @@
+"""What a user sees of a run: a header, a progress bar or plain lines, a summary."""
+
+import time
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+
+class Display:
+    """Prints to stdout; on a terminal with colour and a live progress bar, else plain lines."""
+
+    def __init__(self, quiet: bool = False):
+        """Prints nothing if `quiet`, as all processes but the first are."""
+        self._console = Console(quiet=quiet, highlight=False, soft_wrap=True)
+        self._progress: Progress | None = None
+        self._began = time.perf_counter()
+
+    def line(self, text: str, style: str = "") -> None:
+        """Prints a line, above the progress bar where there is one."""
+        self._console.print(Text(text, style=style))
+
+    def table(self, title: str, rows: dict[str, str]) -> None:
+        """Prints names and values in two columns."""
+        if self._console.is_terminal:
+            grid = Table.grid(padding=(0, 2))
+            grid.add_column(style="bold")
+            grid.add_column(overflow="fold")
+            for name, value in rows.items():
+                grid.add_row(name, Text(value))
+            self._console.print(Panel(grid, title=title, title_align="left", expand=False))
+        else:
+            width = max(map(len, rows))
+            self.line(title)
+            for name, value in rows.items():
+                self.line(f"  {name:<{width}}  {value}")
+
+    def text(self, title: str, text: str) -> None:
+        """Prints a longer text under a title."""
+        if self._console.is_terminal:
+            self._console.print(Panel(Text(text), title=title, title_align="left"))
+        else:
+            self.line(f"{title}\n{text}\n")
+
+    def start(self, done: int, total: int) -> None:
+        """Starts to show progress at step `done` of `total`."""
+        self._done, self._total, self._started = done, total, (done, time.perf_counter())
+        if self._console.is_terminal:
+            self._progress = Progress(
+                BarColumn(bar_width=30),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[figures]}"),
+                TimeRemainingColumn(elapsed_when_finished=True),
+                console=self._console,
+            )
+            self._progress.start()
+            self._task = self._progress.add_task("", total=total, completed=done, figures="")
+
+    def step(self, done: int) -> None:
+        """Moves the bar."""
+        if self._progress:
+            self._progress.update(self._task, completed=done)
+
+    def figures(self, done: int, loss: float, tokens_per_second: float | None) -> None:
+        """Shows figures of a logged step: in the bar, or as a line with the time left."""
+        figures = f"loss {loss:.4f}"
+        if tokens_per_second is not None:
+            figures += f"  {tokens_per_second:,.0f} tokens/s"
+        if self._progress:
+            self._progress.update(self._task, completed=done, figures=figures)
+            return
+        first, since = self._started
+        left = (time.perf_counter() - since) / max(done - first, 1) * (self._total - done)
+        self.line(f"step {done:>6}/{self._total}  {figures}  {duration(left)} left")
+
+    def stop(self) -> None:
+        """Ends the progress bar."""
+        if self._progress:
+            self._progress.stop()
+            self._progress = None
+
+    def seconds(self) -> float:
+        """Since the display was made."""
+        return time.perf_counter() - self._began
+
+    def __enter__(self) -> "Display":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leaves the terminal as it was."""
+        self.stop()
+
+
+def duration(seconds: float) -> str:
+    """Seconds as h:mm:ss or m:ss.
+
+    >>> duration(61.2), duration(3600)
+    ('1:01', '1:00:00')
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def quantity(number: float) -> str:
+    """A large number in short.
+
+    >>> quantity(812), quantity(1_536_000), quantity(3.1e9)
+    ('812', '1.54M', '3.1B')
+    """
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:g}"

@@ -1,0 +1,94 @@
+"""The command `python -m jaxdp.generate --workdir=DIR --prompt=TEXT`: text from a trained model.
+
+The newest checkpoint is used. Give --prompt several times for several texts in one batch.
+"""
+
+import sys
+from pathlib import Path
+
+import jax
+from absl import flags
+
+from jaxdp import checkpoint, command, sampling, tokenizer
+from jaxdp import config as configs
+from jaxdp.config import ConfigError
+from jaxdp.model import ModelConfig, Transformer
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.")
+PROMPT = flags.DEFINE_multi_string("prompt", [], "Text to continue; may be given several times.")
+NUM_TOKENS = flags.DEFINE_integer("num_tokens", 200, "Tokens to add to each prompt.", 1)
+TEMPERATURE = flags.DEFINE_float(
+    "temperature", sampling.TEMPERATURE, "0 takes the likeliest token always.", 0.0
+)
+TOP_K = flags.DEFINE_integer("top_k", 0, "Draw from the k likeliest tokens only; 0: from all.", 0)
+TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw from the likeliest tokens that reach p.", 1e-6, 1.0)
+SEED = flags.DEFINE_integer("seed", 0, "Of the draws; same seed, same text.", 0)
+
+
+def main() -> int:
+    """Prints each prompt with its continuation; returns the exit status."""
+    if not WORKDIR.value:
+        raise ConfigError("--workdir is missing: give the folder of a training run")
+    if not PROMPT.value:
+        raise ConfigError("--prompt is missing: give a text to continue")
+    command.prepare_jax()
+    texts = generate(
+        WORKDIR.value,
+        PROMPT.value,
+        num_tokens=NUM_TOKENS.value,
+        temperature=TEMPERATURE.value,
+        top_k=TOP_K.value,
+        top_p=TOP_P.value,
+        seed=SEED.value,
+    )
+    for number, text in enumerate(texts):
+        if number:
+            print("-" * 40)
+        print(text)
+    return 0
+
+
+def generate(workdir: str | Path, prompts: list[str], **options) -> list[str]:
+    """Continues texts with the newest checkpoint of a run.
+
+    Args:
+      workdir: of the run.
+      prompts: texts of at least one token each.
+      **options: num_tokens, temperature, top_k, top_p, seed of `sampling.sample`.
+
+    Returns:
+      Each prompt with its continuation, up to an end-of-text token if one is drawn.
+
+    Raises:
+      ConfigError: there is no trained causal model, or a prompt can't be used.
+    """
+    workdir = Path(workdir)
+    config = configs.load(workdir / "config.json")
+    if config.objective != "causal":
+        raise ConfigError(
+            f"objective={config.objective!r} can't continue text: use a model trained with 'causal'"
+        )
+    words = tokenizer.load_file(workdir / "tokenizer.json")
+    ids = tokenizer.encode(words, prompts)
+    for prompt, tokens in zip(prompts, ids, strict=True):
+        if len(tokens) == 0:
+            raise ConfigError(f"--prompt={prompt!r} is empty: give at least one character")
+    vocab_size = tokenizer.vocab_size(words)
+    model = Transformer(ModelConfig.from_config(config, vocab_size))
+    inputs = jax.ShapeDtypeStruct((1, config.seq_len), "int32")
+    shapes = jax.eval_shape(model.init, jax.random.key(0), inputs)["params"]
+    params, _ = checkpoint.load_params(workdir, shapes)
+    drawn = sampling.sample(model, params, ids, vocab_size=vocab_size, **options)
+    end = tokenizer.end_id(words)
+    return [
+        prompt + words.decode(_until(list(tokens), end), skip_special_tokens=False)
+        for prompt, tokens in zip(prompts, drawn, strict=True)
+    ]
+
+
+def _until(tokens: list[int], end: int | None) -> list[int]:
+    return tokens[: tokens.index(end)] if end in tokens else tokens
+
+
+if __name__ == "__main__":
+    sys.exit(command.run(main))

@@ -1,0 +1,61 @@
+"""Losses, as a sum over tokens and the weight it is to be divided by.
+
+The division comes last, after the sums over micro-batches and devices: a mean of means is wrong
+as soon as the parts hold different numbers of tokens.
+
+Shapes: B batch, L length, V vocabulary.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+MASK_SHARE = 0.15
+
+
+def cross_entropy(
+    logits: jax.Array, targets: jax.Array, weights: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Weighted sum of -log p(target), in nats.
+
+    Args:
+      logits: [B, L, V] of any float dtype; computed with in float32.
+      targets: [B, L] int32.
+      weights: [B, L] float32.
+
+    Returns:
+      loss_sum and weight_sum, [] float32 each.
+    """
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets)
+    return jnp.sum(losses * weights), jnp.sum(weights)
+
+
+def mask_tokens(
+    key: jax.Array, rows: jax.Array, batch: dict[str, jax.Array], mask_id: int, vocab_size: int
+) -> dict[str, jax.Array]:
+    """Turns a batch into BERT's masked-LM task (Devlin et al. 2019).
+
+    Of the tokens with a weight, 15% are targets; of these 80% are replaced by the mask token, 10%
+    by a random token, and 10% left as they are. A row's masks depend on (key, row) only.
+
+    Args:
+      key: a PRNG key.
+      rows: [B] int32, the number of each sequence in the global batch.
+      batch: inputs and targets [B, L] int32, weights [B, L] float32.
+      mask_id: the mask token.
+      vocab_size: random tokens are drawn below this.
+
+    Returns:
+      The batch with inputs corrupted and weights 0 but for the targets.
+    """
+
+    def corrupt(row, tokens):
+        chosen_key, fate_key, random_key = jax.random.split(jax.random.fold_in(key, row), 3)
+        chosen = jax.random.bernoulli(chosen_key, MASK_SHARE, tokens.shape)
+        fate = jax.random.uniform(fate_key, tokens.shape)
+        random = jax.random.randint(random_key, tokens.shape, 0, vocab_size, tokens.dtype)
+        replaced = jnp.where(fate < 0.8, mask_id, jnp.where(fate < 0.9, random, tokens))
+        return jnp.where(chosen, replaced, tokens), chosen
+
+    inputs, chosen = jax.vmap(corrupt)(rows, batch["inputs"])
+    return batch | {"inputs": inputs, "weights": batch["weights"] * chosen}

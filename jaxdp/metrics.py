@@ -1,0 +1,173 @@
+"""Where a run's figures go: `metrics.jsonl`, TensorBoard, wandb; and how fast it goes."""
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+from tensorboardX import SummaryWriter
+
+from jaxdp.config import write_whole
+
+JSONL = "metrics.jsonl"
+
+# Dense bf16 peak per device, FLOP/s, as the makers' data sheets give it (V100, T4: fp16).
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10G": 70e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+    "V100": 125e12,
+    "T4": 65e12,
+}
+
+
+class MetricsWriter:
+    """Writes what is logged at a step: one JSON object per line, and TensorBoard events.
+
+    When a run goes on from a checkpoint, what was logged after that step is dropped first, so that
+    each step stands in the file once, as if the run had never stopped.
+    """
+
+    def __init__(self, workdir: Path, config: ConfigDict, start_step: int, active: bool = True):
+        """Opens the files for a run that has done `start_step` steps; does nothing if inactive."""
+        self._active, self._wandb = active, None
+        self._record: dict[str, Any] = {}
+        if active:
+            self._path = workdir / JSONL
+            _drop_after(self._path, start_step)
+            logdir = str(workdir / "tensorboard")
+            self._tensorboard = SummaryWriter(logdir, purge_step=start_step + 1)
+            if config.wandb_project:
+                self._wandb = _start_wandb(workdir, config)
+
+    def write(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Logs values at a step; all that is logged at one step becomes one line of the file."""
+        if not self._active:
+            return
+        if step != self._record.get("step"):
+            self.flush()
+        self._record |= {"step": step, **values}
+        given = {name: value for name, value in values.items() if value is not None}
+        for name, value in given.items():
+            self._tensorboard.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(given, step=step)
+
+    def flush(self) -> None:
+        """Writes the line of the last step; JSON has no infinity, so what isn't finite is null."""
+        if self._record:
+            line = {name: _finite(value) for name, value in self._record.items()}
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+            self._record = {}
+
+    def write_text(self, step: int, name: str, text: str) -> None:
+        """Shows a text in TensorBoard."""
+        if self._active:
+            self._tensorboard.add_text(name, f"```\n{text}\n```", step)
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Flushes and closes everything."""
+        if self._active:
+            self.flush()
+            self._tensorboard.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+def read_jsonl(workdir: str | Path) -> list[dict[str, Any]]:
+    """Reads a run's metrics.jsonl; a last line that was cut off is left out."""
+    records = []
+    for line in (Path(workdir) / JSONL).read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
+
+
+def _drop_after(path: Path, step: int) -> None:
+    if path.exists():
+        kept = [r for r in read_jsonl(path.parent) if r["step"] <= step]
+        write_whole(path, "".join(json.dumps(r) + "\n" for r in kept))
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _start_wandb(workdir: Path, config: ConfigDict):
+    import wandb
+
+    return wandb.init(
+        project=config.wandb_project,
+        dir=workdir,
+        config=config.to_dict(),
+        id=workdir.resolve().name,
+        resume="allow",
+    )
+
+
+class Throughput:
+    """Speed since it was last asked for, by the clock on the wall.
+
+    Waiting for data and for checkpoints counts; what `pause` is told of does not.
+    """
+
+    def __init__(self, flops_per_token: int, device_count: int):
+        """Takes the model's FLOPs per token and how many devices share the work."""
+        self._flops_per_token = flops_per_token
+        self._peak = peak_flops(jax.local_devices()[0]) * device_count
+        self.start()
+
+    def start(self, steps: int = 0) -> None:
+        """Begins to measure; the next -`steps` steps don't count, they were done before."""
+        self._since = time.perf_counter()
+        self._steps, self._tokens, self._data_wait = steps, 0, 0.0
+
+    def add(self, tokens: int, data_wait: float) -> None:
+        """Counts a step: its tokens, and the seconds it waited for its batch."""
+        self._steps += 1
+        if self._steps > 0:
+            self._tokens += tokens
+            self._data_wait += data_wait
+
+    def pause(self, seconds: float) -> None:
+        """Takes time out that was spent on something else than training."""
+        self._since += seconds
+
+    def read(self) -> dict[str, float | None]:
+        """Figures over the steps since the last call.
+
+        All are None if there was no step; mfu is None on unknown hardware.
+        """
+        if self._steps <= 0:
+            return dict.fromkeys(("tokens_per_second", "step_time_ms", "data_wait_ms", "mfu"))
+        seconds = time.perf_counter() - self._since
+        rate = self._tokens / seconds
+        figures = {
+            "tokens_per_second": rate,
+            "step_time_ms": 1e3 * seconds / self._steps,
+            "data_wait_ms": 1e3 * self._data_wait / self._steps,
+            "mfu": rate * self._flops_per_token / self._peak if self._peak else None,
+        }
+        self.start()
+        return figures
+
+
+def peak_flops(device: jax.Device) -> float:
+    """A device's peak in FLOP/s; 0 where it isn't known (CPUs)."""
+    kind = device.device_kind
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in kind), 0.0)

@@ -1,0 +1,151 @@
+"""Devices and processes: the only file that knows of `jax.pmap`.
+
+Shapes: N devices of this process, b sequences per device.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import lax
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxdp.config import ConfigError
+
+AXIS = "batch"
+
+
+class Replicas:
+    """The devices that hold one copy of the state each and share every batch.
+
+    The state crosses `pmap` as one replicated array per leaf (in_axes=None, out_axes=None): no
+    leading device axis, no replicate and unreplicate, and on one device the same shapes as on
+    eight.
+
+    Attributes:
+      devices: those of this process.
+      device_count: of all processes.
+    """
+
+    def __init__(self, devices: Sequence[jax.Device] | None = None):
+        """Takes all devices, or in a single process some of them."""
+        assert devices is None or jax.process_count() == 1
+        self.devices = list(devices or jax.local_devices())
+        self.device_count = len(self.devices) if devices else jax.device_count()
+        self._pmap_devices = devices
+        self._mesh = Mesh(np.array(self.devices), (AXIS,))
+
+    def replicate(self, tree: Any) -> Any:
+        """Copies a pytree of arrays to every device."""
+        return jax.device_put(tree, NamedSharding(self._mesh, PartitionSpec()))
+
+    def shard(self, batch: Any) -> Any:
+        """Splits leaves [N * b, ...] over the devices: [N, b, ...]."""
+        count = len(self.devices)
+        split = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)
+        return jax.device_put(split, NamedSharding(self._mesh, PartitionSpec(AXIS)))
+
+    def prefetch(self, batches: Iterable[Any], ahead: int = 2) -> Iterator[Any]:
+        """Yields sharded batches, copied to the devices while those before are worked on."""
+        waiting = []
+        for batch in batches:
+            waiting.append(self.shard(batch))
+            if len(waiting) > ahead:
+                yield waiting.pop(0)
+        yield from waiting
+
+    def pmap(self, step: Callable, *, donate: bool = False) -> Callable:
+        """Runs step(state, batch) on every device, over the axis 'batch'.
+
+        Args:
+          step: a pure function of a replicated state and the device's own batch [b, ...], whose
+            results must be equal on all devices.
+          donate: the state's memory is used for the results, and the state is lost.
+        """
+        return jax.pmap(
+            step,
+            axis_name=AXIS,
+            in_axes=(None, 0),
+            out_axes=None,
+            devices=self._pmap_devices,
+            donate_argnums=(0,) if donate else (),
+        )
+
+
+def rows(per_device: int) -> jax.Array:
+    """The numbers of this device's sequences in the global batch, [b] int32, inside of pmap."""
+    return lax.axis_index(AXIS) * per_device + lax.iota(np.int32, per_device)
+
+
+def initialize(
+    coordinator_address: str | None, num_processes: int | None, process_id: int | None
+) -> None:
+    """Joins the processes of a run by `jax.distributed`, where there are several.
+
+    With no argument given it asks the environment (SLURM, Open MPI, Kubernetes, TPU pods); a
+    single process then stays alone.
+
+    Raises:
+      ConfigError: the arguments don't go together, or the others can't be reached.
+    """
+    given = [coordinator_address, num_processes, process_id]
+    if any(x is not None for x in given) and any(x is None for x in given):
+        raise ConfigError(
+            f"--coordinator_address={coordinator_address} --num_processes={num_processes} "
+            f"--process_id={process_id} are incomplete: give all three, or none under a scheduler"
+        )
+    if num_processes is None and not _scheduled():
+        return
+    if process_id is not None and not 0 <= process_id < (num_processes or 0):
+        raise ConfigError(
+            f"--process_id={process_id} is out of range: number the processes from 0 to "
+            f"num_processes - 1 = {(num_processes or 0) - 1}"
+        )
+    try:
+        jax.distributed.initialize(coordinator_address, num_processes, process_id)
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"jax.distributed could not join the processes ({str(error).splitlines()[0]}): check "
+            "that every process was started and can reach the coordinator"
+        ) from error
+
+
+def _scheduled() -> bool:
+    """Whether a launcher started this process as one of several; jax.distributed finds the rest."""
+    environ = os.environ
+    counts = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+    return (
+        any(int(environ.get(name, "1")) > 1 for name in counts)
+        or "," in environ.get("TPU_WORKER_HOSTNAMES", "")
+        or "JOB_COMPLETION_INDEX" in environ  # A Kubernetes indexed job, or a JobSet of them.
+        or "JAX_COORDINATOR_ADDRESS" in environ
+    )
+
+
+def is_main() -> bool:
+    """Whether this is process 0, the one that writes logs."""
+    return jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+    """Waits until all processes are here."""
+    multihost_utils.sync_global_devices(name)
+
+
+def to_global(tree: Any) -> Any:
+    """Makes replicated arrays of this process global ones, which Orbax insists on."""
+    if jax.process_count() == 1:
+        return tree
+    mesh = Mesh(np.array(jax.devices()), (AXIS,))
+    return multihost_utils.host_local_array_to_global_array(tree, mesh, PartitionSpec())
+
+
+def to_local(tree: Any) -> Any:
+    """The inverse of `to_global`."""
+    if jax.process_count() == 1:
+        return tree
+    mesh = Mesh(np.array(jax.devices()), (AXIS,))
+    return multihost_utils.global_array_to_host_local_array(tree, mesh, PartitionSpec())

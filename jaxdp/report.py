@@ -1,0 +1,74 @@
+"""A run in words: its header, its evaluations, its summary."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from jaxdp.config import BatchSizes
+from jaxdp.data.cache import TokenCache
+from jaxdp.display import duration, quantity
+from jaxdp.evaluate import Evaluation
+from jaxdp.model import ModelConfig, flops_per_token, num_parameters
+from jaxdp.parallel import Replicas
+
+
+def header(
+    config: ConfigDict,
+    workdir: Path,
+    replicas: Replicas,
+    sizes: BatchSizes,
+    cache: TokenCache,
+    params: Any,
+) -> dict[str, str]:
+    """What a user wants to see before anything is trained."""
+    per_step = sizes.global_ * config.seq_len
+    tokens = per_step * config.num_train_steps
+    parameters = num_parameters(params)
+    flops = flops_per_token(ModelConfig.from_config(config, cache.vocab_size), parameters) * tokens
+    processes = jax.process_count()
+    return {
+        "devices": f"{replicas.device_count} x {replicas.devices[0].device_kind} in {processes} "
+        + ("process" if processes == 1 else "processes"),
+        "batch": f"{sizes.global_} sequences x {config.seq_len} tokens = {per_step:,} a step",
+        "": f"(per host {sizes.per_host}, per device {sizes.per_device}, micro {sizes.micro})",
+        "parameters": f"{quantity(parameters)}, computed with in {config.model.dtype}",
+        "data": f"{config.data.path}, {quantity(len(cache.train))} training and "
+        f"{quantity(len(cache.validation))} validation tokens",
+        "vocabulary": f"{cache.vocab_size:,} tokens ({config.tokenizer})",
+        "training": f"{config.num_train_steps:,} steps, {quantity(tokens)} tokens "
+        f"({tokens / len(cache.train):.2f} epochs), {flops:.2g} FLOPs",
+        "workdir": str(workdir),
+    }
+
+
+def in_words(evaluation: Evaluation, bits_per_byte: float) -> str:
+    """An evaluation in a line."""
+    return (
+        f"loss {evaluation.loss:.4f}  perplexity {evaluation.perplexity:.2f}  "
+        f"bits/byte {bits_per_byte:.4f}  ({evaluation.tokens:,} tokens)"
+    )
+
+
+def already_finished(step: int) -> str:
+    """What to say where there is nothing to do."""
+    return f"Already finished: all {step:,} steps are done. To train on, raise num_train_steps."
+
+
+def summary(
+    config: ConfigDict, workdir: Path, cache: TokenCache, result: Any, seconds: float
+) -> dict[str, str]:
+    """What was reached, and where everything lies."""
+    rows = {
+        "steps": f"{result.step:,} of {config.num_train_steps:,}, in {duration(seconds)}",
+        "checkpoints": str(workdir / "checkpoints"),
+        "metrics": str(workdir / "metrics.jsonl"),
+        "curves": f"tensorboard --logdir {workdir}",
+    }
+    if result.evaluation is not None:
+        bits_per_byte = result.evaluation.bits_per_byte(cache.tokens_per_byte)
+        rows["validation"] = in_words(result.evaluation, bits_per_byte)
+    if config.objective == "causal":
+        rows["more text"] = f"python -m jaxdp.generate --workdir={workdir} --prompt=TEXT"
+    return rows

@@ -1,0 +1,210 @@
+"""Text to token ids and back, always by a Hugging Face `tokenizers.Tokenizer`.
+
+Characters and bytes are BPE models without merges, so that every run, whatever its tokenizer,
+has one `tokenizer.json` that other programs can read.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from jaxdp.config import ConfigError
+
+END_OF_TEXT = "<|endoftext|>"
+# What well-known tokenizers call the token that ends a document, the likeliest first.
+END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
+MASK_NAMES = ("[MASK]", "<mask>", "<|mask|>")
+
+
+def get_tokenizer(
+    spec: str, objective: str, documents: Callable[[bool], Iterable[str]]
+) -> Tokenizer:
+    """Makes, trains or loads the tokenizer that `config.tokenizer` asks for.
+
+    Args:
+      spec: "char", "byte", "train:bpe:SIZE", "hf:NAME" or the path of a tokenizer.json.
+      objective: "masked" adds a mask token to the tokenizers that are made here.
+      documents: called with False gives the training texts, with True the validation texts too;
+        only called by the tokenizers that are made from the data.
+
+    Raises:
+      ConfigError: the spec is none of these, or what it names can't be had.
+    """
+    specials = [END_OF_TEXT] + (["<|mask|>"] if objective == "masked" else [])
+    if spec == "char":
+        tokenizer = _characters(documents(True))
+        if objective == "masked":
+            tokenizer.add_special_tokens(["<|mask|>"])
+    elif spec == "byte":
+        tokenizer = _bytes()
+        tokenizer.add_special_tokens(specials)
+    elif spec.startswith("train:"):
+        tokenizer = _train_bpe(_bpe_size(spec), specials, documents(False))
+    else:
+        tokenizer = _load(spec)
+    if objective == "masked" and mask_id(tokenizer) is None:
+        raise ConfigError(
+            f"tokenizer={spec!r} has no mask token ({', '.join(MASK_NAMES)}), which "
+            "objective='masked' needs: use another tokenizer, or objective='causal'"
+        )
+    return tokenizer
+
+
+def _characters(texts: Iterable[str]) -> Tokenizer:
+    alphabet: set[str] = set()
+    for text in texts:
+        alphabet |= set(text)
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(alphabet))}, []))
+    tokenizer.decoder = decoders.Fuse()
+    return tokenizer
+
+
+def _bytes() -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(_byte_characters())}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _byte_characters() -> list[str]:
+    """GPT-2's printable stand-in for each byte 0..255: itself, or the next unused from U+0100."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    stand_ins = iter(range(256, 512))
+    return [chr(b if b in printable else next(stand_ins)) for b in range(256)]
+
+
+def _bpe_size(spec: str) -> int:
+    kind, _, size = spec.removeprefix("train:").partition(":")
+    if kind != "bpe" or not size.isdecimal() or int(size) < 258:
+        raise ConfigError(
+            f"tokenizer={spec!r} can't be trained: write train:bpe:SIZE with SIZE at least 258 "
+            "(256 bytes and two special tokens)"
+        )
+    return int(size)
+
+
+def _train_bpe(size: int, specials: list[str], texts: Iterable[str]) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def _load(spec: str) -> Tokenizer:
+    try:
+        if spec.startswith("hf:"):
+            tokenizer = Tokenizer.from_pretrained(spec.removeprefix("hf:"))
+        else:
+            tokenizer = load_file(Path(spec).expanduser())
+    except ConfigError:
+        raise
+    except Exception as error:  # The library raises bare Exceptions, for network trouble too.
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
+        raise ConfigError(
+            f"tokenizer={spec!r} can't be had ({reason}): download its tokenizer.json and give "
+            "that file's path"
+        ) from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def load_file(path: Path) -> Tokenizer:
+    """Reads a tokenizer.json.
+
+    Raises:
+      ConfigError: there is no such file, or it is no tokenizer.
+    """
+    if not path.is_file():
+        raise ConfigError(
+            f"tokenizer={str(path)!r} is no file: use char, byte, train:bpe:SIZE, hf:NAME or the "
+            "path of a tokenizer.json"
+        )
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # The library raises bare Exceptions.
+        raise ConfigError(
+            f"tokenizer={str(path)!r} can't be read ({error}): give a tokenizer.json as the "
+            "tokenizers library writes it"
+        ) from None
+
+
+def end_id(tokenizer: Tokenizer) -> int | None:
+    """The id of the token that ends a document; None where there is none, as for "char"."""
+    return _first_id(tokenizer, END_NAMES)
+
+
+def mask_id(tokenizer: Tokenizer) -> int | None:
+    """The id of the mask token; None where there is none."""
+    return _first_id(tokenizer, MASK_NAMES)
+
+
+def _first_id(tokenizer: Tokenizer, names: Iterable[str]) -> int | None:
+    ids = (tokenizer.token_to_id(name) for name in names)
+    return next((i for i in ids if i is not None), None)
+
+
+def vocab_size(tokenizer: Tokenizer) -> int:
+    """One more than the highest id: vocabularies may have holes."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+
+def encode(tokenizer: Tokenizer, texts: list[str]) -> list[np.ndarray]:
+    """Encodes texts, using all cores; no special tokens are added.
+
+    Raises:
+      ConfigError: a character tokenizer doesn't know a character (it would drop it silently).
+    """
+    if tokenizer.pre_tokenizer is None and isinstance(tokenizer.decoder, decoders.Fuse):
+        unknown = {c for c in set().union(*texts) if tokenizer.token_to_id(c) is None}
+        if unknown:
+            raise ConfigError(
+                f"the character {min(unknown)!r} is not among those of the training text: leave it "
+                "out, or train with tokenizer='byte'"
+            )
+    encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    return [np.asarray(encoding.ids, np.int64) for encoding in encodings]
+
+
+def encode_documents(tokenizer: Tokenizer, documents: Iterable[str]) -> Iterator[np.ndarray]:
+    """Encodes a stream of documents, each followed by the end token where there is one.
+
+    Works on a few MB at a time, so that memory stays flat and all cores have work. A document of
+    more than a million characters is cut there, which can change the one token at the cut.
+
+    Yields:
+      [n] int64 token ids of one document, or of one piece of a long one.
+    """
+    end = end_id(tokenizer)
+    suffix = np.array([] if end is None else [end], np.int64)
+    for pieces in _batches(documents):
+        texts = [text for text, _ in pieces]
+        for ids, (_, last) in zip(encode(tokenizer, texts), pieces, strict=True):
+            yield np.concatenate([ids, suffix]) if last else ids
+
+
+def _batches(
+    documents: Iterable[str], piece: int = 1_000_000, batch: int = 8_000_000
+) -> Iterator[list[tuple[str, bool]]]:
+    """Yields lists of (text, it is the end of its document), about `batch` characters each."""
+    pending: list[tuple[str, bool]] = []
+    size = 0
+    for document in documents:
+        for start in range(0, len(document), piece):
+            text = document[start : start + piece]
+            pending.append((text, start + piece >= len(document)))
+            size += len(text)
+            if size >= batch:
+                yield pending
+                pending, size = [], 0
+    if pending:
+        yield pending

@@ -1,0 +1,47 @@
+"""The command `python -m jaxdp.train --config=FILE.py --workdir=DIR [--config.key=value ...]`.
+
+Exit status: 0 finished; 2 the config or the input is wrong; 75 stopped on request (SIGTERM or
+SIGINT) with everything saved, run again to go on; anything else is a fault.
+"""
+
+import re
+import sys
+import threading
+
+from absl import flags
+from ml_collections import config_flags
+
+from jaxdp import command, loop, parallel
+from jaxdp.config import ConfigError, check_known
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config().")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder for all that the run writes.")
+COORDINATOR = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0.")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes in the run.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again.
+
+
+def main() -> int:
+    """Trains as the flags say; returns the exit status."""
+    if CONFIG.value is None:
+        raise ConfigError("--config is missing: give a config file, such as configs/quickstart.py")
+    if not WORKDIR.value:
+        raise ConfigError("--workdir is missing: give a folder for the run, new or to go on with")
+    command.prepare_jax()
+    parallel.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    stop = threading.Event()
+    command.on_stop_signal(stop.set)
+    result = loop.train(CONFIG.value, WORKDIR.value, stop_requested=stop.is_set)
+    return 0 if result.finished else STOPPED
+
+
+def check_overrides(argv: list[str]) -> None:
+    """Refuses --config.KEY=VALUE of an unknown key, which config_flags does with a traceback."""
+    overrides = (re.match(r"--?config\.([^=]+)=?(.*)", argument) for argument in argv)
+    check_known({match[1]: match[2] for match in overrides if match})
+
+
+if __name__ == "__main__":
+    sys.exit(command.run(main, check_overrides))
