@@ -27,7 +27,9 @@ class Checkpoints:
     def __init__(self, workdir: Path, config: ConfigDict):
         """Opens the workdir's checkpoints, or an empty set of them."""
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=_policy(config), enable_async_checkpointing=True
+            preservation_policy=_policy(config),
+            best_fn=_loss,  # Without it, metrics are not written to disk.
+            best_mode="min",
         )
         self._manager = ocp.CheckpointManager(_folder(workdir), options=options)
 
@@ -126,10 +128,14 @@ def _saved(state: Any) -> dict:
     return {"step": state.step, "params": state.params, "opt_state": state.opt_state}
 
 
+def _loss(metrics: dict) -> float:
+    return metrics[METRIC]
+
+
 def _policy(config: ConfigDict) -> preservation_policy.PreservationPolicy:
     c = config.checkpoint
     best = preservation_policy.BestN(
-        get_metric_fn=lambda metrics: metrics[METRIC], reverse=True, n=1
+        get_metric_fn=_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False
     )
     policies = [preservation_policy.LatestN(c.keep_last), best]
     if c.keep_every:

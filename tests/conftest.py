@@ -1,0 +1,76 @@
+"""Eight forced CPU devices, small configs, and caches of the tests' own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+# Before JAX is imported. The commands that tests start set their own number.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_NUM_CPU_DEVICES"] = "8"
+
+import pytest
+from ml_collections import ConfigDict
+
+from jaxdp.configs import default
+
+REPOSITORY = Path(__file__).parent.parent
+TEXT = "".join(
+    f"{i} is {'even' if i % 2 == 0 else 'odd'}, its square is {i * i}.\n" for i in range(800)
+)
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory) -> Path:
+    """A token cache shared by all tests of a session."""
+    return tmp_path_factory.mktemp("tokens")
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory) -> Path:
+    """A text of about 28 kB that is easy to learn."""
+    path = tmp_path_factory.mktemp("text") / "numbers.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture
+def config(text_file, cache_dir) -> ConfigDict:
+    """A model so small that compiling it is most of the work."""
+    c = default.get_config()
+    c.data.path = str(text_file)
+    c.data.cache_dir = str(cache_dir)
+    c.tokenizer = "char"
+    c.num_train_steps = 6
+    c.global_batch_size = 8
+    c.seq_len = 16
+    c.log_every = 1
+    c.eval_every = 3
+    c.model.num_layers = 2
+    c.model.num_heads = 2
+    c.model.embed_dim = 16
+    c.optimizer.learning_rate = 1e-2
+    c.optimizer.warmup_steps = 2
+    c.checkpoint.every = 3
+    c.sample.num_tokens = 8
+    return c
+
+
+@pytest.fixture
+def command(cache_dir, tmp_path):
+    """Runs `python -m jaxdp.NAME ...` as a user does; returns the finished process."""
+
+    def run(name: str, *arguments: str, devices: int = 1, check: int | None = 0):
+        process = subprocess.run(
+            [sys.executable, "-m", f"jaxdp.{name}", *arguments],
+            cwd=REPOSITORY,
+            env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)},
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        if check is not None:
+            assert process.returncode == check, process.stdout + process.stderr
+        return process
+
+    return run
