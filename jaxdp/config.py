@@ -223,8 +223,11 @@ def load(path: Path) -> ConfigDict:
       ConfigError: there is no such file, or it is no config.
     """
     try:
-        return ConfigDict(json.loads(path.read_text()))
-    except FileNotFoundError:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise TypeError("no JSON object")
+        return ConfigDict(values)
+    except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(
             f"{path} does not exist: --workdir must be that of a training run"
         ) from None

@@ -51,24 +51,52 @@ def train_step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimizer step; call it under an axis named 'batch'.
 
-    Loss and gradient are means over the weights of all tokens in the global batch, however many
-    devices and micro-batches it is spread over. Random numbers depend on (seed, step, number of
-    the sequence in the global batch), so they don't depend on that either.
-
     Args:
       state: equal on all devices.
-      batch: this device's inputs and targets [b, L] int32, weights [b, L] float32, and stop [b]
-        float32: whether this process was asked to stop.
+      batch: that of `gradients`, and stop [b] float32: whether this process was asked to stop.
       schedule: step -> learning rate, for the metrics only.
       grad_accum_steps: A; divides b.
       seed: of the run.
       transform: applied to each micro-batch.
 
     Returns:
-      The new state, and metrics, [] float32 each: loss (nats per token), grad_norm (before
-      clipping), learning_rate, tokens (weight of the global batch), stop (any process's).
+      The new state, and the metrics of `gradients` with two more, [] float32 each: learning_rate,
+      stop (any process's).
     """
     stop = lax.pmax(jnp.max(batch["stop"]), parallel.AXIS)
+    grads, metrics = gradients(
+        state, batch, grad_accum_steps=grad_accum_steps, seed=seed, transform=transform
+    )
+    learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
+    metrics |= {"learning_rate": learning_rate, "stop": stop}
+    return state.apply_gradients(grads=grads), metrics
+
+
+def gradients(
+    state: TrainState,
+    batch: Batch,
+    *,
+    grad_accum_steps: int,
+    seed: int,
+    transform: Transform = plain,
+) -> tuple[Any, dict[str, jax.Array]]:
+    """The gradient of the global batch, equal on all devices; call it under the axis 'batch'.
+
+    Loss and gradient are means over the weights of all tokens in the global batch, however many
+    devices and micro-batches it is spread over. Random numbers depend on (seed, step, number of
+    the sequence in the global batch), so they don't depend on that either.
+
+    Args:
+      state: equal on all devices.
+      batch: this device's inputs and targets [b, L] int32, weights [b, L] float32.
+      grad_accum_steps: A; divides b.
+      seed: of the run.
+      transform: applied to each micro-batch.
+
+    Returns:
+      The gradient, a pytree like state.params, and metrics, [] float32 each: loss (nats per
+      token), grad_norm (before clipping), tokens (weight of the global batch).
+    """
     batch = {name: batch[name] for name in ("inputs", "targets", "weights")}
     batch["rows"] = parallel.rows(len(batch["inputs"]))
     step_key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -82,14 +110,7 @@ def train_step(
         value_and_grad, state.params, batch, grad_accum_steps
     )
     (loss, grads), tokens = sync.gradient_mean((loss_sum, grads), weight_sum, parallel.AXIS)
-    metrics = {
-        "loss": loss,
-        "grad_norm": optax.global_norm(grads),
-        "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
-        "tokens": tokens,
-        "stop": stop,
-    }
-    return state.apply_gradients(grads=grads), metrics
+    return grads, {"loss": loss, "grad_norm": optax.tree.norm(grads), "tokens": tokens}
 
 
 def eval_step(

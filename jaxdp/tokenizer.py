@@ -56,6 +56,10 @@ def _characters(texts: Iterable[str]) -> Tokenizer:
     alphabet: set[str] = set()
     for text in texts:
         alphabet |= set(text)
+    if not alphabet:
+        raise ConfigError(
+            "tokenizer='char' finds no character in the data: give data.path a text that has some"
+        )
     tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(alphabet))}, []))
     tokenizer.decoder = decoders.Fuse()
     return tokenizer
@@ -77,10 +81,10 @@ def _byte_characters() -> list[str]:
 
 def _bpe_size(spec: str) -> int:
     kind, _, size = spec.removeprefix("train:").partition(":")
-    if kind != "bpe" or not size.isdecimal() or int(size) < 258:
+    if kind != "bpe" or not size.isdecimal() or len(size) > 7 or int(size) < 258:
         raise ConfigError(
-            f"tokenizer={spec!r} can't be trained: write train:bpe:SIZE with SIZE at least 258 "
-            "(256 bytes and two special tokens)"
+            f"tokenizer={spec!r} can't be trained: write train:bpe:SIZE with SIZE from 258 "
+            "(256 bytes and two special tokens) to 9999999"
         )
     return int(size)
 
@@ -158,8 +162,17 @@ def vocab_size(tokenizer: Tokenizer) -> int:
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
-def encode(tokenizer: Tokenizer, texts: list[str]) -> list[np.ndarray]:
+def encode(tokenizer: Tokenizer, texts: list[str], *, plain: bool = False) -> list[np.ndarray]:
     """Encodes texts, using all cores; no special tokens are added.
+
+    Args:
+      tokenizer: any.
+      texts: what to encode.
+      plain: the name of a special token in a text, such as <|endoftext|>, is text like any other
+        rather than that token.
+
+    Returns:
+      [n] int64 token ids of each text.
 
     Raises:
       ConfigError: a character tokenizer doesn't know a character (it would drop it silently).
@@ -171,6 +184,7 @@ def encode(tokenizer: Tokenizer, texts: list[str]) -> list[np.ndarray]:
                 f"the character {min(unknown)!r} is not among those of the training text: leave it "
                 "out, or train with tokenizer='byte'"
             )
+    tokenizer.encode_special_tokens = plain
     encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
     return [np.asarray(encoding.ids, np.int64) for encoding in encodings]
 
@@ -178,6 +192,7 @@ def encode(tokenizer: Tokenizer, texts: list[str]) -> list[np.ndarray]:
 def encode_documents(tokenizer: Tokenizer, documents: Iterable[str]) -> Iterator[np.ndarray]:
     """Encodes a stream of documents, each followed by the end token where there is one.
 
+    A document that says <|endoftext|> holds plain text there; an empty one leaves no trace.
     Works on a few MB at a time, so that memory stays flat and all cores have work. A document of
     more than a million characters is cut there, which can change the one token at the cut.
 
@@ -188,7 +203,7 @@ def encode_documents(tokenizer: Tokenizer, documents: Iterable[str]) -> Iterator
     suffix = np.array([] if end is None else [end], np.int64)
     for pieces in _batches(documents):
         texts = [text for text, _ in pieces]
-        for ids, (_, last) in zip(encode(tokenizer, texts), pieces, strict=True):
+        for ids, (_, last) in zip(encode(tokenizer, texts, plain=True), pieces, strict=True):
             yield np.concatenate([ids, suffix]) if last else ids
 
 

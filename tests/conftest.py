@@ -8,6 +8,9 @@ from pathlib import Path
 # Before JAX is imported. The commands that tests start set their own number.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
+USER_XLA_FLAGS = os.environ.get("XLA_FLAGS", "")
+# Nearly all of a small test's time is compilation; the commands get no such flag.
+os.environ["XLA_FLAGS"] = f"{USER_XLA_FLAGS} --xla_backend_optimization_level=0"
 
 import pytest
 from ml_collections import ConfigDict
@@ -64,7 +67,8 @@ def command(cache_dir, tmp_path):
         process = subprocess.run(
             [sys.executable, "-m", f"jaxdp.{name}", *arguments],
             cwd=REPOSITORY,
-            env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)},
+            env=os.environ
+            | {"JAX_NUM_CPU_DEVICES": str(devices), "XLA_FLAGS": USER_XLA_FLAGS},
             capture_output=True,
             text=True,
             timeout=600,

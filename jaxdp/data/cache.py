@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
 from jaxdp import tokenizer as tokenizers
+from jaxdp.config import ConfigError
 from jaxdp.data.sources import Source, get_source
 
 FORMAT = 1  # Raise it when the same config would give other tokens than before.
@@ -69,7 +70,12 @@ def open_cache(config: ConfigDict, report: Callable[[str], None] = print) -> Tok
     """
     source = get_source(config)
     root = Path(config.data.cache_dir or "~/.cache/jaxdp/tokens").expanduser()
-    root.mkdir(parents=True, exist_ok=True)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"data.cache_dir={str(root)!r} can't be made ({error.strerror}): choose another folder"
+        ) from None
     folder = root / _fingerprint(config, source)
     if not folder.exists():
         with filelock.FileLock(f"{folder}.lock"):
@@ -88,7 +94,7 @@ def _fingerprint(config: ConfigDict, source: Source) -> str:
     tokenizer: list = [config.tokenizer, config.objective]
     path = Path(config.tokenizer).expanduser()
     if path.is_file():
-        tokenizer = [hashlib.sha256(path.read_bytes()).hexdigest()]
+        tokenizer[0] = hashlib.sha256(path.read_bytes()).hexdigest()
     identity = json.dumps([FORMAT, tokenizer, source.identity()], sort_keys=True)
     return hashlib.sha256(identity.encode()).hexdigest()[:16]
 

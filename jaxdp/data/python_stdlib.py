@@ -4,7 +4,7 @@ As a TFDS builder it is `tfds:python_stdlib`; about 12 MB, prepared in seconds w
 """
 
 import hashlib
-import platform
+import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +19,7 @@ VALIDATION_SHARE = 0.02
 class PythonStdlib(tfds.core.GeneratorBasedBuilder):
     """The standard library's Python files; the version is that of the running Python."""
 
-    VERSION = tfds.core.Version(platform.python_version().rstrip("+"))
+    VERSION = tfds.core.Version(".".join(map(str, sys.version_info[:3])))
 
     def _info(self) -> tfds.core.DatasetInfo:
         return self.dataset_info_from_configs(

@@ -1,6 +1,7 @@
 """Where documents come from: a TFDS dataset or local text files, each split in two."""
 
 import glob
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,7 +39,9 @@ class TextSource:
 
     def __init__(self, pattern: str, config: ConfigDict):
         """Finds the files; raises ConfigError where there are none."""
-        found = glob.glob(str(Path(pattern).expanduser()), recursive=True)
+        pattern = os.path.expanduser(pattern)
+        # A file may be called what would also be a glob, such as "notes[1].txt".
+        found = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
         self.paths = sorted(path for path in map(Path, found) if path.is_file())
         self.eval_fraction = config.data.eval_fraction
         if not self.paths:
@@ -87,9 +90,9 @@ class TfdsSource:
     def __init__(self, name: str, config: ConfigDict):
         """Finds the builder; raises ConfigError where TFDS has none of that name."""
         from jaxdp.data import python_stdlib
-        from jaxdp.data.tensorflow import tfds
+        from jaxdp.data.tensorflow import tf, tfds
 
-        self._tfds = tfds
+        self._tf, self._tfds = tf, tfds
         if not sys.stderr.isatty():
             tfds.disable_progress_bar()
         self.splits = {"train": config.data.train_split, "validation": config.data.eval_split}
@@ -101,7 +104,7 @@ class TfdsSource:
                 self.builder = python_stdlib.PythonStdlib(data_dir=data_dir)
             else:
                 self.builder = tfds.builder(name, data_dir=data_dir)
-        except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:
+        except (tfds.core.DatasetNotFoundError, ValueError, TypeError, AssertionError) as error:
             raise ConfigError(
                 f"data.path={self.path!r} is not known to TFDS ({_first_line(error)}): see "
                 "tensorflow.org/datasets/catalog for names, or check data.data_dir"
@@ -124,14 +127,22 @@ class TfdsSource:
                 f"{key}={spec!r} is no split of {self.path} ({_first_line(error)}): "
                 f"it has {', '.join(self.builder.info.splits)}"
             ) from None
-        features = self.builder.info.features or {}
-        if self.text_key not in features:
+        text = self._tf.TensorSpec((), self._tf.string)
+        texts = [name for name, feature in dataset.element_spec.items() if feature == text]
+        if self.text_key not in texts:
             raise ConfigError(
-                f"data.text_key={self.text_key!r} is no feature of {self.path}: choose one of "
-                f"{', '.join(features)}"
+                f"data.text_key={self.text_key!r} is no text feature of {self.path}: choose one of "
+                f"{', '.join(texts)}"
             )
         for example in self._tfds.as_numpy(dataset.map(lambda e: e[self.text_key])):
-            yield example.decode("utf-8")
+            try:
+                document = example.decode("utf-8")
+            except UnicodeDecodeError:
+                raise ConfigError(
+                    f"data.text_key={self.text_key!r} of {self.path} is not UTF-8 text in split "
+                    f"{spec!r}: choose another feature or dataset"
+                ) from None
+            yield document
 
     def _prepare(self) -> None:
         try:

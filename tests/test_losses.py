@@ -1,0 +1,64 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdp.losses import cross_entropy, mask_tokens
+
+MASK, VOCAB = 99, 50
+
+
+def test_cross_entropy_is_a_sum_of_negative_log_probabilities():
+    logits = jax.random.normal(jax.random.key(0), (2, 3, 5))
+    targets = jnp.array([[0, 1, 2], [3, 4, 0]])
+    weights = jnp.array([[1.0, 0.0, 1.0], [0.5, 1.0, 0.0]])
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    expected = sum(
+        -np.log(p[i, j, targets[i, j]]) * weights[i, j] for i in range(2) for j in range(3)
+    )
+    loss_sum, weight_sum = cross_entropy(logits, targets, weights)
+    np.testing.assert_allclose(loss_sum, expected, rtol=1e-5)
+    assert weight_sum == 3.5
+
+
+def test_cross_entropy_of_bfloat16_logits_is_float32():
+    loss_sum, weight_sum = cross_entropy(
+        jnp.zeros((1, 1, 7), jnp.bfloat16), jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1))
+    )
+    assert loss_sum.dtype == weight_sum.dtype == jnp.float32
+    np.testing.assert_allclose(loss_sum, np.log(7), rtol=1e-6)
+
+
+def masked(rows, tokens):
+    batch = {"inputs": tokens, "targets": tokens, "weights": jnp.ones(tokens.shape)}
+    return mask_tokens(jax.random.key(0), rows, batch, MASK, VOCAB)
+
+
+def test_masks_have_berts_shares():
+    tokens = jnp.full((100, 1000), 7)
+    batch = masked(jnp.arange(100), tokens)
+    chosen = batch["weights"] == 1
+    # 100,000 draws, 15,000 of them chosen: 5 standard deviations are under 0.006 and 0.017.
+    assert abs(chosen.mean() - 0.15) < 0.006
+    fate = batch["inputs"][chosen]
+    assert abs((fate == MASK).mean() - 0.8) < 0.017
+    # 1 of 50 random tokens is the old one.
+    assert abs((fate == 7).mean() - (0.1 + 0.1 / VOCAB)) < 0.017
+    others = fate[(fate != MASK) & (fate != 7)]
+    assert others.min() >= 0 and others.max() < VOCAB
+    assert (batch["inputs"][~chosen] == 7).all()
+    assert (batch["targets"] == 7).all()
+
+
+def test_masks_of_a_row_depend_on_its_number_only():
+    tokens = jnp.arange(4 * 64).reshape(4, 64) % VOCAB
+    whole = masked(jnp.arange(4), tokens)
+    part = masked(jnp.array([2]), tokens[2:3])
+    for name in ("inputs", "weights"):
+        assert (whole[name][2] == part[name][0]).all()
+    assert (whole["weights"][0] != whole["weights"][1]).any()
+
+
+def test_padding_is_never_a_target():
+    tokens = jnp.ones((2, 64), jnp.int32)
+    batch = {"inputs": tokens, "targets": tokens, "weights": jnp.zeros(tokens.shape)}
+    assert mask_tokens(jax.random.key(0), jnp.arange(2), batch, MASK, VOCAB)["weights"].sum() == 0

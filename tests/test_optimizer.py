@@ -1,0 +1,121 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxdp.model import ModelConfig, Transformer
+from jaxdp.optimizer import decay_mask, get_optimizer, get_schedule, muon_dimensions
+
+INPUTS = jnp.zeros((1, 16), jnp.int32)
+
+
+def params_of(config):
+    model = Transformer(ModelConfig.from_config(config, 20))
+    return model.init(jax.random.key(0), INPUTS)["params"]
+
+
+def names(tree):
+    leaves = jax.tree.leaves_with_path(tree, is_leaf=lambda x: not isinstance(x, dict))
+    return {"/".join(key.key for key in path): leaf for path, leaf in leaves}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        # Steps 0, 5, 10 (end of the warm-up), 55, 100 (the end).
+        ("cosine", [0, 0.5, 1, 0.55, 0.1]),
+        ("linear", [0, 0.5, 1, 0.55, 0.1]),
+        ("wsd", [0, 0.5, 1, 1, 0.1]),
+        ("constant", [0, 0.5, 1, 1, 1]),
+    ],
+)
+def test_schedules(config, schedule, expected):
+    config.num_train_steps = 100
+    config.optimizer.update({"warmup_steps": 10, "schedule": schedule, "learning_rate": 1.0})
+    rates = [float(get_schedule(config)(step)) for step in (0, 5, 10, 55, 100)]
+    np.testing.assert_allclose(rates, expected, rtol=1e-5)
+
+
+def test_wsd_decays_over_the_last_fraction(config):
+    config.num_train_steps = 100
+    config.optimizer.update({"warmup_steps": 10, "schedule": "wsd", "learning_rate": 1.0})
+    rates = [float(get_schedule(config)(step)) for step in (80, 81, 90)]
+    np.testing.assert_allclose(rates, [1, 1 - 0.9 / 20, 0.55], rtol=1e-5)
+
+
+def test_without_warmup_the_first_rate_is_the_highest(config):
+    config.optimizer.warmup_steps = 0
+    assert get_schedule(config)(0) == config.optimizer.learning_rate
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_decay_is_for_matrices(config, scan_layers):
+    config.model.update({"bias": True, "scan_layers": scan_layers})
+    for name, decayed in names(decay_mask(params_of(config))).items():
+        assert decayed == name.endswith(("kernel", "embedding")), name
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_muon_is_for_hidden_matrices(config, scan_layers):
+    config.model.update({"bias": True, "scan_layers": scan_layers, "tied_head": False})
+    params = names(params_of(config))
+    dimensions = names(muon_dimensions(params_of(config)))
+    assert dimensions.keys() == params.keys()
+    for name, numbers in dimensions.items():
+        hidden = name.endswith("kernel") and not name.startswith("head")
+        assert (numbers is not None) == hidden, name
+        if numbers is not None:
+            axes = (*numbers.reduction_axis, *numbers.output_axis)
+            layers = int(scan_layers)
+            assert sorted(axes) == list(range(layers, params[name].ndim)), name
+            inputs = np.prod([params[name].shape[i] for i in numbers.reduction_axis])
+            width, mlp = config.model.embed_dim, 4 * config.model.embed_dim
+            assert inputs == (mlp if "down" in name else width), name
+
+
+def test_muon_update_is_orthogonal(config):
+    """The direction of a hidden matrix' update has singular values near one, all of them."""
+    config.optimizer.update({"name": "muon", "weight_decay": 0.0, "clip_norm": 0.0})
+    params = params_of(config)
+    optimizer = get_optimizer(config, optax.constant_schedule(1.0))
+    keys = iter(jax.random.split(jax.random.key(1), 100))
+    grads = jax.tree.map(lambda p: jax.random.normal(next(keys), p.shape), params)
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    update = updates["layer_0"]["attention"]["query"]["kernel"].reshape(16, 16)
+    values = np.linalg.svd(update, compute_uv=False)
+    # Five Newton-Schulz steps leave singular values between about 0.7 and 1.2 (Jordan et al.).
+    assert values.max() / values.min() < 2
+    gradient = np.linalg.svd(grads["layer_0"]["attention"]["query"]["kernel"].reshape(16, 16))[1]
+    assert gradient.max() / gradient.min() > 5
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "sgd", "muon"])
+def test_descends(config, name):
+    config.optimizer.update({"name": name})
+    params = params_of(config)
+    optimizer = get_optimizer(config, optax.constant_schedule(0.01))
+    target = jax.tree.map(lambda p: p + 0.1, params)
+
+    def loss(params):
+        return sum(jnp.sum((p - t) ** 2) for p, t in zip(*map(jax.tree.leaves, (params, target))))
+
+    @jax.jit
+    def step(params, state):
+        updates, state = optimizer.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    before, state = loss(params), optimizer.init(params)
+    for _ in range(10):
+        params, state = step(params, state)
+    assert loss(params) < 0.95 * before
+
+
+def test_norm_is_clipped(config):
+    """With SGD and no decay, the first update is the clipped gradient."""
+    config.optimizer.update({"name": "sgd", "b1": 0.0, "weight_decay": 0.0, "clip_norm": 0.5})
+    params = params_of(config)
+    optimizer = get_optimizer(config, optax.constant_schedule(1.0))
+    grads = jax.tree.map(jnp.ones_like, params)
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    np.testing.assert_allclose(optax.tree.norm(updates), 0.5, rtol=1e-5)
