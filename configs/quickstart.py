@@ -1,4 +1,9 @@
-"""TODO."""
+"""A small GPT on the source of Python's own standard library: no download, 3 minutes on 2 cores.
+
+    python -m jaxdp.train --config=configs/quickstart.py --workdir=runs/quickstart
+
+RESULT
+"""
 
 from ml_collections import ConfigDict
 
@@ -9,10 +14,16 @@ def get_config() -> ConfigDict:
     """Returns the config."""
     c = default.get_config()
     c.data.path = "tfds:python_stdlib"
-    c.tokenizer = "train:bpe:2048"
-    c.num_train_steps = 40
-    c.eval_every = 20
-    c.optimizer.warmup_steps = 5
-    c.checkpoint.every = 20
+    c.tokenizer = "train:bpe:4096"
+    c.num_train_steps = 1000
+    c.global_batch_size = 8
     c.seq_len = 128
+    c.log_every = 20
+    c.eval_every = 250
+    c.model.positions = "rotary"
+    c.model.norm = "rmsnorm"
+    c.optimizer.learning_rate = 3e-3
+    c.optimizer.warmup_steps = 50
+    c.checkpoint.every = 250
+    c.sample.prompt = "class "
     return c

@@ -1,0 +1,108 @@
+import jax
+import numpy as np
+import pytest
+from jax import lax
+
+from jaxdp import parallel
+from jaxdp.config import ConfigError
+from jaxdp.parallel import AXIS, Replicas
+
+LAUNCHERS = (
+    "SLURM_STEP_NUM_TASKS",
+    "OMPI_COMM_WORLD_SIZE",
+    "TPU_WORKER_HOSTNAMES",
+    "JOB_COMPLETION_INDEX",
+    "JAX_COORDINATOR_ADDRESS",
+)
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch):
+    for name in LAUNCHERS:
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_rows_number_the_global_batch():
+    replicas = Replicas(jax.local_devices()[:4])
+    step = replicas.pmap(lambda _, x: lax.all_gather(parallel.rows(len(x)), AXIS))
+    rows = step(replicas.replicate(np.float32(0)), replicas.shard(np.zeros(12)))
+    assert (np.asarray(rows) == np.arange(12).reshape(4, 3)).all()
+
+
+def test_shard_gives_each_device_its_rows_in_order():
+    sharded = Replicas(jax.local_devices()[:4]).shard({"x": np.arange(8)})["x"]
+    assert sharded.shape == (4, 2)
+    pieces = {s.device: np.asarray(s.data) for s in sharded.addressable_shards}
+    for i, device in enumerate(jax.local_devices()[:4]):
+        assert (pieces[device] == [[2 * i, 2 * i + 1]]).all()
+
+
+def test_state_keeps_its_shape_and_is_on_every_device():
+    replicas = Replicas(jax.local_devices()[:4])
+    state = replicas.replicate(np.arange(3.0))
+    new = replicas.pmap(lambda s, x: s + lax.psum(x.sum(), AXIS))(state, replicas.shard(np.ones(8)))
+    assert new.shape == (3,)
+    assert new.sharding.is_fully_replicated
+    assert len(new.addressable_shards) == 4
+    assert all((s.data == np.arange(3.0) + 8).all() for s in new.addressable_shards)
+
+
+def test_donated_state_is_not_copied_again():
+    """Nothing but what is already on the devices goes into a step."""
+    replicas = Replicas(jax.local_devices()[:2])
+    step = replicas.pmap(lambda s, x: s + lax.psum(x.sum(), AXIS), donate=True)
+    batch = replicas.shard(np.ones(4))
+    state = step(replicas.replicate(np.zeros(3)), batch)
+    with jax.transfer_guard("disallow"):
+        new = step(state, batch)
+    assert state.is_deleted()
+    assert (new == 8).all()
+
+
+def test_prefetch_keeps_order_and_loses_nothing():
+    replicas = Replicas(jax.local_devices()[:2])
+    for count in (0, 1, 2, 5):
+        got = list(replicas.prefetch(np.full(2, i) for i in range(count)))
+        assert [int(x[0, 0]) for x in got] == list(range(count))
+
+
+def test_alone_without_launcher(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("a single process must not wait for others")
+
+    monkeypatch.setattr(jax.distributed, "initialize", refuse)
+    parallel.initialize(None, None, None)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    parallel.initialize(None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("SLURM_STEP_NUM_TASKS", "4"),
+        ("OMPI_COMM_WORLD_SIZE", "2"),
+        ("TPU_WORKER_HOSTNAMES", "a,b"),
+        ("JOB_COMPLETION_INDEX", "0"),
+        ("JAX_COORDINATOR_ADDRESS", "host:1"),
+    ],
+)
+def test_launchers_are_left_to_jax(monkeypatch, name, value):
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *a: calls.append(a))
+    monkeypatch.setenv(name, value)
+    parallel.initialize(None, None, None)
+    assert calls == [(None, None, None)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("host:1", None, None), "incomplete"),
+        ((None, 2, 0), "incomplete"),
+        (("host:1", 2, 2), "--process_id=2 is out of range"),
+        (("host:1", 2, -1), "--process_id=-1 is out of range"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        parallel.initialize(*arguments)
