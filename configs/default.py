@@ -39,8 +39,8 @@ def get_config() -> ConfigDict:
     # The model.
     c.objective = "causal"  # "causal": predict the next token; "masked": BERT's cloze task.
     c.model = ConfigDict()
-    c.model.num_layers = 4
-    c.model.num_heads = 4
+    c.model.num_layers = 4  # Blocks of attention and MLP.
+    c.model.num_heads = 4  # Attention heads; divides embed_dim.
     c.model.num_kv_heads = 0  # Key/value heads (grouped-query attention); 0: num_heads.
     c.model.embed_dim = 128  # Model width D.
     c.model.mlp_dim = 0  # Hidden width of the feed-forward layer; 0: 4 * embed_dim.
@@ -76,7 +76,7 @@ def get_config() -> ConfigDict:
 
     # The sample of text shown at the end of a run (causal models, no extra cost before that).
     c.sample = ConfigDict()
-    c.sample.prompt = "\n"
+    c.sample.prompt = "\n"  # What the sample goes on from.
     c.sample.num_tokens = 200  # 0: no sample.
 
     c.wandb_project = ""  # Also log to this Weights & Biases project (pip install 'jaxdp[wandb]').

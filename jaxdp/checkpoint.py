@@ -47,7 +47,8 @@ class Checkpoints:
             extra=ocp.args.JsonSave(extra),
         )
         # An infinite loss is the worst: such a checkpoint is kept only while it is new.
-        metrics = {METRIC: math.inf if eval_loss is None else eval_loss}
+        finite = eval_loss is not None and math.isfinite(eval_loss)
+        metrics = {METRIC: eval_loss if finite else math.inf}
         self._manager.save(step, args=args, metrics=metrics, force=True)
 
     def latest(self) -> tuple[int, dict] | None:

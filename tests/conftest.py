@@ -67,8 +67,7 @@ def command(cache_dir, tmp_path):
         process = subprocess.run(
             [sys.executable, "-m", f"jaxdp.{name}", *arguments],
             cwd=REPOSITORY,
-            env=os.environ
-            | {"JAX_NUM_CPU_DEVICES": str(devices), "XLA_FLAGS": USER_XLA_FLAGS},
+            env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "XLA_FLAGS": USER_XLA_FLAGS},
             capture_output=True,
             text=True,
             timeout=600,

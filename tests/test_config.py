@@ -15,8 +15,6 @@ from jaxdp.configs import default
 
 KEYS = configs.flatten(default.get_config())
 SOURCE = (REPOSITORY / "configs" / "default.py").read_text()
-# Keys whose names say it all.
-SPEAK_FOR_THEMSELVES = {"model.num_layers", "model.num_heads", "sample.prompt"}
 
 
 def changed(config, **changes) -> ConfigDict:
@@ -163,7 +161,7 @@ def test_every_check_is_of_a_key_that_exists():
 
 @pytest.mark.parametrize("key", KEYS)
 def test_every_key_of_the_default_config_has_a_comment(key):
-    assert comment(key) or key in SPEAK_FOR_THEMSELVES
+    assert comment(key)
 
 
 @pytest.mark.parametrize(

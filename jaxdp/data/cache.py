@@ -85,6 +85,7 @@ def open_cache(config: ConfigDict, report: Callable[[str], None] = print) -> Tok
                 report(f"Tokenising {config.data.path} with tokenizer={config.tokenizer} ...")
                 temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.building-", dir=root))
                 _build(config, source, temporary)
+                temporary.chmod(0o755)  # mkdtemp's folders are for one user, caches may be shared.
                 temporary.rename(folder)
     return _load(folder)
 
