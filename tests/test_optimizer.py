@@ -98,7 +98,10 @@ def test_descends(config, name):
     target = jax.tree.map(lambda p: p + 0.1, params)
 
     def loss(params):
-        return sum(jnp.sum((p - t) ** 2) for p, t in zip(*map(jax.tree.leaves, (params, target))))
+        return sum(
+            jnp.sum((p - t) ** 2)
+            for p, t in zip(*map(jax.tree.leaves, (params, target)), strict=True)
+        )
 
     @jax.jit
     def step(params, state):
