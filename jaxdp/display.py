@@ -14,7 +14,15 @@ class Display:
 
     def __init__(self, quiet: bool = False):
         """Prints nothing if `quiet`, as all processes but the first are."""
-        self._console = Console(quiet=quiet, highlight=False, soft_wrap=True)
+        # In a notebook rich would make an HTML block of every line, with gaps in between.
+        notebook = Console().is_jupyter
+        self._console = Console(
+            quiet=quiet,
+            highlight=False,
+            soft_wrap=True,
+            force_jupyter=False,
+            force_terminal=False if notebook else None,
+        )
         self._progress: Progress | None = None
         self._began = time.perf_counter()
 

@@ -82,6 +82,11 @@ def train_batches(
 
     dataset = tf.data.Dataset.range(start_step, num_steps)
     dataset = dataset.map(to_batch, num_parallel_calls=2, deterministic=True).prefetch(4)
+    # There is nothing to tune, and the tuner's thread, asleep, can hold up the end of the iterator
+    # for as long as a minute.
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    dataset = dataset.with_options(options)
     weights = np.ones((per_host, seq_len), np.float32)
     for inputs, targets in dataset.as_numpy_iterator():
         yield {"inputs": inputs, "targets": targets, "weights": weights}
