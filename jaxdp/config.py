@@ -6,6 +6,7 @@ Everything a user can get wrong in a config is refused here, before anything is 
 
 import dataclasses
 import difflib
+import importlib.util
 import json
 import math
 from pathlib import Path
@@ -107,6 +108,11 @@ def validate(config: ConfigDict) -> None:
     if not config.data.path:
         raise ConfigError(
             "data.path='' names no data: give --config.data.path=FILE.txt, text:GLOB or tfds:NAME"
+        )
+    if config.wandb_project and importlib.util.find_spec("wandb") is None:
+        raise ConfigError(
+            f"wandb_project={config.wandb_project!r} needs the package wandb: pip install "
+            "'jaxdp[wandb]', or leave it empty"
         )
     _check_model(config)
     optimizer = config.optimizer

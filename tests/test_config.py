@@ -283,3 +283,10 @@ def test_a_missing_config_points_to_the_workdir(name, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"does not exist: --workdir"):
         configs.load(tmp_path / name)
+
+
+def test_wandb_is_refused_where_it_is_not_installed(config, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    config.wandb_project = "mine"
+    with pytest.raises(ConfigError, match="wandb_project='mine' needs the package wandb"):
+        configs.validate(config)
