@@ -87,6 +87,7 @@ def test_runs_from_top_to_bottom(notebook, tmp_path, text_file, monkeypatch, num
     nbclient.NotebookClient(notebook, timeout=300, resources=folder).execute()
 
     cells = code_cells(notebook)
+    assert cells["install"].outputs == []
     assert "8 devices" in stdout(cells["devices"])
     assert "Finished" in stdout(cells["train"])
     assert (tmp_path / "run" / "metrics.jsonl").exists()
