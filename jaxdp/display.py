@@ -54,7 +54,7 @@ class Display:
 
     def start(self, done: int, total: int) -> None:
         """Starts to show progress at step `done` of `total`."""
-        self._done, self._total, self._started = done, total, (done, time.perf_counter())
+        self._total, self._started = total, (done, time.perf_counter())
         if self._console.is_terminal:
             self._progress = Progress(
                 BarColumn(bar_width=30),
