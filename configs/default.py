@@ -15,6 +15,7 @@ def get_config() -> ConfigDict:
     # The run.
     c.seed = 0  # Decides initial parameters, data order, dropout; same seed, same run.
     c.num_train_steps = 1000  # Optimizer steps.
+    c.num_epochs = 0  # Instead: as many steps as this many passes over the training split take.
     c.global_batch_size = 16  # Sequences per optimizer step, over all devices of all processes.
     c.grad_accum_steps = 1  # Micro-batches a device works through per optimizer step.
     c.seq_len = 256  # Tokens per sequence; also the longest context of the model.
@@ -67,6 +68,21 @@ def get_config() -> ConfigDict:
     c.optimizer.b1 = 0.9  # Momentum of every optimizer ("sgd" and "muon" use Nesterov's).
     c.optimizer.b2 = 0.99  # Second-moment decay ("adamw", "lion", "muon"'s AdamW part).
     c.optimizer.clip_norm = 1.0  # Global gradient norm is clipped to this; 0: never.
+
+    # How the devices' replicas of the model agree (jaxdp/sync.py; docs/synchronisation.md).
+    c.sync = ConfigDict()
+    # "gradient_mean": average gradients in every step. "sharded": the same, but each device holds
+    # and updates its slice of the optimizer's state (ZeRO-1). "fixed_order": the same to the bit on
+    # 1, 2, 4, 8 ... devices. "parameter_mean": every device trains alone, parameters and moments
+    # are averaged every few steps. "diloco": likewise, and the mean change is an outer gradient.
+    c.sync.method = "gradient_mean"
+    c.sync.dtype = "float32"  # Gradients are sent in it: "bfloat16" halves the bytes, and rounds.
+    c.sync.every = 8  # "parameter_mean", "diloco": steps from one synchronisation to the next.
+    c.sync.after = 0  # "parameter_mean": average gradients for so many steps first.
+    c.sync.outer_learning_rate = 0.7  # "diloco": of the outer Nesterov steps.
+    c.sync.outer_momentum = 0.9  # "diloco": likewise.
+    c.sync.virtual_replicas = 8  # "fixed_order": parts of the batch, a power of two; sets the bits.
+    c.sync.check_every = 100  # Steps between comparisons of all devices' states; 0: never.
 
     # Checkpoints.
     c.checkpoint = ConfigDict()

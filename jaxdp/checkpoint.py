@@ -5,12 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from jaxdp import parallel
 from jaxdp.config import ConfigError
+from jaxdp.methods import Sync
+from jaxdp.parallel import Replicas
 
 FOLDER = "checkpoints"
 METRIC = "eval/loss"
@@ -24,8 +27,16 @@ class Checkpoints:
     again when it goes on.
     """
 
-    def __init__(self, workdir: Path, config: ConfigDict):
-        """Opens the workdir's checkpoints, or an empty set of them."""
+    def __init__(self, workdir: Path, config: ConfigDict, replicas: Replicas, method: Sync):
+        """Opens the workdir's checkpoints, or an empty set of them.
+
+        Args:
+          workdir: of the run.
+          config: with the keys of configs/default.py.
+          replicas: the devices.
+          method: how they agree; says what of the state each of them has of its own.
+        """
+        self._replicas, self._method = replicas, method
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_policy(config),
             best_fn=_loss,  # Without it, metrics are not written to disk.
@@ -38,13 +49,13 @@ class Checkpoints:
 
         Args:
           step: steps done; names the checkpoint.
-          state: replicated.
+          state: on the devices.
           extra: JSON.
           eval_loss: at this very step, where it was evaluated.
         """
         args = ocp.args.Composite(
-            state=ocp.args.StandardSave(parallel.to_global(_saved(state))),
-            extra=ocp.args.JsonSave(extra),
+            state=ocp.args.StandardSave(self._saved(state)),
+            extra=ocp.args.JsonSave(extra | {"devices": self._replicas.device_count}),
         )
         # An infinite loss is the worst: such a checkpoint is kept only while it is new.
         finite = eval_loss is not None and math.isfinite(eval_loss)
@@ -59,21 +70,40 @@ class Checkpoints:
         args = ocp.args.Composite(extra=ocp.args.JsonRestore())
         return step, self._manager.restore(step, args=args).extra
 
-    def restore(self, step: int, state: Any, replicas: parallel.Replicas) -> Any:
+    def restore(self, step: int, devices: int, state: Any) -> Any:
         """Restores a checkpoint, written on however many devices.
 
         Args:
           step: which one.
-          state: replicated, of the same shapes; its values are not used.
-          replicas: the devices.
+          devices: how many it was written on.
+          state: on the devices, of the same shapes; its values are not used.
 
         Returns:
-          The state, replicated.
+          The state, on the devices.
         """
-        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, parallel.to_global(_saved(state)))
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
-        found = self._manager.restore(step, args=args)
-        return state.replace(**replicas.replicate(parallel.to_local(found.state)))
+        shared = jax.tree.map(ocp.utils.to_shape_dtype_struct, parallel.to_global(_shared(state)))
+        own = {}
+        if self._method.own_opt_state:
+            like = self._method.saved_shapes(_shapes(state), devices)
+            # Orbax reads to the host, not to a device, where it is shown a NumPy array.
+            empty = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), like)
+            own = {"opt_state": empty}
+            del shared["opt_state"]
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(shared | own))
+        found = dict(self._manager.restore(step, args=args).state)
+        if own:
+            saved = found.pop("opt_state")
+            saved = self._method.load(saved, self._replicas.device_count)
+            own = {"opt_state": self._replicas.put_own(saved)}
+        return state.replace(**self._replicas.replicate(parallel.to_local(found)), **own)
+
+    def _saved(self, state: Any) -> dict:
+        """What goes into a checkpoint: the same whatever the number of devices, where it can be."""
+        tree = _shared(state)
+        if not self._method.own_opt_state:
+            return parallel.to_global(tree)
+        own = self._replicas.gather_own(tree.pop("opt_state"))
+        return parallel.to_global(tree) | {"opt_state": self._method.save(own, _shapes(state))}
 
     def wait(self) -> None:
         """Returns when all is on disk."""
@@ -125,8 +155,14 @@ def _folder(workdir: Path) -> Path:
     return workdir.absolute() / FOLDER
 
 
-def _saved(state: Any) -> dict:
-    return {"step": state.step, "params": state.params, "opt_state": state.opt_state}
+def _shared(state: Any) -> dict:
+    fields = ("step", "params", "opt_state") + (("outer",) if jax.tree.leaves(state.outer) else ())
+    return {name: getattr(state, name) for name in fields}
+
+
+def _shapes(state: Any) -> Any:
+    """Of the optimizer's state on one device that has it all."""
+    return jax.eval_shape(state.tx.init, state.params)
 
 
 def _loss(metrics: dict) -> float:

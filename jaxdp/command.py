@@ -8,9 +8,10 @@ from pathlib import Path
 
 from absl import flags, logging
 
-from jaxdp.config import ConfigError
+from jaxdp.config import ConfigError, RunError
 
 WRONG_INPUT = 2
+FAULT = 1
 
 
 def run(main: Callable[[], int], check_arguments: Callable[[list[str]], None] | None = None) -> int:
@@ -31,9 +32,9 @@ def run(main: Callable[[], int], check_arguments: Callable[[list[str]], None] | 
             check_arguments(sys.argv[1:])
         _parse_flags()
         return main()
-    except ConfigError as error:
+    except (ConfigError, RunError) as error:
         print(f"jaxdp: {' '.join(str(error).split())}", file=sys.stderr)
-        return WRONG_INPUT
+        return WRONG_INPUT if isinstance(error, ConfigError) else FAULT
 
 
 def _parse_flags() -> None:

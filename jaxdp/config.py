@@ -24,12 +24,15 @@ CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
     "optimizer.name": ("adamw", "lion", "sgd", "muon"),
     "optimizer.schedule": ("cosine", "linear", "wsd", "constant"),
+    "sync.method": ("gradient_mean", "parameter_mean", "diloco", "sharded", "fixed_order"),
+    "sync.dtype": ("float32", "bfloat16"),
 }
 
 # Key -> (lowest, highest) value allowed, both included.
 RANGES = {
     "seed": (0, 2**31 - 1),
     "num_train_steps": (1, 2**31 - 1),
+    "num_epochs": (0, math.inf),
     "global_batch_size": (1, math.inf),
     "grad_accum_steps": (1, math.inf),
     "seq_len": (2, math.inf),
@@ -52,6 +55,12 @@ RANGES = {
     "optimizer.b1": (0, 0.999999),
     "optimizer.b2": (0, 0.999999),
     "optimizer.clip_norm": (0, 1e30),
+    "sync.every": (1, math.inf),
+    "sync.after": (0, math.inf),
+    "sync.outer_learning_rate": (0, 1e6),
+    "sync.outer_momentum": (0, 0.999999),
+    "sync.virtual_replicas": (1, math.inf),
+    "sync.check_every": (0, math.inf),
     "checkpoint.every": (1, math.inf),
     "checkpoint.keep_last": (1, math.inf),
     "checkpoint.keep_every": (0, math.inf),
@@ -66,6 +75,10 @@ NOT_IDENTITY = ("model.dropout", "model.dtype", "model.remat")
 
 class ConfigError(ValueError):
     """The user asked for something impossible; the message is one line that says what to do."""
+
+
+class RunError(RuntimeError):
+    """A run can't go on, by no mistake of the user's; the message is one line that says why."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +128,7 @@ def validate(config: ConfigDict) -> None:
             "'jaxdp[wandb]', or leave it empty"
         )
     _check_model(config)
+    _check_sync(config)
     optimizer = config.optimizer
     if optimizer.schedule != "constant" and optimizer.warmup_steps >= config.num_train_steps:
         raise ConfigError(
@@ -168,6 +182,43 @@ def _check_model(config: ConfigDict) -> None:
         )
 
 
+def _check_sync(config: ConfigDict) -> None:
+    c = config.sync
+    if c.method == "sharded" and config.optimizer.name == "muon":
+        raise ConfigError(
+            "optimizer.name='muon' needs whole matrices, of which sync.method='sharded' gives each "
+            "device a slice: use another of the two"
+        )
+    if c.dtype != "float32" and c.method not in ("gradient_mean", "sharded"):
+        raise ConfigError(
+            f"sync.dtype={c.dtype!r} is for gradients, and sync.method={c.method!r} sends "
+            "float32: use sync.method='gradient_mean' or 'sharded'"
+        )
+    if c.method == "fixed_order":
+        if c.virtual_replicas & (c.virtual_replicas - 1):
+            raise ConfigError(
+                f"sync.virtual_replicas={c.virtual_replicas} is no power of two: use 8, or another"
+            )
+        if config.grad_accum_steps != 1:
+            raise ConfigError(
+                f"grad_accum_steps={config.grad_accum_steps} has no meaning with "
+                "sync.method='fixed_order': leave it at 1 and raise sync.virtual_replicas"
+            )
+    if c.method in ("parameter_mean", "diloco"):
+        for key in ("eval_every", "checkpoint.every", "sync.after"):
+            value = flatten(config)[key]
+            if value % c.every:
+                raise ConfigError(
+                    f"{key}={value} is no multiple of sync.every={c.every}, and replicas agree "
+                    f"only then: use {value // c.every * c.every + c.every}, or another sync.every"
+                )
+    if c.after and c.method != "parameter_mean":
+        raise ConfigError(
+            f"sync.after={c.after} has no meaning with sync.method={c.method!r}: set it to 0, or "
+            "use 'parameter_mean'"
+        )
+
+
 def batch_sizes(config: ConfigDict, process_count: int, device_count: int) -> BatchSizes:
     """Splits the global batch equally; raises ConfigError where it can't be.
 
@@ -184,6 +235,12 @@ def batch_sizes(config: ConfigDict, process_count: int, device_count: int) -> Ba
         raise ConfigError(
             f"global_batch_size={total} can't be split equally over {device_count} devices x "
             f"grad_accum_steps={accum}: use {fix}, or another number of devices"
+        )
+    parts = config.sync.virtual_replicas
+    if config.sync.method == "fixed_order" and (parts % device_count or total % parts):
+        raise ConfigError(
+            f"sync.virtual_replicas={parts} can't be split equally over {device_count} devices, or "
+            f"global_batch_size={total} not over them: both have to be multiples"
         )
     per_device = total // device_count
     return BatchSizes(total, total // process_count, per_device, per_device // accum)
@@ -203,6 +260,10 @@ def check_same_run(config: ConfigDict, saved: ConfigDict) -> None:
         and key not in NOT_IDENTITY
         and new.get(key) != old.get(key)
     ]
+    # The other methods' states are the same; DiLoCo has an outer one, and moments per device.
+    methods = [flat.get("sync.method", "gradient_mean") for flat in (new, old)]
+    if methods[0] != methods[1] and "diloco" in methods:
+        differing.append(f"sync.method={methods[0]!r} (was {methods[1]!r})")
     if differing:
         raise ConfigError(
             f"this workdir holds a different run: {', '.join(differing)}; "

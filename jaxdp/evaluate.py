@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxdp.parallel import Replicas
+from jaxdp.parallel import Replicas, prefetch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,13 +34,13 @@ class Evaluation:
 
 
 def evaluate(
-    p_eval_step: Callable, state: Any, batches: Iterable[dict[str, np.ndarray]], replicas: Replicas
+    p_eval_step: Callable, params: Any, batches: Iterable[dict[str, np.ndarray]], replicas: Replicas
 ) -> Evaluation:
     """Sums losses and weights over all batches and divides once.
 
     Args:
       p_eval_step: the pmapped `step.eval_step`.
-      state: replicated.
+      params: replicated.
       batches: this process's part; equally many on every process.
       replicas: the devices.
     """
@@ -48,8 +48,8 @@ def evaluate(
     # never more than two steps are in flight (more can deadlock on CPU devices).
     total = np.zeros(2)
     previous = (0.0, 0.0)
-    for batch in replicas.prefetch(_numbered(batches)):
-        sums = p_eval_step(state, batch)
+    for batch in prefetch(_numbered(batches), replicas.shard):
+        sums = p_eval_step(params, batch)
         total += jax.device_get(previous)
         previous = sums
     loss_sum, weight_sum = total + jax.device_get(previous)

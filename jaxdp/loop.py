@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-import tempfile
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -10,22 +10,23 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 from ml_collections import ConfigDict
 
 from jaxdp import config as configs
-from jaxdp import losses, parallel, report, sampling, tokenizer
+from jaxdp import losses, parallel, preflight, report, sampling, tokenizer
+from jaxdp.agreement import ReplicaCheck
 from jaxdp.checkpoint import Checkpoints
-from jaxdp.config import BatchSizes, ConfigError
+from jaxdp.config import BatchSizes
 from jaxdp.data import pipeline
 from jaxdp.data.cache import TokenCache, open_cache
 from jaxdp.display import Display
 from jaxdp.evaluate import Evaluation, evaluate
-from jaxdp.metrics import MetricsWriter, Throughput
+from jaxdp.metrics import MetricsWriter, Throughput, load_balance
 from jaxdp.model import ModelConfig, Transformer, flops_per_token, num_parameters
 from jaxdp.optimizer import get_optimizer, get_schedule
 from jaxdp.parallel import Replicas
-from jaxdp.step import Transform, create_state, eval_step, plain, train_step
+from jaxdp.program import Program
+from jaxdp.step import Transform, create_state, eval_step, plain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,19 +70,24 @@ def train(
     if (workdir / "config.json").exists():
         configs.check_same_run(config, configs.load(workdir / "config.json"))
     cache = open_cache(config, display.line)
-    _check_data(config, cache)
-    _create(workdir)
+    preflight.check_data(config, cache)
+    config = _with_steps(config, len(cache.train))
+    preflight.create_workdir(workdir)
 
     model = Transformer(ModelConfig.from_config(config, cache.vocab_size))
     schedule = get_schedule(config)
-    state = replicas.replicate(create_state(model, get_optimizer(config, schedule), config.seed))
-    with Checkpoints(workdir, config) as checkpoints:
+    program = Program(config, replicas, schedule, _transform(config, cache))
+    optimizer = get_optimizer(config, schedule)
+    state = create_state(model, optimizer, config.seed, replicas, program.method)
+    with Checkpoints(workdir, config, replicas, program.method) as checkpoints:
         start, latest = 0, checkpoints.latest()
         if latest is not None:
             start, extra = latest
-            _check_same_tokens(config, cache, extra["digest"])
-            state = checkpoints.restore(start, state, replicas)
-        display.table("jaxdp", report.header(config, workdir, replicas, sizes, cache, state.params))
+            preflight.check_same_tokens(config, cache, extra["digest"])
+            state = checkpoints.restore(start, extra["devices"], state)
+        traffic = report.traffic(config, program.traffic(state), replicas.device_count)
+        header = report.header(config, workdir, replicas, sizes, cache, state.params)
+        display.table("jaxdp", header | traffic)
         if start >= config.num_train_steps:
             display.line(report.already_finished(start))
             return Result(start, True, None, state)
@@ -91,8 +97,19 @@ def train(
             configs.save(config, workdir / "config.json")
             configs.write_whole(workdir / "tokenizer.json", cache.tokenizer.to_str(pretty=True))
         with MetricsWriter(workdir, config, start, active=parallel.is_main()) as writer, display:
-            run = _Run(config, workdir, replicas, sizes, cache, model, display, checkpoints, writer)
-            result = run.train(state, start, schedule, stop_requested)
+            run = _Run(
+                config,
+                workdir,
+                replicas,
+                sizes,
+                cache,
+                model,
+                program,
+                display,
+                checkpoints,
+                writer,
+            )
+            result = run.train(state, start, stop_requested)
             checkpoints.wait()
             run.summarise(result)
             return result
@@ -108,68 +125,73 @@ class _Run:
     sizes: BatchSizes
     cache: TokenCache
     model: Transformer
+    program: Program
     display: Display
     checkpoints: Checkpoints
     writer: MetricsWriter
 
     def __post_init__(self) -> None:
-        self.transform = _transform(self.config, self.cache)
-        step = functools.partial(eval_step, seed=self.config.seed, transform=self.transform)
+        step = functools.partial(
+            eval_step,
+            apply_fn=self.model.apply,
+            seed=self.config.seed,
+            transform=_transform(self.config, self.cache),
+        )
         self.p_eval_step = self.replicas.pmap(step)
+        self.replica_check = ReplicaCheck(self.replicas)
+        self.busy = 0.0  # Seconds that this process was last busy with a step, not with waiting.
 
-    def train(
-        self, state: Any, start: int, schedule: optax.Schedule, stop_requested: Callable[[], bool]
-    ) -> Result:
+    def train(self, state: Any, start: int, stop_requested: Callable[[], bool]) -> Result:
         """Steps from `start` to the end, or until asked to stop."""
         config, total = self.config, self.config.num_train_steps
-        p_train_step = self._p_train_step(schedule)
-        batches = self.replicas.prefetch(self._batches(start, stop_requested))
+        rounds = parallel.prefetch(self._rounds(start, stop_requested), self.replicas.shard_steps)
         flops = flops_per_token(self.model.config, num_parameters(state.params))
         self.throughput = Throughput(flops, self.replicas.device_count)
         self.display.line("Compiling the training step ...")
-        pending, evaluation, stop = None, None, False
+        done, pending, evaluation, stop = start, None, None, False
 
-        for done in range(start + 1, total + 1):
+        while done < total and not stop:
             asked = time.perf_counter()
-            batch = next(batches)
+            batch = next(rounds)
             waited = time.perf_counter() - asked
-            state, metrics = p_train_step(state, batch)
-            # A step's figures are read after the next step is dispatched, so that the devices
-            # never wait for Python. More than two steps in flight can deadlock CPU devices.
+            steps = self.program.round_length(done)
+            state, metrics = self.program(done, state, batch)
+            # A round's figures are read after the next is dispatched, so that the devices never
+            # wait for Python. More than two steps in flight can deadlock CPU devices.
+            dispatched = time.perf_counter()
             if pending is not None:
                 stop = self._log(*pending)
-            elif done == start + 1:
+            elif done == start:
                 jax.block_until_ready(metrics)
                 self.display.start(start, total)
-                self.throughput.start(steps=-1)  # The first step's time is that of compilation.
-            pending = (done, metrics, waited)
+                # The first round's time is that of compilation.
+                self.throughput.start(steps=-steps)
+            if self.program.trace(metrics):
+                self.throughput.start(steps=-steps)
+            self.busy = dispatched - asked
+            first, done, pending = done, done + steps, (done, metrics, waited)
 
             evaluating = done % config.eval_every == 0 or done == total
             saving = done % config.checkpoint.every == 0 or done == total
             if stop or evaluating or saving:
                 stop = self._log(*pending) or stop
                 pending = None
-                evaluation = self._evaluate(done, state) if evaluating else None
-                if stop or saving:
-                    self.writer.flush()
-                    loss = evaluation.loss if evaluation else None
-                    self.checkpoints.save(done, state, {"digest": self.cache.digest}, loss)
-            if stop:
-                break
+            if self._check_due(first, done) or stop or saving:
+                self._check_replicas(done, state)
+            evaluation = self._evaluate(done, state) if evaluating else None
+            if stop or saving:
+                self.writer.flush()
+                loss = evaluation.loss if evaluation else None
+                self.checkpoints.save(done, state, {"digest": self.cache.digest}, loss)
         return Result(done, done == total, evaluation, state)
 
-    def _p_train_step(self, schedule: optax.Schedule) -> Callable:
-        step = functools.partial(
-            train_step,
-            schedule=schedule,
-            grad_accum_steps=self.config.grad_accum_steps,
-            seed=self.config.seed,
-            transform=self.transform,
-        )
-        return self.replicas.pmap(step, donate=True)
+    def _rounds(
+        self, start: int, stop_requested: Callable[[], bool]
+    ) -> Iterator[list[pipeline.Batch]]:
+        """This process's batches, round by round.
 
-    def _batches(self, start: int, stop_requested: Callable[[], bool]) -> Iterator[pipeline.Batch]:
-        """This process's batches, and with each whether the process was asked to stop."""
+        With each go whether the process was asked to stop, and how long it was busy with a step.
+        """
         batches = pipeline.train_batches(
             self.cache.train,
             objective=self.config.objective,
@@ -180,21 +202,47 @@ class _Run:
             global_batch_size=self.sizes.global_,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
+            num_epochs=self.config.num_epochs,
         )
-        for batch in batches:
-            yield batch | {"stop": np.full(self.sizes.per_host, stop_requested(), np.float32)}
+        done = start
+        while done < self.config.num_train_steps:
+            steps = self.program.round_length(done)
+            said = {
+                "stop": np.full(self.sizes.per_host, stop_requested(), np.float32),
+                "busy": np.full(self.sizes.per_host, self.busy, np.float32),
+            }
+            yield [batch | said for batch in itertools.islice(batches, steps)]
+            done += steps
 
-    def _log(self, done: int, metrics: dict[str, jax.Array], waited: float) -> bool:
-        """Logs a step where that is due; returns whether any process was asked to stop."""
-        figures = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        self.display.step(done)
-        self.throughput.add(int(figures["tokens"]), waited)
-        if done % self.config.log_every == 0 or done == self.config.num_train_steps:
+    def _check_due(self, before: int, done: int) -> bool:
+        every = self.config.sync.check_every
+        return every > 0 and before // every < done // every
+
+    def _check_replicas(self, done: int, state: Any) -> None:
+        """Stops the run where a device holds another state than the others."""
+        if self.config.sync.check_every and self.replicas.device_count > 1:
+            shared = {"params": state.params, "outer": state.outer}
+            if not self.program.method.own_opt_state:
+                shared["opt_state"] = state.opt_state
+            self.replica_check(shared, done)
+
+    def _log(self, before: int, metrics: dict[str, jax.Array], waited: float) -> bool:
+        """Logs a round's steps where due; returns whether any process was asked to stop."""
+        metrics = jax.device_get(metrics)
+        for i, tokens in enumerate(metrics["tokens"]):
+            done = before + i + 1
+            self.throughput.add(round(float(tokens.sum())), waited if i == 0 else 0.0)
+            if done % self.config.log_every and done != self.config.num_train_steps:
+                continue
             speed = self.throughput.read()
-            self.display.figures(done, figures["loss"], speed["tokens_per_second"])
-            names = ("loss", "grad_norm", "learning_rate")
-            self.writer.write(done, {**{f"train/{name}": figures[name] for name in names}, **speed})
-        return figures["stop"] > 0
+            loss = float(metrics["loss"][i])
+            self.display.figures(done, loss, speed["tokens_per_second"])
+            names = ("loss", "grad_norm", "learning_rate", "drift")
+            values = {f"train/{n}": float(metrics[n][i]) for n in names if n in metrics}
+            positions = self.sizes.per_device * self.config.seq_len
+            self.writer.write(done, values | load_balance(metrics, i, positions) | speed)
+        self.display.step(before + len(metrics["tokens"]))
+        return bool(metrics["stop"].max() > 0)
 
     def _evaluate(self, done: int, state: Any) -> Evaluation:
         """Evaluates on the validation split, and logs the result."""
@@ -208,7 +256,7 @@ class _Run:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
-        evaluation = evaluate(self.p_eval_step, state, batches, self.replicas)
+        evaluation = evaluate(self.p_eval_step, state.params, batches, self.replicas)
         bits_per_byte = evaluation.bits_per_byte(self.cache.tokens_per_byte)
         values = {
             "eval/loss": evaluation.loss,
@@ -229,10 +277,10 @@ class _Run:
             text = self._sample(result.state.params)
             self.display.text("Sample", text)
             self.writer.write_text(result.step, "sample", text)
-        self.display.table(
-            "Finished" if result.finished else "Stopped as asked; run again to go on",
-            report.summary(self.config, self.workdir, self.cache, result, self.display.seconds()),
-        )
+        rows = report.summary(self.config, self.workdir, self.cache, result, self.display.seconds())
+        rows |= report.agreement(self.program, result.state, self.replicas.device_count)
+        title = "Finished" if result.finished else "Stopped as asked; run again to go on"
+        self.display.table(title, rows)
 
     def _sample(self, params: Any) -> str:
         [prompt] = tokenizer.encode(self.cache.tokenizer, [self.config.sample.prompt])
@@ -256,38 +304,13 @@ def _transform(config: ConfigDict, cache: TokenCache) -> Transform:
     return functools.partial(losses.mask_tokens, mask_id=mask_id, vocab_size=cache.vocab_size)
 
 
-def _check_data(config: ConfigDict, cache: TokenCache) -> None:
-    """Refuses splits that hold not even one sequence, and a sample prompt that can't be read."""
-    for split, tokens in (("training", cache.train), ("validation", cache.validation)):
-        if len(tokens) <= config.seq_len:
-            raise ConfigError(
-                f"data.path={config.data.path!r} gives {len(tokens)} {split} tokens, too few for "
-                f"one sequence of seq_len={config.seq_len} and a next token: give more text, or a "
-                "smaller seq_len"
-            )
-    if config.objective == "causal" and config.sample.num_tokens:
-        [prompt] = tokenizer.encode(cache.tokenizer, [config.sample.prompt])
-        if len(prompt) == 0:
-            raise ConfigError(
-                f"sample.prompt={config.sample.prompt!r} is empty: give at least one character, or "
-                "sample.num_tokens=0"
-            )
-
-
-def _check_same_tokens(config: ConfigDict, cache: TokenCache, digest: str) -> None:
-    if cache.digest != digest:
-        raise ConfigError(
-            f"data.path={config.data.path!r} no longer gives the tokens that this workdir was "
-            "trained on: restore the data, or use another --workdir"
-        )
-
-
-def _create(workdir: Path) -> None:
-    """Makes the workdir where there is none yet, and makes sure that it can be written."""
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=workdir).close()
-    except OSError as error:
-        raise ConfigError(
-            f"--workdir={workdir} can't be written ({error.strerror}): choose another folder"
-        ) from None
+def _with_steps(config: ConfigDict, tokens: int) -> ConfigDict:
+    """The config with num_train_steps as num_epochs asks for it."""
+    if config.num_epochs == 0:
+        return config
+    config = config.copy_and_resolve_references()
+    config.num_train_steps = pipeline.steps_in(
+        config.num_epochs, tokens, config.seq_len, config.global_batch_size
+    )
+    configs.validate(config)
+    return config

@@ -120,6 +120,29 @@ def _start_wandb(workdir: Path, config: ConfigDict):
     )
 
 
+def load_balance(metrics: Mapping[str, Any], index: int, positions: int) -> dict[str, float]:
+    """How equally a step's work was spread.
+
+    Args:
+      metrics: of `step.train_step`, on the host.
+      index: which of its steps.
+      positions: tokens that a device's batch has room for.
+
+    Returns:
+      Real tokens on the devices that have fewest and most, the share of positions without one, and
+      the process that was busy longest between two steps (with its data, not its devices), in ms.
+    """
+    tokens, busy = metrics["tokens"][index], metrics["busy"][index]
+    per_process = len(busy) // jax.process_count()
+    return {
+        "balance/tokens_min": round(float(tokens.min())),
+        "balance/tokens_max": round(float(tokens.max())),
+        "balance/padding": 1 - float(tokens.sum()) / (positions * len(tokens)),
+        "balance/slowest_process": int(busy.argmax()) // per_process,
+        "balance/slowest_ms": 1e3 * float(busy.max()),
+    }
+
+
 class Throughput:
     """Speed since it was last asked for, by the clock on the wall.
 

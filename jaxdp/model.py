@@ -11,6 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 from ml_collections import ConfigDict
 
 
@@ -166,11 +167,10 @@ class Attention(nn.Module):
         mask = None
         if decode:
             key, value = self._cached(key, value, positions)
-            # [B, 1, L, S]
-            mask = jnp.arange(c.seq_len) <= positions[:, None, :, None]
-        out = jax.nn.dot_product_attention(
-            query, key, value, mask=mask, is_causal=c.causal and not decode
-        )
+            mask = jnp.arange(c.seq_len) <= positions[:, None, None, :, None]
+        elif c.causal:
+            mask = jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool))
+        out = attend(query, key, value, mask)
         out_dense = nn.DenseGeneral(
             c.embed_dim,
             axis=(-2, -1),
@@ -225,6 +225,33 @@ class Dropout(nn.Module):
         keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, rows)
         draw = functools.partial(jax.random.bernoulli, p=1 - self.rate, shape=x.shape[1:])
         return jnp.where(jax.vmap(draw)(keys), x / (1 - self.rate), 0)
+
+
+def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Scaled dot-product attention; the softmax in float32.
+
+    `jax.nn.dot_product_attention` divides by the softmax's sum, which XLA compiles differently for
+    one device and for several; here it is a multiplication always, as `sync.fixed_order` needs it.
+
+    Args:
+      query: [B, L, H, K].
+      key: [B, S, G, K], G dividing H.
+      value: [B, S, G, K].
+      mask: bool, broadcastable to [B, G, H / G, L, S]: whom a query may look at; None: everyone.
+
+    Returns:
+      [B, L, H, K] in the dtype of value.
+    """
+    width = query.shape[-1]
+    grouped = query.reshape(*query.shape[:2], key.shape[2], -1, width)
+    scores = jnp.einsum("blghk,bsgk->bghls", grouped, key, preferred_element_type=jnp.float32)
+    scores *= width**-0.5
+    if mask is not None:
+        scores = jnp.where(mask, scores, -1e30)
+    weights = jnp.exp(scores - lax.stop_gradient(scores.max(-1, keepdims=True)))
+    weights *= 1 / weights.sum(-1, keepdims=True)
+    out = jnp.einsum("bghls,bsgk->blghk", weights.astype(value.dtype), value)
+    return out.reshape(query.shape)
 
 
 def rotate(x: jax.Array, positions: jax.Array) -> jax.Array:

@@ -33,33 +33,33 @@ def get_schedule(config: ConfigDict) -> optax.Schedule:
 
 
 def get_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Clipping, then the optimizer that optimizer.name names, with decoupled weight decay."""
+    """The optimizer that optimizer.name names, with decoupled weight decay.
+
+    Gradients are clipped before (`step.clip`), by a norm that devices with slices know together.
+    """
     c = config.optimizer
     decay = {"weight_decay": c.weight_decay}
     if c.name == "adamw":
-        core = optax.adamw(schedule, c.b1, c.b2, mask=decay_mask, **decay)
-    elif c.name == "lion":
-        core = optax.lion(schedule, c.b1, c.b2, mask=decay_mask, **decay)
-    elif c.name == "sgd":
-        core = optax.chain(
+        return optax.adamw(schedule, c.b1, c.b2, mask=decay_mask, **decay)
+    if c.name == "lion":
+        return optax.lion(schedule, c.b1, c.b2, mask=decay_mask, **decay)
+    if c.name == "sgd":
+        return optax.chain(
             optax.trace(c.b1, nesterov=True) if c.b1 else optax.identity(),
             optax.add_decayed_weights(c.weight_decay, decay_mask),
             optax.scale_by_learning_rate(schedule),
         )
-    else:
-        # Its AdamW part can't tell norm scales from embeddings, so it decays neither.
-        core = optax.contrib.muon(
-            schedule,
-            beta=c.b1,
-            adam_b1=c.b1,
-            adam_b2=c.b2,
-            weight_decay_mask=decay_mask,
-            muon_weight_dimension_numbers=muon_dimensions,
-            consistent_rms=MUON_RMS,
-            **decay,
-        )
-    clip = optax.clip_by_global_norm(c.clip_norm) if c.clip_norm else optax.identity()
-    return optax.chain(clip, core)
+    # Its AdamW part can't tell norm scales from embeddings, so it decays neither.
+    return optax.contrib.muon(
+        schedule,
+        beta=c.b1,
+        adam_b1=c.b1,
+        adam_b2=c.b2,
+        weight_decay_mask=decay_mask,
+        muon_weight_dimension_numbers=muon_dimensions,
+        consistent_rms=MUON_RMS,
+        **decay,
+    )
 
 
 def decay_mask(params):

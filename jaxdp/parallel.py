@@ -44,35 +44,68 @@ class Replicas:
 
     def shard(self, batch: Any) -> Any:
         """Splits leaves [N * b, ...] over the devices: [N, b, ...]."""
+        return self.put(
+            jax.tree.map(lambda x: x.reshape(len(self.devices), -1, *x.shape[1:]), batch)
+        )
+
+    def shard_steps(self, batches: Sequence[Any]) -> Any:
+        """Splits batches of several steps, leaves [N * b, ...], likewise: [N, steps, b, ...]."""
         count = len(self.devices)
-        split = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)
-        return jax.device_put(split, NamedSharding(self._mesh, PartitionSpec(AXIS)))
 
-    def prefetch(self, batches: Iterable[Any], ahead: int = 2) -> Iterator[Any]:
-        """Yields sharded batches, copied to the devices while those before are worked on."""
-        waiting = []
-        for batch in batches:
-            waiting.append(self.shard(batch))
-            if len(waiting) > ahead:
-                yield waiting.pop(0)
-        yield from waiting
+        def split(*xs):
+            return np.stack([x.reshape(count, -1, *x.shape[1:]) for x in xs], axis=1)
 
-    def pmap(self, step: Callable, *, donate: bool = False) -> Callable:
+        return self.put(jax.tree.map(split, *batches))
+
+    def put(self, tree: Any) -> Any:
+        """Gives each device its part of leaves [N, ...]."""
+        return jax.device_put(tree, NamedSharding(self._mesh, PartitionSpec(AXIS)))
+
+    def put_own(self, tree: Any) -> Any:
+        """Gives each device its part of leaves [device_count, ...], the same on all processes."""
+        first = jax.process_index() * len(self.devices)
+        return self.put(jax.tree.map(lambda x: x[first : first + len(self.devices)], tree))
+
+    def gather_own(self, tree: Any) -> Any:
+        """The inverse of `put_own`, as NumPy arrays on every process."""
+        if jax.process_count() == 1:
+            return jax.device_get(tree)
+        return jax.tree.map(lambda x: multihost_utils.process_allgather(x, tiled=True), tree)
+
+    def pmap(
+        self,
+        step: Callable,
+        *,
+        state_axes: Any = None,
+        out_axes: Any = None,
+        donate: bool = False,
+    ) -> Any:
         """Runs step(state, batch) on every device, over the axis 'batch'.
 
         Args:
-          step: a pure function of a replicated state and the device's own batch [b, ...], whose
-            results must be equal on all devices.
+          step: a pure function of a state and the device's own batch [b, ...].
+          state_axes: None where the state is equal on all devices, 0 where it is [N, ...].
+          out_axes: likewise, of the results.
           donate: the state's memory is used for the results, and the state is lost.
         """
         return jax.pmap(
             step,
             axis_name=AXIS,
-            in_axes=(None, 0),
-            out_axes=None,
+            in_axes=(state_axes, 0),
+            out_axes=out_axes,
             devices=self._pmap_devices,
             donate_argnums=(0,) if donate else (),
         )
+
+
+def prefetch(items: Iterable[Any], put: Callable[[Any], Any], ahead: int = 2) -> Iterator[Any]:
+    """Yields put(item), copied to the devices while those before are worked on."""
+    waiting = []
+    for item in items:
+        waiting.append(put(item))
+        if len(waiting) > ahead:
+            yield waiting.pop(0)
+    yield from waiting
 
 
 def rows(per_device: int) -> jax.Array:

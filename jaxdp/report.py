@@ -1,5 +1,6 @@
 """A run in words: its header, its evaluations, its summary."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from jaxdp.display import duration, quantity
 from jaxdp.evaluate import Evaluation
 from jaxdp.model import ModelConfig, flops_per_token, num_parameters
 from jaxdp.parallel import Replicas
+from jaxdp.price import Collective
+from jaxdp.program import Program
 
 
 def header(
@@ -71,4 +74,32 @@ def summary(
         rows["validation"] = in_words(result.evaluation, bits_per_byte)
     if config.objective == "causal":
         rows["more text"] = f"python -m jaxdp.generate --workdir={workdir} --prompt=TEXT"
+    return rows
+
+
+def traffic(config: ConfigDict, collectives: list[Collective], count: int) -> dict[str, str]:
+    """What agreement sends, by the definition of the method."""
+    if count == 1:
+        return {"synchronised": f"nothing: one device (sync.method={config.sync.method})"}
+    sent = sum(c.sent(count) / c.steps for c in collectives)
+    payload = sum(c.bytes / c.steps for c in collectives)
+    per_token = sent / (config.global_batch_size * config.seq_len / count)
+    kinds = ", ".join(f"{n} {kind}" for kind, n in Counter(c.kind for c in collectives).items())
+    rounds = f" every {collectives[0].steps} steps" if collectives[0].steps > 1 else " a step"
+    return {
+        "synchronised": f"{config.sync.method}, {kinds}{rounds}: {quantity(payload)}B a step, of "
+        f"which a device sends {quantity(sent)}B, {per_token:,.0f} bytes per token of its own"
+    }
+
+
+def agreement(program: Program, state: Any, count: int) -> dict[str, str]:
+    """What agreement cost."""
+    rows = traffic(program.config, program.traffic(state), count)
+    if program.collectives:
+        found = Counter(c.kind for c in program.collectives.values())
+        kinds = ", ".join(f"{n} {kind}" for kind, n in found.items())
+        moved = sum(c.bytes for c in program.collectives.values())
+        rows["collectives"] = f"{kinds} in the compiled program, of {quantity(moved)}B together"
+    if program.waiting is not None:
+        rows["waiting"] = f"{program.waiting:.1%} of the devices' time in collectives, as profiled"
     return rows

@@ -1,19 +1,23 @@
-"""One optimizer step and one evaluation step, as pure functions of what a device holds.
+"""Optimizer steps and an evaluation step, as pure functions of what a device holds.
 
 Shapes: b sequences per device, A micro-batches, B = b / A sequences per micro-batch, L length.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax.training.train_state import TrainState
 from jax import lax
 
 from jaxdp import parallel, sync
 from jaxdp.losses import cross_entropy
+from jaxdp.methods import Sync
+from jaxdp.parallel import Replicas
 
 Batch = dict[str, jax.Array]
 # Corrupts a batch for masked-LM training: (key, rows, batch) -> batch; the identity otherwise.
@@ -28,74 +32,134 @@ def plain(key: jax.Array, rows: jax.Array, batch: Batch) -> Batch:
     return batch
 
 
-def create_state(model: Any, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
-    """Draws the initial parameters and makes the optimizer's state for them."""
+class State(TrainState):
+    """What a run is at a step: flax's TrainState, and DiLoCo's outer optimizer's state.
 
-    def init() -> TrainState:
+    Every field is the same on all devices, but for opt_state [N, ...] of the methods of `sync` that
+    say so.
+    """
+
+    outer: Any = ()
+
+
+def create_state(
+    model: Any,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    replicas: Replicas,
+    method: Sync,
+) -> State:
+    """Draws the initial parameters and makes the optimizer's state for them, on all devices."""
+
+    def init() -> Any:
         inputs = jnp.zeros((1, model.config.seq_len), jnp.int32)
-        params = model.init(jax.random.key(seed), inputs)["params"]
-        state = TrainState.create(apply_fn=model.apply, params=params, tx=optimizer)
-        return state.replace(step=jnp.zeros((), jnp.int32))
+        return model.init(jax.random.key(seed), inputs)["params"]
 
-    return jax.jit(init)()
+    def state_of(params, _):
+        opt_state, outer = method.init(optimizer, params)
+        step = jnp.zeros((), jnp.int32)
+        return State(step, model.apply, params, optimizer, opt_state, outer)
+
+    params = replicas.replicate(jax.jit(init)())
+    shapes = jax.eval_shape(lambda: State(0, model.apply, params, optimizer, (), ()))
+    start = replicas.pmap(state_of, out_axes=state_axes(shapes, method))
+    return start(params, replicas.shard(np.zeros(len(replicas.devices))))
+
+
+def state_axes(state: State, method: Sync) -> State:
+    """Which fields of a state have an axis of devices, as `jax.pmap` wants to be told."""
+    opt_state = 0 if method.own_opt_state else None
+    return state.replace(step=None, params=None, opt_state=opt_state, outer=None)
 
 
 def train_step(
-    state: TrainState,
+    state: State,
     batch: Batch,
     *,
+    method: Sync,
     schedule: optax.Schedule,
-    grad_accum_steps: int,
     seed: int,
+    clip_norm: float = 0.0,
     transform: Transform = plain,
-) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One optimizer step; call it under an axis named 'batch'.
-
-    Args:
-      state: equal on all devices.
-      batch: that of `gradients`, and stop [b] float32: whether this process was asked to stop.
-      schedule: step -> learning rate, for the metrics only.
-      grad_accum_steps: A; divides b.
-      seed: of the run.
-      transform: applied to each micro-batch.
-
-    Returns:
-      The new state, and the metrics of `gradients` with two more, [] float32 each: learning_rate,
-      stop (any process's).
-    """
-    stop = lax.pmax(jnp.max(batch["stop"]), parallel.AXIS)
-    grads, metrics = gradients(
-        state, batch, grad_accum_steps=grad_accum_steps, seed=seed, transform=transform
-    )
-    learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
-    metrics |= {"learning_rate": learning_rate, "stop": stop}
-    return state.apply_gradients(grads=grads), metrics
-
-
-def gradients(
-    state: TrainState,
-    batch: Batch,
-    *,
-    grad_accum_steps: int,
-    seed: int,
-    transform: Transform = plain,
-) -> tuple[Any, dict[str, jax.Array]]:
-    """The gradient of the global batch, equal on all devices; call it under the axis 'batch'.
+) -> tuple[State, dict[str, jax.Array]]:
+    """One optimizer step, or a round of several; call it under an axis named 'batch'.
 
     Loss and gradient are means over the weights of all tokens in the global batch, however many
     devices and micro-batches it is spread over. Random numbers depend on (seed, step, number of
     the sequence in the global batch), so they don't depend on that either.
 
     Args:
-      state: equal on all devices.
-      batch: this device's inputs and targets [b, L] int32, weights [b, L] float32.
-      grad_accum_steps: A; divides b.
+      state: equal on all devices, but for what `method` keeps apart.
+      batch: this device's inputs and targets [steps, b, L] int32, weights [steps, b, L] float32,
+        stop and busy [steps, b] float32: whether this process was asked to stop, and the seconds
+        it was last busy with a step.
+      method: how replicas agree.
+      schedule: step -> learning rate, for the metrics only.
       seed: of the run.
+      clip_norm: gradients with a larger norm are scaled down to it; 0: never.
       transform: applied to each micro-batch.
 
     Returns:
-      The gradient, a pytree like state.params, and metrics, [] float32 each: loss (nats per
-      token), grad_norm (before clipping), tokens (weight of the global batch).
+      The new state, and metrics of each step, float32: loss (nats per token), grad_norm (before
+      clipping; a mean over devices where each has its own), learning_rate and stop (any process's),
+      [steps] each; tokens (real ones) and busy, [steps, N], of every device; drift [steps] where
+      replicas drift apart.
+    """
+
+    def step(state, batch):
+        (loss, weight), sums = gradient_sums(
+            state, batch, seed=seed, transform=transform, accumulate=method.accumulate
+        )
+        figures = {
+            "loss": loss,
+            "stop": batch["stop"].max(),
+            "tokens": sync.per_device(weight, parallel.AXIS),
+            "busy": sync.per_device(batch["busy"].max(), parallel.AXIS),
+        }
+        grads, figures = method.mean(sums, figures)
+        figures["grad_norm"] = method.norm(grads)
+        if clip_norm:
+            grads = clip(grads, figures["grad_norm"], clip_norm)
+        figures["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
+        return method.update(state, grads), figures
+
+    steps = len(batch["inputs"])
+    if steps == 1:
+        after, figures = step(state, jax.tree.map(lambda x: x[0], batch))
+        figures = jax.tree.map(lambda x: x[None], figures)
+    else:
+        after, figures = lax.scan(step, state, batch)
+    rates = figures.pop("learning_rate")
+    after, figures = method.agree(state, after, figures)
+    figures["loss"] /= jnp.maximum(figures["tokens"].sum(1), 1)
+    return after, figures | {"learning_rate": rates}
+
+
+def clip(grads: Any, norm: jax.Array, limit: float) -> Any:
+    """Scales a gradient of this norm down to `limit` where it is longer."""
+    scale = limit / jnp.maximum(norm, limit)
+    return jax.tree.map(lambda x: x * scale, grads)
+
+
+def gradient_sums(
+    state: State,
+    batch: Batch,
+    *,
+    seed: int,
+    transform: Transform = plain,
+    accumulate: Callable,
+) -> tuple[tuple[jax.Array, jax.Array], Any]:
+    """Sums over this device's tokens; call it under the axis 'batch'.
+
+    Args:
+      state: see `train_step`.
+      batch: inputs and targets [b, L] int32, weights [b, L] float32.
+      seed: of the run.
+      transform: applied to each micro-batch.
+      accumulate: (value_and_grad, params, batch) -> their sums over micro-batches.
+
+    Returns:
+      (loss_sum, weight_sum), [] float32 each, and the gradient of loss_sum, like state.params.
     """
     batch = {name: batch[name] for name in ("inputs", "targets", "weights")}
     batch["rows"] = parallel.rows(len(batch["inputs"]))
@@ -105,23 +169,47 @@ def gradients(
         logits, micro = _forward(state.apply_fn, params, micro, step_key, transform, train=True)
         return cross_entropy(logits, micro["targets"], micro["weights"])
 
-    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
-    (loss_sum, weight_sum), grads = _accumulate(
-        value_and_grad, state.params, batch, grad_accum_steps
+    return accumulate(jax.value_and_grad(loss_fn, has_aux=True), state.params, batch)
+
+
+def gradients(
+    state: State,
+    batch: Batch,
+    *,
+    grad_accum_steps: int = 1,
+    seed: int,
+    transform: Transform = plain,
+) -> tuple[Any, dict[str, jax.Array]]:
+    """The gradient of the global batch by `sync.gradient_mean`; call it under the axis 'batch'.
+
+    Args:
+      state: see `train_step`.
+      batch: that of `gradient_sums`.
+      grad_accum_steps: A; divides b.
+      seed: of the run.
+      transform: applied to each micro-batch.
+
+    Returns:
+      The gradient, like state.params, and loss [] (summed, nats) and tokens [N].
+    """
+    add = functools.partial(sync.accumulate, count=grad_accum_steps)
+    (loss, weight), sums = gradient_sums(
+        state, batch, seed=seed, transform=transform, accumulate=add
     )
-    (loss, grads), tokens = sync.gradient_mean((loss_sum, grads), weight_sum, parallel.AXIS)
-    return grads, {"loss": loss, "grad_norm": optax.tree.norm(grads), "tokens": tokens}
+    figures = {"loss": loss, "tokens": sync.per_device(weight, parallel.AXIS)}
+    return sync.gradient_mean(sums, figures, parallel.AXIS)
 
 
 def eval_step(
-    state: TrainState, batch: Batch, *, seed: int, transform: Transform = plain
+    params: Any, batch: Batch, *, apply_fn: Callable, seed: int, transform: Transform = plain
 ) -> tuple[jax.Array, jax.Array]:
     """Sums of loss and weight over the batches of all devices; call it under the axis 'batch'.
 
     Args:
-      state: see `train_step`; only its parameters are used.
+      params: equal on all devices.
       batch: this device's inputs and targets [b, L] int32, weights [b, L] float32, and number [b]
         int32, which batch of the evaluation it is: the masks of masked-LM depend on it.
+      apply_fn: the model's.
       seed: of the run.
       transform: as in training.
 
@@ -132,7 +220,7 @@ def eval_step(
     micro = {name: batch[name] for name in ("inputs", "targets", "weights")}
     micro["rows"] = parallel.rows(len(batch["inputs"]))
     key = jax.random.fold_in(jax.random.key(seed), number)
-    logits, micro = _forward(state.apply_fn, state.params, micro, key, transform, train=False)
+    logits, micro = _forward(apply_fn, params, micro, key, transform, train=False)
     sums = cross_entropy(logits, micro["targets"], micro["weights"])
     return lax.psum(sums, parallel.AXIS)
 
@@ -143,17 +231,3 @@ def _forward(apply_fn, params, micro: Batch, key, transform: Transform, train: b
     micro = transform(jax.random.fold_in(key, MASK_STREAM), rows, micro)
     dropout = {"rows": rows, "rngs": {"dropout": jax.random.fold_in(key, DROPOUT_STREAM)}}
     return apply_fn({"params": params}, micro["inputs"], **(dropout if train else {})), micro
-
-
-def _accumulate(value_and_grad: Callable, params: Any, batch: Batch, count: int):
-    """Sums of ((loss_sum, weight_sum), gradients) over `count` micro-batches, one at a time."""
-    if count == 1:
-        return value_and_grad(params, batch)
-    micros = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)
-
-    def add(total, micro):
-        return jax.tree.map(jnp.add, total, value_and_grad(params, micro)), None
-
-    shapes = jax.eval_shape(value_and_grad, params, jax.tree.map(lambda x: x[0], micros))
-    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    return lax.scan(add, zero, micros)[0]

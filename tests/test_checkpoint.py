@@ -3,19 +3,26 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax.training.train_state import TrainState
 
 from jaxdp.checkpoint import Checkpoints, load_params
 from jaxdp.config import ConfigError
-from jaxdp.parallel import Replicas
+from jaxdp.methods import METHODS
+from jaxdp.parallel import AXIS, Replicas
+from jaxdp.step import State, state_axes
 
 
 def state_of(step, value=0.0, devices=1):
     params = {"a": jnp.arange(6.0).reshape(2, 3) + value, "b": {"c": jnp.full((4,), value)}}
-    state = TrainState.create(apply_fn=None, params=params, tx=optax.adam(0.1))
+    state = State.create(apply_fn=None, params=params, tx=optax.adam(0.1))
     grads = jax.tree.map(jnp.ones_like, params)
     state = state.apply_gradients(grads=grads).replace(step=jnp.array(step, jnp.int32))
     return Replicas(jax.local_devices()[:devices]).replicate(state)
+
+
+def open_checkpoints(workdir, config, devices=1):
+    replicas = Replicas(jax.local_devices()[:devices])
+    method = METHODS[config.sync.method](config, AXIS)
+    return Checkpoints(workdir, config, replicas, method)
 
 
 def saved_steps(workdir):
@@ -23,20 +30,19 @@ def saved_steps(workdir):
 
 
 def test_nothing_to_restore_in_a_new_workdir(tmp_path, config):
-    with Checkpoints(tmp_path, config) as checkpoints:
+    with open_checkpoints(tmp_path, config) as checkpoints:
         assert checkpoints.latest() is None
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 1), (4, 2), (1, 8)])
 def test_restores_bit_by_bit_on_other_devices(tmp_path, config, before, after):
     state = state_of(7, value=0.1, devices=before)
-    with Checkpoints(tmp_path, config) as checkpoints:
+    with open_checkpoints(tmp_path, config, before) as checkpoints:
         checkpoints.save(7, state, {"digest": "x"}, 1.5)
-    replicas = Replicas(jax.local_devices()[:after])
-    with Checkpoints(tmp_path, config) as checkpoints:
+    with open_checkpoints(tmp_path, config, after) as checkpoints:
         step, extra = checkpoints.latest()
-        restored = checkpoints.restore(step, state_of(0, devices=after), replicas)
-    assert (step, extra) == (7, {"digest": "x"})
+        restored = checkpoints.restore(step, extra["devices"], state_of(0, devices=after))
+    assert (step, extra) == (7, {"digest": "x", "devices": before})
     for part in ("params", "opt_state"):
         a, b = (jax.tree.structure(getattr(s, part)) for s in (restored, state))
         assert a == b
@@ -50,11 +56,11 @@ def test_keeps_the_newest_the_best_and_the_milestones(tmp_path, config):
     """Also across a restart, which must not forget which one was the best."""
     config.checkpoint.update({"keep_last": 2, "keep_every": 4})
     state = state_of(0)
-    with Checkpoints(tmp_path, config) as checkpoints:
+    with open_checkpoints(tmp_path, config) as checkpoints:
         for step, loss in enumerate([5.0, 3.0, 1.0, 4.0, None, 6.0, 7.0], 1):
             checkpoints.save(step, state, {}, loss)
     assert saved_steps(tmp_path) == [3, 4, 6, 7]
-    with Checkpoints(tmp_path, config) as checkpoints:
+    with open_checkpoints(tmp_path, config) as checkpoints:
         for step, loss in ((9, 3.0), (10, None), (11, 8.0)):
             checkpoints.save(step, state, {}, loss)
     assert saved_steps(tmp_path) == [3, 4, 10, 11]
@@ -62,7 +68,7 @@ def test_keeps_the_newest_the_best_and_the_milestones(tmp_path, config):
 
 def test_a_later_best_replaces_the_best(tmp_path, config):
     config.checkpoint.keep_last = 1
-    with Checkpoints(tmp_path, config) as checkpoints:
+    with open_checkpoints(tmp_path, config) as checkpoints:
         for step, loss in enumerate([2.0, 1.0, float("nan"), 3.0], 1):
             checkpoints.save(step, state_of(0), {}, loss)
     assert saved_steps(tmp_path) == [2, 4]
@@ -70,7 +76,7 @@ def test_a_later_best_replaces_the_best(tmp_path, config):
 
 def test_parameters_alone(tmp_path, config):
     state = state_of(3, value=0.5)
-    with Checkpoints(tmp_path, config) as checkpoints:
+    with open_checkpoints(tmp_path, config) as checkpoints:
         checkpoints.save(3, state, {}, None)
     shapes = jax.eval_shape(lambda: state.params)
     params, step = load_params(tmp_path, shapes)
@@ -85,3 +91,60 @@ def test_no_checkpoint_is_said_so(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(ConfigError, match="holds no checkpoint: train first"):
         load_params(tmp_path, {})
+
+
+def own_state(config, devices, step):
+    """A state of a method that has an opt_state per device, after a step on different gradients."""
+    method = METHODS[config.sync.method](config, AXIS)
+    replicas = Replicas(jax.local_devices()[:devices])
+    shared = state_of(step, value=0.5, devices=devices)
+    axes = state_axes(shared, method)
+
+    def init(state, own):
+        opt_state, outer = method.init(state.tx, state.params)
+        opt_state = jax.tree.map(lambda x: x + own[0] if x.ndim else x, opt_state)
+        return state.replace(opt_state=opt_state, outer=outer)
+
+    own = replicas.shard(np.arange(devices, dtype=np.float32))
+    return replicas.pmap(init, out_axes=axes)(shared, own)
+
+
+@pytest.mark.parametrize("method", ["sharded", "diloco"])
+def test_what_each_device_has_of_its_own_comes_back(tmp_path, config, method):
+    config.sync.method = method
+    state = own_state(config, 4, 7)
+    with open_checkpoints(tmp_path, config, 4) as checkpoints:
+        checkpoints.save(7, state, {}, None)
+    with open_checkpoints(tmp_path, config, 4) as checkpoints:
+        restored = checkpoints.restore(7, 4, own_state(config, 4, 0))
+    for a, b in zip(*map(jax.tree.leaves, (restored, state)), strict=True):
+        # A slice's padding is not saved, and never used: six numbers on four devices are eight.
+        a, b = np.asarray(a), np.asarray(b)
+        padded = method == "sharded" and a.shape == (4, 2)
+        count = 6 if padded else a.size
+        assert a.reshape(-1)[:count].tobytes() == b.reshape(-1)[:count].tobytes()
+
+
+def test_slices_are_cut_anew_for_other_devices_and_methods(tmp_path, config):
+    config.sync.method = "sharded"
+    state = own_state(config, 4, 7)
+    with open_checkpoints(tmp_path, config, 4) as checkpoints:
+        checkpoints.save(7, state, {}, None)
+    mu = np.asarray(state.opt_state[0].mu["a"]).reshape(-1)[:6].reshape(2, 3)
+    with open_checkpoints(tmp_path, config, 2) as checkpoints:
+        two = checkpoints.restore(7, 4, own_state(config, 2, 0))
+    assert (np.asarray(two.opt_state[0].mu["a"]).reshape(2, 3) == mu).all()
+    config.sync.method = "gradient_mean"
+    with open_checkpoints(tmp_path, config, 1) as checkpoints:
+        whole = checkpoints.restore(7, 4, state_of(0))
+    assert (np.asarray(whole.opt_state[0].mu["a"]) == mu).all()
+
+
+def test_diloco_goes_on_with_mean_moments_on_other_devices(tmp_path, config):
+    config.sync.method = "diloco"
+    with open_checkpoints(tmp_path, config, 4) as checkpoints:
+        checkpoints.save(7, own_state(config, 4, 7), {}, None)
+    with open_checkpoints(tmp_path, config, 2) as checkpoints:
+        two = checkpoints.restore(7, 4, own_state(config, 2, 0))
+    assert two.opt_state[0].mu["a"].shape == (2, 2, 3)
+    assert (np.asarray(two.opt_state[0].mu["a"]) == 1.5).all()

@@ -62,8 +62,25 @@ def test_donated_state_is_not_copied_again():
 def test_prefetch_keeps_order_and_loses_nothing():
     replicas = Replicas(jax.local_devices()[:2])
     for count in (0, 1, 2, 5):
-        got = list(replicas.prefetch(np.full(2, i) for i in range(count)))
+        got = list(parallel.prefetch((np.full(2, i) for i in range(count)), replicas.shard))
         assert [int(x[0, 0]) for x in got] == list(range(count))
+
+
+def test_steps_of_a_round_stay_in_order():
+    replicas = Replicas(jax.local_devices()[:2])
+    sharded = replicas.shard_steps([{"x": np.arange(4) + 10 * i} for i in range(3)])["x"]
+    assert (
+        np.asarray(sharded) == [[[0, 1], [10, 11], [20, 21]], [[2, 3], [12, 13], [22, 23]]]
+    ).all()
+
+
+def test_each_device_gets_its_own_and_gives_it_back():
+    replicas = Replicas(jax.local_devices()[:4])
+    own = replicas.put_own({"x": np.arange(12).reshape(4, 3)})
+    assert [int(s.data[0, 0]) for s in own["x"].addressable_shards] == [0, 3, 6, 9]
+    step = replicas.pmap(lambda s, _: s + 1, state_axes=0, out_axes=0)
+    back = replicas.gather_own(step(own["x"], replicas.shard(np.zeros(4))))
+    assert (back == np.arange(12).reshape(4, 3) + 1).all()
 
 
 def test_alone_without_launcher(monkeypatch):

@@ -31,6 +31,7 @@ def train_batches(
     global_batch_size: int,
     process_index: int,
     process_count: int,
+    num_epochs: int = 0,
 ) -> Iterator[Batch]:
     """Yields this process's rows of the batches of steps start_step .. num_steps - 1.
 
@@ -48,9 +49,10 @@ def train_batches(
       global_batch_size: G, divisible by process_count.
       process_index: which of the equal parts of the global batch to give.
       process_count: how many there are.
+      num_epochs: rows beyond so many epochs get weight 0; 0: there are none.
 
     Yields:
-      inputs [P, L] int32, targets [P, L] int32, weights [P, L] float32 (all one).
+      inputs [P, L] int32, targets [P, L] int32, weights [P, L] float32, one but where said above.
     """
     from jaxdp.data.tensorflow import tf
 
@@ -87,9 +89,16 @@ def train_batches(
     options = tf.data.Options()
     options.autotune.enabled = False
     dataset = dataset.with_options(options)
-    weights = np.ones((per_host, seq_len), np.float32)
-    for inputs, targets in dataset.as_numpy_iterator():
+    end = num_epochs * windows or np.inf
+    for step, (inputs, targets) in enumerate(dataset.as_numpy_iterator(), start_step):
+        real = (step * global_batch_size + rows < end)[:, None]
+        weights = np.broadcast_to(real, inputs.shape).astype(np.float32)
         yield {"inputs": inputs, "targets": targets, "weights": weights}
+
+
+def steps_in(num_epochs: int, tokens: int, seq_len: int, global_batch_size: int) -> int:
+    """Optimizer steps that so many epochs take, the last batch filled up where it isn't full."""
+    return -(-num_epochs * num_windows(tokens, seq_len) // global_batch_size)
 
 
 def _shuffle(index, seeds, max_index: int):

@@ -1,0 +1,98 @@
+"""The compiled training step of a run: which method when, how many steps at once, at what price."""
+
+import functools
+from typing import Any
+
+import jax
+import optax
+from ml_collections import ConfigDict
+
+from jaxdp import methods, parallel, price
+from jaxdp.methods import Sync
+from jaxdp.parallel import Replicas
+from jaxdp.price import Collective
+from jaxdp.step import Transform, state_axes, train_step
+
+# Calls after a start that are recorded by the profiler, once everything is warm.
+TRACED = range(4, 7)
+
+
+class Program:
+    """Runs rounds of optimizer steps: one at a time, or as many as replicas train alone.
+
+    Attributes:
+      method: how replicas agree (after the first sync.after steps).
+      collectives: of the compiled program, by instruction; None before it is compiled.
+      waiting: share of the devices' time that goes into collectives; None where not measured.
+    """
+
+    def __init__(
+        self, config: ConfigDict, replicas: Replicas, schedule: optax.Schedule, transform: Transform
+    ):
+        """Compiles nothing yet."""
+        self.config, self._replicas = config, replicas
+        self.method = methods.METHODS[config.sync.method](config, parallel.AXIS)
+        self._first_method = Sync(config, parallel.AXIS) if config.sync.after else self.method
+        self._step = functools.partial(
+            train_step,
+            schedule=schedule,
+            seed=config.seed,
+            clip_norm=config.optimizer.clip_norm,
+            transform=transform,
+        )
+        self._p_steps: dict[tuple[Sync, int], Any] = {}
+        self.collectives: dict[str, Collective] | None = None
+        self.waiting: float | None = None
+        self._calls = 0
+        self._trace: price.Trace | None = None
+
+    def round_length(self, done: int) -> int:
+        """Steps of the round that begins after `done` steps; the run's end can cut it short."""
+        every = self._method(done).every
+        return min(every - done % every, self.config.num_train_steps - done)
+
+    def __call__(self, done: int, state: Any, batch: Any) -> tuple[Any, dict[str, jax.Array]]:
+        """One round, from a state that has done so many steps; see `step.train_step`."""
+        method, steps = self._method(done), batch["inputs"].shape[1]
+        if (method, steps) not in self._p_steps:
+            axes = state_axes(state, method)
+            p_step = self._replicas.pmap(
+                functools.partial(self._step, method=method),
+                state_axes=axes,
+                out_axes=(axes, None),
+                donate=True,
+            )
+            self._p_steps[method, steps] = p_step
+            if method is self.method and self.collectives is None:
+                # The call below finds the program compiled.
+                text = p_step.lower(state, batch).compile().as_text()
+                self.collectives = price.collectives(text, self._replicas.device_count)
+                self._calls = 0
+        self._calls += 1
+        return self._p_steps[method, steps](state, batch)
+
+    def trace(self, metrics: dict[str, jax.Array]) -> bool:
+        """To be called after each round: lets the profiler measure a few; returns whether it did.
+
+        Args:
+          metrics: of that round; the profiler starts and stops when they are there.
+        """
+        if not self.collectives or not parallel.is_main():
+            return False
+        if self._calls == TRACED.start and self._trace is None:
+            jax.block_until_ready(metrics)
+            self._trace = price.Trace(self.collectives, len(self._replicas.devices))
+            self._trace.start()
+        elif self._calls == TRACED.stop and self._trace:
+            jax.block_until_ready(metrics)
+            self.waiting, self._trace = self._trace.stop(), None
+            return True
+        return False
+
+    def traffic(self, state: Any) -> list[Collective]:
+        """What a round sends, by the method's definition."""
+        opt_state = jax.eval_shape(state.tx.init, state.params)
+        return self.method.traffic(state.params, opt_state, self._replicas.device_count)
+
+    def _method(self, done: int) -> Sync:
+        return self._first_method if done < self.config.sync.after else self.method

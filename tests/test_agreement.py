@@ -1,0 +1,74 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxdp.agreement import ReplicaCheck, fingerprints
+from jaxdp.config import RunError
+from jaxdp.parallel import Replicas
+
+TREE = {"a": np.arange(12.0, dtype=np.float32).reshape(3, 4), "b": {"c": np.ones(5, np.int32)}}
+
+
+def corrupt(tree, path, device, replicas, change):
+    """A replicated tree of which one device holds another leaf than the others."""
+    tree = replicas.replicate(tree)
+    mesh = Mesh(np.array(replicas.devices), ("batch",))
+
+    def spoil(found, leaf):
+        if jax.tree_util.keystr(found, simple=True, separator="/") != path:
+            return leaf
+        copies = [np.array(s.data) for s in leaf.addressable_shards]
+        copies[device] = change(copies[device])
+        copies = [jax.device_put(c, d) for c, d in zip(copies, replicas.devices, strict=True)]
+        sharding = NamedSharding(mesh, PartitionSpec())
+        return jax.make_array_from_single_device_arrays(leaf.shape, sharding, copies)
+
+    return jax.tree.map_with_path(spoil, tree)
+
+
+def flip_lowest_bit(x):
+    bits = x.view(np.uint32)
+    bits.flat[1] ^= 1
+    return x
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4])
+def test_equal_replicas_pass(devices):
+    replicas = Replicas(jax.local_devices()[:devices])
+    ReplicaCheck(replicas)(replicas.replicate(TREE), 3)
+
+
+@pytest.mark.parametrize("path", ["a", "b/c"])
+def test_one_flipped_bit_is_found_and_named(path):
+    replicas = Replicas(jax.local_devices()[:4])
+    tree = corrupt(TREE, path, 2, replicas, flip_lowest_bit)
+    message = rf"after step 7 device 2 of 0\.\.3 holds another state than most, first in {path}:"
+    with pytest.raises(RunError, match=message):
+        ReplicaCheck(replicas)(tree, 7)
+
+
+def test_swapped_elements_are_found():
+    """A plain sum would not see them."""
+    replicas = Replicas(jax.local_devices()[:4])
+    tree = corrupt(TREE, "a", 0, replicas, lambda x: x[::-1].copy())
+    with pytest.raises(RunError, match="device 0 of"):
+        ReplicaCheck(replicas)(tree, 1)
+
+
+def test_every_bit_and_place_counts():
+    base = np.random.default_rng(0).normal(size=50).astype(np.float32)
+    variants = [base, base[::-1].copy(), np.roll(base, 1)]
+    for bit in range(32):
+        changed = base.copy()
+        changed.view(np.uint32)[17] ^= np.uint32(1 << bit)
+        variants.append(changed)
+    found = {int(jax.jit(fingerprints)({"x": v})[0]) for v in variants}
+    assert len(found) == len(variants)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint8"])
+def test_any_dtype_of_a_state(dtype):
+    x = jnp.arange(6).astype(dtype)
+    assert fingerprints([x])[0] != fingerprints([x.at[3].set(0)])[0]

@@ -1,0 +1,73 @@
+import jax
+import numpy as np
+import pytest
+from jax import lax
+
+from jaxdp import price
+from jaxdp.parallel import AXIS, Replicas
+from jaxdp.price import Collective
+
+
+@pytest.mark.parametrize(
+    ("kind", "sent", "hops"),
+    [("all-reduce", 150, 6), ("reduce-scatter", 75, 3), ("all-gather", 75, 3)],
+)
+def test_a_ring_of_four(kind, sent, hops):
+    assert Collective(kind, 100).sent(4) == sent
+    assert Collective(kind, 100).hops(4) == hops
+    assert Collective(kind, 100).sent(1) == Collective(kind, 100).hops(1) == 0
+
+
+def test_bytes_of_floats_only():
+    tree = {"a": np.zeros((2, 3), np.float32), "count": np.zeros((), np.int32)}
+    assert price.num_bytes(tree) == 24
+    assert price.num_bytes(tree, "bfloat16") == 12
+
+
+def compiled(function, x, devices=4):
+    replicas = Replicas(jax.local_devices()[:devices])
+    step = replicas.pmap(lambda _, part: function(part), out_axes=0)
+    arguments = replicas.replicate(np.float32(0)), replicas.shard(x)
+    return step, arguments, step.lower(*arguments).compile().as_text()
+
+
+@pytest.mark.parametrize(
+    ("function", "kind", "size"),
+    [
+        (lambda x: lax.psum(x, AXIS), "all-reduce", 4 * 2 * 8),
+        (lambda x: lax.psum_scatter(x[0], AXIS, tiled=True), "reduce-scatter", 4 * 8),
+        (lambda x: lax.all_gather(x, AXIS), "all-gather", 4 * 4 * 2 * 8),
+        (lambda x: lax.ppermute(x, AXIS, [(0, 1), (1, 0)]), "collective-permute", 4 * 2 * 8),
+    ],
+)
+def test_collectives_of_a_compiled_program(function, kind, size):
+    _, _, text = compiled(function, np.ones((8, 8), np.float32))
+    [found] = price.collectives(text, 4).values()
+    assert (found.kind, found.bytes) == (kind, size)
+
+
+def test_names_as_gpu_programs_have_them():
+    text = """
+      %all-reduce-start.1 = (f32[10]{0}, f32[10]{0}) all-reduce-start(%x), channel_id=1
+      %all-reduce-done.1 = f32[10]{0} all-reduce-done(%all-reduce-start.1)
+      ROOT %psum.2 = (bf16[], bf16[3,2]{1,0}) all-reduce(%a, %b), to_apply=%add
+    """
+    found = price.collectives(text, 4)
+    assert [(n, c.kind, c.bytes) for n, c in found.items()] == [
+        ("all-reduce-start.1", "all-reduce", 40),
+        ("psum.2", "all-reduce", 14),
+    ]
+
+
+def test_waiting_is_a_share_of_time_and_none_where_nothing_is_recorded():
+    step, arguments, text = compiled(lambda x: lax.psum(x * 2, AXIS), np.ones((8, 64), np.float32))
+    jax.block_until_ready(step(*arguments))
+    shares = []
+    for names in (price.collectives(text, 4), ["no-such-thing"]):
+        trace = price.Trace(names, 4)
+        trace.start()
+        for _ in range(3):
+            jax.block_until_ready(step(*arguments))
+        shares.append(trace.stop())
+    assert 0 < shares[0] < 1.5  # Clocks of host and profiler differ a little.
+    assert shares[1] is None
