@@ -76,8 +76,8 @@ def get_config() -> ConfigDict:
     # 1, 2, 4, 8 ... devices. "parameter_mean": every device trains alone, parameters and moments
     # are averaged every few steps. "diloco": likewise, and the mean change is an outer gradient.
     c.sync.method = "gradient_mean"
-    c.sync.dtype = "float32"  # Gradients are sent in it: "bfloat16" halves the bytes, and rounds.
-    c.sync.every = 8  # "parameter_mean", "diloco": steps from one synchronisation to the next.
+    c.sync.dtype = "float32"  # To send gradients in: "float32", or "bfloat16" (half the bytes).
+    c.sync.every = 10  # "parameter_mean", "diloco": steps from one synchronisation to the next.
     c.sync.after = 0  # "parameter_mean": average gradients for so many steps first.
     c.sync.outer_learning_rate = 0.7  # "diloco": of the outer Nesterov steps.
     c.sync.outer_momentum = 0.9  # "diloco": likewise.

@@ -1,5 +1,6 @@
 """A run, from a config to a trained model."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -109,7 +110,8 @@ def train(
                 checkpoints,
                 writer,
             )
-            result = run.train(state, start, stop_requested)
+            with contextlib.closing(program):
+                result = run.train(state, start, stop_requested)
             checkpoints.wait()
             run.summarise(result)
             return result
@@ -163,6 +165,7 @@ class _Run:
                 stop = self._log(*pending)
             elif done == start:
                 jax.block_until_ready(metrics)
+                self.display.line(f"Compiled: {report.collectives(self.program)}.")
                 self.display.start(start, total)
                 # The first round's time is that of compilation.
                 self.throughput.start(steps=-steps)

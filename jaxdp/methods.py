@@ -131,6 +131,9 @@ class FixedOrder(Sync):
         sums, figures["loss"] = sync.doubling_sum((sums, loss), self.axis)
         return lax.optimization_barrier(sync.divide(sums, figures)), figures
 
+    def norm(self, grads):
+        return sync.ordered_norm(grads)
+
     def traffic(self, params, opt_state, device_count):
         swap = Collective("collective-permute", num_bytes(params))
         return [swap] * (device_count.bit_length() - 1)

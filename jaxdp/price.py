@@ -85,17 +85,19 @@ def _product(dimensions: str) -> int:
 class Trace:
     """Measures which share of the devices' time goes into collectives, waiting included.
 
-    Between `start` and `stop` JAX's profiler records what every device executes; the share is the
+    Until `stop` JAX's profiler records what every device executes; the share is the
     time in collectives, summed over this process's devices, through the time on the clock. What a
     device waits for a slower one is in it, for a collective ends when all have joined.
     """
 
     def __init__(self, names: Iterable[str], device_count: int):
-        """Takes the names of the collectives' instructions, and how many devices are local."""
-        self._names, self._devices = set(names), device_count
+        """Begins to record.
 
-    def start(self) -> None:
-        """Begins to record."""
+        Args:
+          names: of the collectives' instructions.
+          device_count: of this process.
+        """
+        self._names, self._devices = set(names), device_count
         self._folder = tempfile.TemporaryDirectory()
         options = jax.profiler.ProfileOptions()
         options.python_tracer_level = 0

@@ -1,5 +1,6 @@
 """The compiled training step of a run: which method when, how many steps at once, at what price."""
 
+import contextlib
 import functools
 from typing import Any
 
@@ -81,13 +82,20 @@ class Program:
             return False
         if self._calls == TRACED.start and self._trace is None:
             jax.block_until_ready(metrics)
-            self._trace = price.Trace(self.collectives, len(self._replicas.devices))
-            self._trace.start()
+            # JAX has one profiler: where the user has it on already, waiting is not measured.
+            with contextlib.suppress(RuntimeError):
+                self._trace = price.Trace(self.collectives, len(self._replicas.devices))
         elif self._calls == TRACED.stop and self._trace:
             jax.block_until_ready(metrics)
             self.waiting, self._trace = self._trace.stop(), None
             return True
         return False
+
+    def close(self) -> None:
+        """Ends what a run that ends early has left open."""
+        if self._trace:
+            self._trace.stop()
+            self._trace = None
 
     def traffic(self, state: Any) -> list[Collective]:
         """What a round sends, by the method's definition."""

@@ -77,29 +77,39 @@ def summary(
     return rows
 
 
-def traffic(config: ConfigDict, collectives: list[Collective], count: int) -> dict[str, str]:
+def traffic(config: ConfigDict, round_: list[Collective], count: int) -> dict[str, str]:
     """What agreement sends, by the definition of the method."""
     if count == 1:
         return {"synchronised": f"nothing: one device (sync.method={config.sync.method})"}
-    sent = sum(c.sent(count) / c.steps for c in collectives)
-    payload = sum(c.bytes / c.steps for c in collectives)
+    sent = sum(c.sent(count) / c.steps for c in round_)
+    payload = sum(c.bytes / c.steps for c in round_)
     per_token = sent / (config.global_batch_size * config.seq_len / count)
-    kinds = ", ".join(f"{n} {kind}" for kind, n in Counter(c.kind for c in collectives).items())
-    rounds = f" every {collectives[0].steps} steps" if collectives[0].steps > 1 else " a step"
+    steps = round_[0].steps
+    rounds = f" every {steps} steps" if steps > 1 else " per step"
     return {
-        "synchronised": f"{config.sync.method}, {kinds}{rounds}: {quantity(payload)}B a step, of "
-        f"which a device sends {quantity(sent)}B, {per_token:,.0f} bytes per token of its own"
+        "synchronised": f"{config.sync.method}, {_kinds(round_)}{rounds}: {quantity(payload)}B "
+        f"a step, of which a device sends {quantity(sent)}B: {per_token:,.0f} bytes per own token"
     }
+
+
+def collectives(program: Program) -> str:
+    """Those of the compiled training step, counted."""
+    found = list((program.collectives or {}).values())
+    if not found:
+        return "no collectives"
+    return f"{_kinds(found)}, {quantity(sum(c.bytes for c in found))}B together"
+
+
+def _kinds(found: list[Collective]) -> str:
+    counts = Counter(c.kind for c in found)
+    return ", ".join(f"{count} {kind}" for kind, count in counts.items())
 
 
 def agreement(program: Program, state: Any, count: int) -> dict[str, str]:
     """What agreement cost."""
     rows = traffic(program.config, program.traffic(state), count)
     if program.collectives:
-        found = Counter(c.kind for c in program.collectives.values())
-        kinds = ", ".join(f"{n} {kind}" for kind, n in found.items())
-        moved = sum(c.bytes for c in program.collectives.values())
-        rows["collectives"] = f"{kinds} in the compiled program, of {quantity(moved)}B together"
+        rows["collectives"] = f"{collectives(program)}, in the compiled program"
     if program.waiting is not None:
         rows["waiting"] = f"{program.waiting:.1%} of the devices' time in collectives, as profiled"
     return rows

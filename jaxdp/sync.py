@@ -189,14 +189,44 @@ def accumulate(value_and_grad: Callable, params: Tree, batch: Tree, count: int) 
 
 
 def accumulate_in_order(value_and_grad: Callable, params: Tree, batch: Tree, count: int) -> Tree:
-    """Like `accumulate`, but in the order of `pairwise_sum`, every part by the same program."""
+    """Like `accumulate`, but in the order of `pairwise_sum`, every part by the same program.
 
-    def part(micro):
-        # Nothing may be fused across the border: what is around it depends on the device count.
-        micro = lax.optimization_barrier(micro)
-        return lax.optimization_barrier(value_and_grad(params, micro))
+    Nothing may be fused across the loop's border, nor may the loop be unrolled or emptied: what is
+    around it, and how often it runs, depends on the number of devices. So its length is hidden from
+    XLA, and a single part has an empty place beside it, or it would not depend on the loop at all.
+    """
+    micros = _cut(batch, count)
+    places = max(count, 2)
+    micros = jax.tree.map(lambda x: jnp.resize(x, (places, *x.shape[1:])), micros)
 
-    return lax.optimization_barrier(pairwise_sum(lax.map(part, _cut(batch, count))))
+    def part(i):
+        micro = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False), micros)
+        return lax.optimization_barrier(value_and_grad(params, lax.optimization_barrier(micro)))
+
+    def put(carry):
+        i, parts = carry
+        new = part(i)
+        parts = jax.tree.map(lambda xs, x: lax.dynamic_update_index_in_dim(xs, x, i, 0), parts, new)
+        return i + 1, parts
+
+    shapes = jax.eval_shape(part, 0)
+    parts = jax.tree.map(lambda x: jnp.zeros((places, *x.shape), x.dtype), shapes)
+    # Never negative, which only we know.
+    data = jax.tree.leaves(batch)[0].reshape(-1)[0]
+    length = count - (data < -(2**30)).astype(jnp.int32)
+    _, parts = lax.while_loop(lambda carry: carry[0] < length, put, (jnp.int32(0), parts))
+    parts = jax.tree.map(lambda x: x[:count], parts)
+    return lax.optimization_barrier(pairwise_sum(parts))
+
+
+def ordered_norm(tree: Tree) -> jax.Array:
+    """Global norm, []: a sum by halves, of which no compiler can choose the order."""
+    squares = lax.optimization_barrier(jnp.square(ravel_pytree(tree)[0]))
+    squares = jnp.pad(squares, (0, (1 << (squares.size - 1).bit_length()) - squares.size))
+    while squares.size > 1:
+        half = squares.size // 2
+        squares = squares[:half] + squares[half:]
+    return jnp.sqrt(squares[0])
 
 
 def _cut(batch: Tree, count: int) -> Tree:

@@ -54,6 +54,7 @@ def config(text_file, cache_dir) -> ConfigDict:
     c.model.embed_dim = 16
     c.optimizer.learning_rate = 1e-2
     c.optimizer.warmup_steps = 2
+    c.sync.every = 3
     c.checkpoint.every = 3
     c.sample.num_tokens = 8
     return c

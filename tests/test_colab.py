@@ -6,36 +6,55 @@ import pytest
 from conftest import REPOSITORY
 
 from jaxdp import config as configs
-from jaxdp.configs import quickstart
+from jaxdp.configs import default, quickstart
+from jaxdp.methods import METHODS
 
-PATH = REPOSITORY / "colab" / "quickstart.ipynb"
-ON_COLAB = "https://colab.research.google.com/github/jaxdp/jaxdp/blob/main/colab/quickstart.ipynb"
-SMALL = """
-WORKDIR = "run"
-NUM_DEVICES = {num_devices}
-OVERRIDES = {{
+ON_COLAB = "https://colab.research.google.com/github/jaxdp/jaxdp/blob/main/colab"
+# The notebooks, and the config that each one's OVERRIDES are for.
+CONFIGS = {"quickstart": quickstart.get_config, "synchronisation": default.get_config}
+SMALL_RUN = """
     "data.path": {text!r},
     "data.cache_dir": "tokens",
     "tokenizer": "char",
-    "num_train_steps": 6,
     "global_batch_size": 8,
     "seq_len": 16,
-    "optimizer.warmup_steps": 2,
-    "log_every": 1,
-    "eval_every": 3,
     "model.num_layers": 1,
     "model.num_heads": 2,
     "model.embed_dim": 16,
     "sample.num_tokens": 0,
-}}
+"""
+SMALL_QUICKSTART = (
+    """
+WORKDIR = "run"
+NUM_DEVICES = {num_devices}
+OVERRIDES = {{
+    "num_train_steps": 6,
+    "optimizer.warmup_steps": 2,
+    "log_every": 1,
+    "eval_every": 3,"""
+    + SMALL_RUN
+    + """}}
 PROMPTS = ["1 is", "2"]
 NUM_TOKENS = 20
 """
+)
+SMALL_SYNCHRONISATION = (
+    """
+WORKDIR = "runs"
+NUM_DEVICES = {num_devices}
+PROOF_STEPS = 8
+STEPS = 20
+EVERY = 2
+OVERRIDES = {{
+    "sync.check_every": 0,"""
+    + SMALL_RUN
+    + """}}
+"""
+)
 
 
-@pytest.fixture
-def notebook():
-    return nbformat.read(PATH, as_version=4)
+def read(name: str):
+    return nbformat.read(REPOSITORY / "colab" / f"{name}.ipynb", as_version=4)
 
 
 def code_cells(notebook) -> dict:
@@ -44,9 +63,16 @@ def code_cells(notebook) -> dict:
 
 
 def parameters(notebook):
-    """The cell that papermill and this test replace."""
+    """The cell that papermill and these tests replace."""
     [cell] = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
     return cell
+
+
+def values(notebook) -> dict:
+    """What the cell of parameters sets."""
+    found: dict = {}
+    exec(parameters(notebook).source, found)
+    return found
 
 
 def stdout(cell) -> str:
@@ -57,38 +83,67 @@ def has_image(cell) -> bool:
     return any("image/png" in output.get("data", {}) for output in cell.outputs)
 
 
-def test_is_stored_clean_and_defines_nothing(notebook):
+@pytest.fixture
+def executed(tmp_path, text_file, monkeypatch):
+    """Runs a notebook with small parameters from top to bottom; returns its code cells."""
+
+    def run(name: str, small: str, num_devices: int) -> dict:
+        # So that the kernel, started elsewhere, finds jaxdp here and has nothing to install.
+        monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+        monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+        monkeypatch.delenv("JAX_NUM_CPU_DEVICES")  # The notebook asks for eight itself.
+        notebook = read(name)
+        parameters(notebook).source = small.format(text=str(text_file), num_devices=num_devices)
+        folder = {"metadata": {"path": str(tmp_path)}}
+        nbclient.NotebookClient(notebook, timeout=300, resources=folder).execute()
+        cells = code_cells(notebook)
+        assert cells["install"].outputs == []
+        assert "8 devices" in stdout(cells["devices"])
+        return cells
+
+    return run
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_is_stored_clean_and_defines_nothing(name):
+    notebook = read(name)
     nbformat.validate(notebook)
-    assert ON_COLAB in notebook.cells[0].source
-    for cell in code_cells(notebook).values():
+    assert f"{ON_COLAB}/{name}.ipynb" in notebook.cells[0].source
+    cells = code_cells(notebook)
+    assert next(iter(cells)) == "install"
+    assert "git+https://github.com/jaxdp/jaxdp" in cells["install"].source
+    for cell in cells.values():
         assert cell.outputs == [] and cell.execution_count is None
         assert not re.search(r"^\s*(async def|def|class)\b", cell.source, re.MULTILINE)
 
 
 @pytest.mark.parametrize("num_devices", [1, 2, 4, 8])
-def test_what_it_trains_by_default_is_valid(notebook, num_devices):
-    values: dict = {}
-    exec(parameters(notebook).source, values)
-    config = quickstart.get_config()
-    config.update_from_flattened_dict(values["OVERRIDES"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_it_trains_by_default_is_valid(name, num_devices):
+    config = CONFIGS[name]()
+    config.update_from_flattened_dict(values(read(name))["OVERRIDES"])
     configs.validate(config)
     configs.batch_sizes(config, 1, num_devices)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_what_it_compares_by_default_is_valid(method):
+    """Evaluations fall on steps at which replicas agree, and batches can be split."""
+    found = values(read("synchronisation"))
+    config = default.get_config()
+    config.update_from_flattened_dict(found["OVERRIDES"])
+    config.num_train_steps = found["STEPS"]
+    config.eval_every = config.checkpoint.every = found["STEPS"] // 10
+    config.optimizer.warmup_steps = found["STEPS"] // 10
+    config.sync.update({"method": method, "every": found["EVERY"]})
+    configs.validate(config)
+    configs.batch_sizes(config, 1, found["NUM_DEVICES"])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("num_devices", [1, 4])
-def test_runs_from_top_to_bottom(notebook, tmp_path, text_file, monkeypatch, num_devices):
-    # So that the kernel, started elsewhere, finds jaxdp here and has nothing to install.
-    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
-    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
-    monkeypatch.delenv("JAX_NUM_CPU_DEVICES")  # The notebook asks for eight itself.
-    parameters(notebook).source = SMALL.format(text=str(text_file), num_devices=num_devices)
-    folder = {"metadata": {"path": str(tmp_path)}}
-    nbclient.NotebookClient(notebook, timeout=300, resources=folder).execute()
-
-    cells = code_cells(notebook)
-    assert cells["install"].outputs == []
-    assert "8 devices" in stdout(cells["devices"])
+def test_quickstart_runs_from_top_to_bottom(executed, tmp_path, num_devices):
+    cells = executed("quickstart", SMALL_QUICKSTART, num_devices)
     assert "Finished" in stdout(cells["train"])
     assert (tmp_path / "run" / "metrics.jsonl").exists()
     assert has_image(cells["plot"]) and has_image(cells["agreement"])
@@ -97,3 +152,32 @@ def test_runs_from_top_to_bottom(notebook, tmp_path, text_file, monkeypatch, num
     assert 0 < exact < 1e-5  # Rounding; in parts, so the sums are rounded differently.
     assert shortcut > 1e-2
     assert stdout(cells["sample"]).startswith("1 is") and "\n2" in stdout(cells["sample"])
+
+
+@pytest.mark.slow
+def test_synchronisation_runs_from_top_to_bottom(executed):
+    cells = executed("synchronisation", SMALL_SYNCHRONISATION, 2)
+    said = stdout(cells["equality"])
+    differences = {
+        name.strip(): (float(difference), verdict)
+        for name, difference, verdict in re.findall(r"(?m)^(.{32})(\S+)  (within|beyond)$", said)
+    }
+    # 8 steps, in each of which a number is rounded about 2 + 8 times: the notebook argues it.
+    bound = 8 * (2 + 8) * 2**-24
+    assert f"{bound:.1e}" in said
+    for name in ("parameter_mean, every step", "sharded"):
+        difference, verdict = differences.pop(name)
+        assert 0 <= difference <= bound and verdict == "within"
+    [(apart, verdict)] = differences.values()
+    assert apart > 10 * bound and verdict == "beyond"
+
+    hashes: dict = {"gradient_mean": [], "fixed_order": []}
+    for method, digest in re.findall(r"(\w+) +on \d: +([0-9a-f]{32})", stdout(cells["bits"])):
+        hashes[method].append(digest)
+    assert [len(found) for found in hashes.values()] == [2, 2]
+    assert len(set(hashes["fixed_order"])) == 1
+    assert len(set(hashes["gradient_mean"])) > 1
+
+    table = dict(line.split(maxsplit=1) for line in stdout(cells["compare"]).splitlines()[1:])
+    assert list(table) == list(METHODS)
+    assert has_image(cells["plot"]) and has_image(cells["drift"])

@@ -290,3 +290,63 @@ def test_wandb_is_refused_where_it_is_not_installed(config, monkeypatch):
     config.wandb_project = "mine"
     with pytest.raises(ConfigError, match="wandb_project='mine' needs the package wandb"):
         configs.validate(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sync__method": "allreduce"}, "sync.method='allreduce' is unknown: choose one of"),
+        ({"sync__dtype": "float16"}, "sync.dtype='float16' is unknown"),
+        (
+            {"sync__method": "sharded", "optimizer__name": "muon"},
+            "optimizer.name='muon' needs whole matrices, of which sync.method='sharded'",
+        ),
+        (
+            {"sync__method": "diloco", "sync__dtype": "bfloat16"},
+            "sync.dtype='bfloat16' is for gradients, and sync.method='diloco' sends float32",
+        ),
+        (
+            {"sync__method": "fixed_order", "sync__virtual_replicas": 12},
+            "sync.virtual_replicas=12 is no power of two",
+        ),
+        (
+            {"sync__method": "fixed_order", "grad_accum_steps": 2},
+            "grad_accum_steps=2 has no meaning with sync.method='fixed_order': leave it at 1",
+        ),
+        (
+            {"sync__method": "parameter_mean", "sync__every": 2},
+            "eval_every=3 is no multiple of sync.every=2, and replicas agree only then: use 4",
+        ),
+        (
+            {"sync__method": "diloco", "sync__every": 3, "checkpoint__every": 10},
+            "checkpoint.every=10 is no multiple of sync.every=3, and replicas agree only then: "
+            "use 12",
+        ),
+        (
+            {"sync__method": "sharded", "sync__after": 3},
+            "sync.after=3 has no meaning with sync.method='sharded'",
+        ),
+    ],
+)
+def test_what_does_not_go_together_in_sync_is_refused(config, changes, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        configs.validate(changed(config, **changes))
+
+
+@pytest.mark.parametrize(("devices", "batch"), [(3, 24), (16, 16), (4, 12)])
+def test_virtual_replicas_have_to_be_split_equally(config, devices, batch):
+    changes = {"sync__method": "fixed_order", "global_batch_size": batch}
+    with pytest.raises(ConfigError, match=r"sync\.virtual_replicas=8 can't be split equally"):
+        configs.batch_sizes(changed(config, **changes), 1, devices)
+
+
+@pytest.mark.parametrize("method", ["sharded", "fixed_order", "parameter_mean"])
+def test_a_run_may_go_on_with_a_method_of_the_same_state(config, method):
+    configs.check_same_run(changed(config, sync__method=method), config)
+
+
+@pytest.mark.parametrize("methods", [("diloco", "sharded"), ("gradient_mean", "diloco")])
+def test_a_run_may_not_change_to_or_from_diloco(config, methods):
+    new, old = (changed(config, sync__method=method) for method in methods)
+    with pytest.raises(ConfigError, match=rf"sync\.method='{methods[0]}' \(was '{methods[1]}'\)"):
+        configs.check_same_run(new, old)

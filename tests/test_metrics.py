@@ -2,11 +2,12 @@ import json
 import math
 
 import jax
+import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
 from jaxdp import metrics
-from jaxdp.metrics import MetricsWriter, Throughput, peak_flops, read_jsonl
+from jaxdp.metrics import MetricsWriter, Throughput, load_balance, peak_flops, read_jsonl
 
 
 def test_one_line_per_step(tmp_path, config):
@@ -112,3 +113,18 @@ def test_peaks_are_found_by_the_name_of_the_device():
 
     assert peak_flops(Device()) == 989e12
     assert peak_flops(jax.local_devices()[0]) == 0
+
+
+def test_load_balance_of_a_step(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    step = {
+        "tokens": np.array([[9.0, 9.0, 9.0, 9.0], [8.0, 2.0, 8.0, 6.0]]),
+        "busy": np.array([[1.0, 1.0, 1.0, 1.0], [0.001, 0.001, 0.25, 0.25]]),
+    }
+    assert load_balance(step, 1, positions=8) == {
+        "balance/tokens_min": 2,
+        "balance/tokens_max": 8,
+        "balance/padding": 1 - 24 / 32,
+        "balance/slowest_process": 1,
+        "balance/slowest_ms": 250.0,
+    }

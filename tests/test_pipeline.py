@@ -3,7 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
-from jaxdp.data.pipeline import eval_batches, num_windows, train_batches
+from jaxdp.data.pipeline import eval_batches, num_windows, steps_in, train_batches
 
 # The tokens of most tests are 0, 1, 2, ..., so that a token tells its position.
 TOKENS = np.arange(203, dtype=np.uint16)
@@ -223,3 +223,30 @@ def test_an_evaluation_does_not_depend_on_the_batch_size():
         )
 
     assert counted(evaluation(TOKENS, global_batch_size=3)) == counted(evaluation(TOKENS))
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+@pytest.mark.parametrize("batch", [4, 5, 16])
+def test_epochs_give_each_window_once_each_and_then_nothing(epochs, batch):
+    """The last batch has as many rows as the others; those beyond the end weigh nothing."""
+    steps = steps_in(epochs, len(TOKENS), L, batch)
+    batches = train(steps=range(steps), global_batch_size=batch, num_epochs=epochs)
+    weights = np.concatenate([b["weights"] for b in batches])
+    assert len(weights) == steps * batch < epochs * W + batch
+    assert (weights[: epochs * W] == 1).all() and (weights[epochs * W :] == 0).all()
+
+
+def test_the_end_of_the_epochs_is_the_same_for_every_process_count():
+    steps = steps_in(1, len(TOKENS), L, 6)
+    whole = train(steps=range(steps), global_batch_size=6, num_epochs=1)
+    parts = [
+        train(
+            steps=range(steps),
+            global_batch_size=6,
+            num_epochs=1,
+            process_index=i,
+            process_count=3,
+        )
+        for i in range(3)
+    ]
+    assert_equal(joined(parts), whole)

@@ -65,7 +65,6 @@ def test_waiting_is_a_share_of_time_and_none_where_nothing_is_recorded():
     shares = []
     for names in (price.collectives(text, 4), ["no-such-thing"]):
         trace = price.Trace(names, 4)
-        trace.start()
         for _ in range(3):
             jax.block_until_ready(step(*arguments))
         shares.append(trace.stop())

@@ -13,19 +13,22 @@ import jax
 import numpy as np
 import pytest
 from conftest import REPOSITORY, USER_XLA_FLAGS
+from test_agreement import corrupt, flip_lowest_bit
 
 from jaxdp import loop
-from jaxdp.config import ConfigError, flatten
+from jaxdp.config import ConfigError, RunError, flatten
 from jaxdp.generate import generate
+from jaxdp.methods import METHODS
 from jaxdp.metrics import read_jsonl
 
 pytestmark = pytest.mark.slow
 TIMES = {"tokens_per_second", "step_time_ms", "data_wait_ms", "mfu"}
+CLOCKED = TIMES | {"balance/slowest_process", "balance/slowest_ms"}
 
 
 def figures(workdir):
     """What is logged, without what the clock decides."""
-    return [{k: v for k, v in r.items() if k not in TIMES} for r in read_jsonl(workdir)]
+    return [{k: v for k, v in r.items() if k not in CLOCKED} for r in read_jsonl(workdir)]
 
 
 def params_of(result):
@@ -73,6 +76,9 @@ def test_a_run_and_all_it_leaves(config, tmp_path, command):
         "per host 8, per device 4, micro 4",
         "evaluation at step 30: loss",
         "bits/byte",
+        "gradient_mean, 1 all-reduce per step",
+        "Compiled: 1 all-reduce",
+        "of the devices' time in collectives",
         "Sample",
         "Finished",
     ):
@@ -89,7 +95,7 @@ def test_a_run_and_all_it_leaves(config, tmp_path, command):
 
     again = command("train", *flags(config, workdir, eval_every=30))
     assert "Already finished: all 60 steps are done" in again.stdout
-    assert figures(workdir) == [{k: v for k, v in r.items() if k not in TIMES} for r in records]
+    assert figures(workdir) == [{k: v for k, v in r.items() if k not in CLOCKED} for r in records]
 
     text = command("generate", f"--workdir={workdir}", "--prompt=1 is", "--prompt=2 is").stdout
     assert text.startswith("1 is") and "\n2 is" in text
@@ -162,19 +168,127 @@ def test_a_signal_saves_and_exits_with_75(config, tmp_path, command, number):
     assert [r["step"] for r in read_jsonl(tmp_path)] == list(range(1, step + 3))
 
 
-def test_two_processes_are_one(config, tmp_path, command):
-    """2 processes x 2 devices on loopback reach the losses of 1 x 4, and stop and go on as one."""
+@pytest.mark.parametrize("method", METHODS)
+def test_resuming_is_not_stopping_however_replicas_agree(config, tmp_path, method):
+    """Bit by bit: parameters, each device's own moments, DiLoCo's outer momentum."""
+    config.sync.update({"method": method, "every": 2})
+    config.update({"num_train_steps": 12, "eval_every": 4})
+    config.checkpoint.every = 4
     config.model.dropout = 0.2
+    devices = jax.local_devices()[:4]
+    whole = loop.train(config, tmp_path / "whole", devices=devices)
+    asked = iter(range(100))
+    stopped = loop.train(
+        config, tmp_path / "parts", devices=devices, stop_requested=lambda: next(asked) >= 1
+    )
+    assert not stopped.finished and 0 < stopped.step < 12
+    parts = loop.train(config, tmp_path / "parts", devices=devices)
+    for a, b in zip(*map(jax.tree.leaves, (whole.state, parts.state)), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    assert figures(tmp_path / "whole") == figures(tmp_path / "parts")
+
+
+def test_methods_with_one_state_can_follow_each_other(config, tmp_path):
+    """The same losses as gradient_mean alone; DiLoCo's state is another, and it is refused."""
+    config.model.dropout = 0.2
+    config.optimizer.schedule = "constant"  # Parts of the run know nothing of its length.
+    config.num_train_steps = 9
+    loop.train(config, tmp_path / "whole", devices=jax.local_devices()[:2])
+    for method, devices, steps in (("sharded", 4, 3), ("fixed_order", 8, 6), ("sharded", 2, 9)):
+        config.sync.method = method
+        config.num_train_steps = steps
+        loop.train(config, tmp_path / "parts", devices=jax.local_devices()[:devices])
+    assert_close_losses(figures(tmp_path / "whole"), figures(tmp_path / "parts"))
+    config.sync.update({"method": "diloco", "every": 3})
+    with pytest.raises(ConfigError, match=r"sync\.method='diloco' \(was 'sharded'\)"):
+        loop.train(config, tmp_path / "parts")
+
+
+def test_fixed_order_is_one_run_on_any_devices(config, tmp_path, command):
+    """The same bits on 1, 2, 4, 8 devices, on 2 processes x 2, and across changes of devices."""
+    config.update({"num_train_steps": 50, "eval_every": 50, "log_every": 50})
+    config.sync.method = "fixed_order"
+    config.optimizer.schedule = "constant"  # Parts of the run know nothing of its length.
+    config.checkpoint.every = 50
+    for devices in (1, 2, 4, 8):
+        command("train", *flags(config, tmp_path / str(devices)), devices=devices)
+    start_group(config, tmp_path / "2x2", processes=2, devices=2)
+    for devices, steps in ((4, 20), (2, 35), (8, 50)):
+        arguments = flags(config, tmp_path / "changing", num_train_steps=steps)
+        command("train", *arguments, devices=devices)
+    runs = ["1", "2", "4", "8", "2x2", "changing"]
+    ends = [loop.train(config, tmp_path / run).state for run in runs]
+    bits = [b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(end)) for end in ends]
+    assert len(set(bits)) == 1
+
+
+@pytest.mark.parametrize("method", ["sharded", "diloco"])
+def test_states_of_several_processes(config, tmp_path, command, method):
+    """What two processes of two devices each have of their own goes on in one process."""
+    config.sync.update({"method": method, "every": 3})
+    start_group(config, tmp_path / "parts", processes=2, devices=2)
+    assert (tmp_path / "parts" / "checkpoints" / "6").is_dir()
+    for run, steps in (("parts", 12), ("whole", 6), ("whole", 12)):
+        command("train", *flags(config, tmp_path / run, num_train_steps=steps), devices=4)
+    assert_close_losses(figures(tmp_path / "whole"), figures(tmp_path / "parts"))
+
+
+def start_group(config, workdir, processes, devices):
+    """Runs a config on several processes to the end; returns what they printed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    group = [f"--coordinator_address=127.0.0.1:{port}", "--num_processes=2"]
-    processes = [
-        start(*flags(config, tmp_path / "2x2"), *group, f"--process_id={i}", devices=2)
-        for i in range(2)
+    group = [f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={processes}"]
+    started = [
+        start(*flags(config, workdir), *group, f"--process_id={i}", devices=devices)
+        for i in range(processes)
     ]
-    outs = [process.communicate(timeout=300)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outs
+    outs = [process.communicate(timeout=300)[0] for process in started]
+    assert [process.returncode for process in started] == [0] * processes, outs
+    return outs
+
+
+@pytest.mark.parametrize("when", ["at a check", "before a checkpoint"])
+def test_a_corrupted_replica_stops_the_run_before_anything_is_saved(
+    config, tmp_path, monkeypatch, when
+):
+    create_state = loop.create_state
+
+    def corrupted(model, optimizer, seed, replicas, method):
+        state = create_state(model, optimizer, seed, replicas, method)
+        path = "layer_1/mlp/up/kernel"
+        return state.replace(params=corrupt(state.params, path, 2, replicas, flip_lowest_bit))
+
+    monkeypatch.setattr(loop, "create_state", corrupted)
+    config.optimizer.learning_rate = 0.0  # So that one bit stays one bit.
+    config.sync.check_every = 2 if when == "at a check" else 100
+    step = 2 if when == "at a check" else 3
+    message = f"after step {step} device 2 of 0..3 .* first in params/layer_1/mlp/up/kernel"
+    with pytest.raises(RunError, match=message):
+        loop.train(config, tmp_path, devices=jax.local_devices()[:4])
+    assert not any((tmp_path / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("method", ["gradient_mean", "parameter_mean"])
+def test_epochs_end_with_a_batch_that_is_not_full(config, tmp_path, method):
+    """Some devices have no token in it; the run ends, and the losses are those of one device."""
+    config.update({"num_epochs": 1, "seq_len": 128, "eval_every": 100, "log_every": 1})
+    config.sync.update({"method": method, "every": 10})
+    config.checkpoint.every = 100
+    result = loop.train(config, tmp_path / "many", devices=jax.local_devices()[:8])
+    records = figures(tmp_path / "many")
+    assert result.finished and [r["step"] for r in records] == list(range(1, result.step + 1))
+    assert records[0]["balance/padding"] == 0 < records[-1]["balance/padding"]
+    assert records[-1]["balance/tokens_min"] == 0 < records[-1]["balance/tokens_max"]
+    if method == "gradient_mean":
+        loop.train(config, tmp_path / "one", devices=jax.local_devices()[:1])
+        assert_close_losses(figures(tmp_path / "one"), records)
+
+
+def test_two_processes_are_one(config, tmp_path, command):
+    """2 processes x 2 devices on loopback reach the losses of 1 x 4, and stop and go on as one."""
+    config.model.dropout = 0.2
+    outs = start_group(config, tmp_path / "2x2", processes=2, devices=2)
     assert "4 x cpu in 2 processes" in outs[0]
     assert "Finished" in outs[0] and "Finished" not in outs[1]
     command("train", *flags(config, tmp_path / "1x4"), devices=4)

@@ -1,0 +1,125 @@
+"""The five ways to agree, side by side: loss after the same tokens, bytes, and time per step.
+
+    python benchmarks/sync.py --config=configs/shakespeare_char_cpu.py --devices=4 \
+        --config.data.path=tinyshakespeare.txt --workdir=runs/sync
+
+Each method trains the config to its end, in a workdir of its own (run again, what is finished is
+not repeated). Then steps of all methods are timed in turns in one process, so that what else the
+machine does hits all of them alike; the figure is the median over turns of the time through that of
+gradient_mean in the same turn.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import flags
+from ml_collections import config_flags
+
+from jaxdp import command, loop
+from jaxdp.data import pipeline
+from jaxdp.data.cache import open_cache
+from jaxdp.methods import METHODS
+from jaxdp.metrics import read_jsonl
+from jaxdp.model import ModelConfig, Transformer
+from jaxdp.optimizer import get_optimizer, get_schedule
+from jaxdp.parallel import Replicas
+from jaxdp.program import Program
+from jaxdp.step import create_state, plain
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config().")
+WORKDIR = flags.DEFINE_string("workdir", "runs/sync", "Takes a workdir for each method.")
+DEVICES = flags.DEFINE_integer("devices", 4, "How many to use; CPUs are split into as many.")
+TURNS = flags.DEFINE_integer("turns", 15, "Turns of timing.")
+
+
+def main() -> int:
+    """Trains, times, prints a table."""
+    command.prepare_jax()
+    jax.config.update("jax_num_cpu_devices", DEVICES.value)
+    configs = {name: with_method(name) for name in METHODS}
+    losses = {name: final_loss(name, config) for name, config in configs.items()}
+    timed = {name: Timed(config) for name, config in configs.items()}
+    seconds = {name: [] for name in METHODS}
+    for _ in range(TURNS.value):
+        for name, run in timed.items():
+            seconds[name].append(run())
+    base = np.array(seconds["gradient_mean"])
+    print(f"\n{DEVICES.value} x {jax.devices()[0].device_kind}, JAX {jax.__version__}")
+    print("| sync.method | validation loss | bytes sent per token | collectives | step time |")
+    print("|---|---|---|---|---|")
+    for name, run in timed.items():
+        ratio = np.median(np.array(seconds[name]) / base)
+        print(
+            f"| {name} | {losses[name]:.4f} | {run.bytes_per_token:,.0f} | {run.collectives} | "
+            f"{ratio:.2f} ({1e3 * np.median(seconds[name]):.1f} ms) |"
+        )
+    return 0
+
+
+def with_method(name: str):
+    """The config with a method; as many virtual replicas as divide its batch."""
+    config = CONFIG.value.copy_and_resolve_references()
+    config.sync.method = name
+    total = config.global_batch_size
+    if name == "fixed_order":
+        config.sync.virtual_replicas = max(n for n in (1, 2, 4, 8) if total % n == 0)
+    return config
+
+
+def final_loss(name: str, config) -> float:
+    """Trains to the end; the last evaluation's loss, over the whole validation split."""
+    workdir = Path(WORKDIR.value) / name
+    loop.train(config, workdir, devices=jax.local_devices()[: DEVICES.value])
+    return [r["eval/loss"] for r in read_jsonl(workdir) if "eval/loss" in r][-1]
+
+
+class Timed:
+    """A method's program, ready to be timed."""
+
+    def __init__(self, config):
+        """Compiles."""
+        cache = open_cache(config)
+        model = Transformer(ModelConfig.from_config(config, cache.vocab_size))
+        schedule = get_schedule(config)
+        self._replicas = Replicas(jax.local_devices()[: DEVICES.value])
+        self._program = Program(config, self._replicas, schedule, plain)
+        self._state = create_state(
+            model, get_optimizer(config, schedule), 0, self._replicas, self._program.method
+        )
+        self._done, self._steps = 0, config.sync.every
+        batches = pipeline.train_batches(
+            cache.train,
+            objective=config.objective,
+            seq_len=config.seq_len,
+            seed=0,
+            start_step=0,
+            num_steps=self._steps,
+            global_batch_size=config.global_batch_size,
+            process_index=0,
+            process_count=1,
+        )
+        zero = np.zeros(config.global_batch_size, np.float32)
+        batches = [batch | {"stop": zero, "busy": zero} for batch in batches]
+        length = self._program.round_length(0)
+        put = self._replicas.shard_steps
+        self._rounds = [put(batches[i : i + length]) for i in range(0, self._steps, length)]
+        self()
+        found = self._program.collectives.values()
+        self.collectives = f"{len(found)} in {length} steps" if length > 1 else f"{len(found)}"
+        sent = sum(c.sent(DEVICES.value) / c.steps for c in self._program.traffic(self._state))
+        self.bytes_per_token = sent * DEVICES.value / config.global_batch_size / config.seq_len
+
+    def __call__(self) -> float:
+        """Seconds per step, over sync.every steps."""
+        began = time.perf_counter()
+        for batch in self._rounds:
+            self._state, metrics = self._program(self._done, self._state, batch)
+            jax.block_until_ready(metrics)
+        return (time.perf_counter() - began) / self._steps
+
+
+if __name__ == "__main__":
+    sys.exit(command.run(main))

@@ -1,0 +1,25 @@
+import sys
+
+import pytest
+
+from jaxdp import command
+from jaxdp.config import ConfigError, RunError
+
+
+@pytest.mark.parametrize(("error", "status"), [(ConfigError, 2), (RunError, 1)])
+def test_an_error_with_a_message_for_the_user_is_one_line(monkeypatch, capsys, error, status):
+    def main():
+        raise error("x=1 is\nwrong: use 2")
+
+    monkeypatch.setattr(sys, "argv", ["jaxdp"])
+    assert command.run(main) == status
+    assert capsys.readouterr().err == "jaxdp: x=1 is wrong: use 2\n"
+
+
+def test_any_other_error_is_a_traceback(monkeypatch):
+    def main():
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(sys, "argv", ["jaxdp"])
+    with pytest.raises(ZeroDivisionError):
+        command.run(main)
