@@ -9,6 +9,7 @@ machine does hits all of them alike; the figure is the median over turns of the 
 gradient_mean in the same turn.
 """
 
+import itertools
 import sys
 import time
 from pathlib import Path
@@ -18,9 +19,9 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from jaxdp import command, loop
-from jaxdp.data import pipeline
+from jaxdp import command, loop, price
 from jaxdp.data.cache import open_cache
+from jaxdp.data.feed import Feed
 from jaxdp.methods import METHODS
 from jaxdp.metrics import read_jsonl
 from jaxdp.model import ModelConfig, Transformer
@@ -90,26 +91,18 @@ class Timed:
             model, get_optimizer(config, schedule), 0, self._replicas, self._program.method
         )
         self._done, self._steps = 0, config.sync.every
-        batches = pipeline.train_batches(
-            cache.train,
-            objective=config.objective,
-            seq_len=config.seq_len,
-            seed=0,
-            start_step=0,
-            num_steps=self._steps,
-            global_batch_size=config.global_batch_size,
-            process_index=0,
-            process_count=1,
-        )
+        batches = Feed(config, cache).train(0)
         zero = np.zeros(config.global_batch_size, np.float32)
-        batches = [batch | {"stop": zero, "busy": zero} for batch in batches]
+        batches = [
+            batch | {"stop": zero, "busy": zero} for batch in itertools.islice(batches, self._steps)
+        ]
         length = self._program.round_length(0)
         put = self._replicas.shard_steps
         self._rounds = [put(batches[i : i + length]) for i in range(0, self._steps, length)]
         self()
         found = self._program.collectives.values()
         self.collectives = f"{len(found)} in {length} steps" if length > 1 else f"{len(found)}"
-        sent = sum(c.sent(DEVICES.value) / c.steps for c in self._program.traffic(self._state))
+        sent = price.sent_per_step(self._program.traffic(self._state), DEVICES.value)
         self.bytes_per_token = sent * DEVICES.value / config.global_batch_size / config.seq_len
 
     def __call__(self) -> float:

@@ -20,6 +20,7 @@ from jaxdp.checkpoint import Checkpoints
 from jaxdp.config import BatchSizes
 from jaxdp.data import pipeline
 from jaxdp.data.cache import TokenCache, open_cache
+from jaxdp.data.feed import Feed
 from jaxdp.display import Display
 from jaxdp.evaluate import Evaluation, evaluate
 from jaxdp.metrics import MetricsWriter, Throughput, load_balance
@@ -74,12 +75,25 @@ def train(
     preflight.check_data(config, cache)
     config = _with_steps(config, len(cache.train))
     preflight.create_workdir(workdir)
+    with preflight.locked(workdir):
+        return _train(config, workdir, replicas, sizes, cache, display, stop_requested)
 
+
+def _train(
+    config: ConfigDict,
+    workdir: Path,
+    replicas: Replicas,
+    sizes: BatchSizes,
+    cache: TokenCache,
+    display: Display,
+    stop_requested: Callable[[], bool],
+) -> Result:
     model = Transformer(ModelConfig.from_config(config, cache.vocab_size))
     schedule = get_schedule(config)
     program = Program(config, replicas, schedule, _transform(config, cache))
     optimizer = get_optimizer(config, schedule)
     state = create_state(model, optimizer, config.seed, replicas, program.method)
+    preflight.check_disk(workdir, state)
     with Checkpoints(workdir, config, replicas, program.method) as checkpoints:
         start, latest = 0, checkpoints.latest()
         if latest is not None:
@@ -140,6 +154,7 @@ class _Run:
             transform=_transform(self.config, self.cache),
         )
         self.p_eval_step = self.replicas.pmap(step)
+        self.feed = Feed(self.config, self.cache)
         self.replica_check = ReplicaCheck(self.replicas)
         self.busy = 0.0  # Seconds that this process was last busy with a step, not with waiting.
 
@@ -195,18 +210,7 @@ class _Run:
 
         With each go whether the process was asked to stop, and how long it was busy with a step.
         """
-        batches = pipeline.train_batches(
-            self.cache.train,
-            objective=self.config.objective,
-            seq_len=self.config.seq_len,
-            seed=self.config.seed,
-            start_step=start,
-            num_steps=self.config.num_train_steps,
-            global_batch_size=self.sizes.global_,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            num_epochs=self.config.num_epochs,
-        )
+        batches = self.feed.train(start)
         done = start
         while done < self.config.num_train_steps:
             steps = self.program.round_length(done)
@@ -250,16 +254,7 @@ class _Run:
     def _evaluate(self, done: int, state: Any) -> Evaluation:
         """Evaluates on the validation split, and logs the result."""
         before = time.perf_counter()
-        batches = pipeline.eval_batches(
-            self.cache.validation,
-            objective=self.config.objective,
-            seq_len=self.config.seq_len,
-            max_batches=self.config.eval_max_batches,
-            global_batch_size=self.sizes.global_,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
-        evaluation = evaluate(self.p_eval_step, state.params, batches, self.replicas)
+        evaluation = evaluate(self.p_eval_step, state.params, self.feed.evaluation(), self.replicas)
         bits_per_byte = evaluation.bits_per_byte(self.cache.tokens_per_byte)
         values = {
             "eval/loss": evaluation.loss,

@@ -1,13 +1,21 @@
 """What can be found wrong before anything is compiled, beyond the config itself."""
 
+import contextlib
+import os
+import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import filelock
+import jax
 from ml_collections import ConfigDict
 
-from jaxdp import tokenizer
+from jaxdp import parallel, tokenizer
 from jaxdp.config import ConfigError
 from jaxdp.data.cache import TokenCache
+from jaxdp.display import quantity
 
 
 def check_data(config: ConfigDict, cache: TokenCache) -> None:
@@ -46,3 +54,50 @@ def create_workdir(workdir: Path) -> None:
         raise ConfigError(
             f"--workdir={workdir} can't be written ({error.strerror}): choose another folder"
         ) from None
+
+
+def check_devices() -> None:
+    """Refuses a platform that was asked for and isn't there."""
+    try:
+        jax.local_devices()
+    except (RuntimeError, AssertionError) as error:  # The latter where no plugin is installed.
+        platforms = os.environ.get("JAX_PLATFORMS", "")
+        reason = (str(error).splitlines() or ["JAX has no such platform here"])[0]
+        raise ConfigError(
+            f"JAX_PLATFORMS={platforms!r} can't be used ({reason}): install the "
+            "drivers and pip install -e '.[cuda]', or leave JAX_PLATFORMS empty"
+        ) from error
+
+
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Keeps other runs out of a workdir; the lock of a process that died is free.
+
+    Process 0 holds it for all of a run's processes.
+    """
+    if not parallel.is_main():
+        yield
+        return
+    lock = filelock.FileLock(workdir / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise ConfigError(
+            f"--workdir={workdir} is in use by another run: wait until it has ended, or use "
+            "another folder"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def check_disk(workdir: Path, state: Any) -> None:
+    """Refuses a disk that hasn't room for a checkpoint; the old one stays while one is written."""
+    needed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    free = shutil.disk_usage(workdir).free
+    if free < needed:
+        raise ConfigError(
+            f"--workdir={workdir} has {quantity(free)}B free and a checkpoint takes "
+            f"{quantity(needed)}B: make room, or use another folder"
+        )

@@ -40,6 +40,11 @@ class Collective:
         return (2 if self.kind == "all-reduce" else 1) * (device_count - 1)
 
 
+def sent_per_step(round_: Iterable[Collective], device_count: int) -> float:
+    """Bytes that a device sends per optimizer step."""
+    return sum(c.sent(device_count) / c.steps for c in round_)
+
+
 def num_bytes(tree: Any, dtype: str | None = None) -> int:
     """Of all floating-point leaves, in `dtype` or their own."""
     floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]

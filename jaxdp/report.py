@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from jaxdp import price
 from jaxdp.config import BatchSizes
 from jaxdp.data.cache import TokenCache
 from jaxdp.display import duration, quantity
@@ -81,14 +82,13 @@ def traffic(config: ConfigDict, round_: list[Collective], count: int) -> dict[st
     """What agreement sends, by the definition of the method."""
     if count == 1:
         return {"synchronised": f"nothing: one device (sync.method={config.sync.method})"}
-    sent = sum(c.sent(count) / c.steps for c in round_)
-    payload = sum(c.bytes / c.steps for c in round_)
+    payload, sent = sum(c.bytes for c in round_), price.sent_per_step(round_, count)
     per_token = sent / (config.global_batch_size * config.seq_len / count)
     steps = round_[0].steps
-    rounds = f" every {steps} steps" if steps > 1 else " per step"
+    when = f"every {steps} steps" if steps > 1 else "per step"
     return {
-        "synchronised": f"{config.sync.method}, {_kinds(round_)}{rounds}: {quantity(payload)}B "
-        f"a step, of which a device sends {quantity(sent)}B: {per_token:,.0f} bytes per own token"
+        "synchronised": f"{config.sync.method}, {_kinds(round_)} {when}, of {quantity(payload)}B; "
+        f"on a ring a device sends {quantity(sent)}B a step, {per_token:,.0f} bytes for each token"
     }
 
 

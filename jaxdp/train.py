@@ -11,7 +11,7 @@ import threading
 from absl import flags
 from ml_collections import config_flags
 
-from jaxdp import command, loop, parallel
+from jaxdp import command, loop, parallel, preflight
 from jaxdp.config import ConfigError, check_known
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config().")
@@ -31,6 +31,7 @@ def main() -> int:
         raise ConfigError("--workdir is missing: give a folder for the run, new or to go on with")
     command.prepare_jax()
     parallel.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    preflight.check_devices()
     stop = threading.Event()
     command.on_stop_signal(stop.set)
     result = loop.train(CONFIG.value, WORKDIR.value, stop_requested=stop.is_set)

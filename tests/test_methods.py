@@ -123,7 +123,7 @@ MODELS = [
     {},
     {"dropout": 0.2, "positions": "rotary", "norm": "rmsnorm", "activation": "swiglu"},
     {"bias": True, "tied_head": False, "num_kv_heads": 1, "remat": True},
-    {"scan_layers": True, "dropout": 0.1},
+    {"scan_layers": True, "bias": True, "dropout": 0.1},
 ]
 
 

@@ -18,6 +18,11 @@ def test_a_ring_of_four(kind, sent, hops):
     assert Collective(kind, 100).sent(1) == Collective(kind, 100).hops(1) == 0
 
 
+def test_rounds_are_shared_by_their_steps():
+    round_ = [Collective("all-reduce", 100, 10), Collective("collective-permute", 5, 1)]
+    assert price.sent_per_step(round_, 4) == 15 + 5
+
+
 def test_bytes_of_floats_only():
     tree = {"a": np.zeros((2, 3), np.float32), "count": np.zeros((), np.int32)}
     assert price.num_bytes(tree) == 24

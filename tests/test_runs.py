@@ -357,6 +357,13 @@ def test_wrong_input_is_one_line_and_status_2(config, tmp_path, command, overrid
     assert not (workdir / "config.json").exists()
 
 
+def test_a_missing_accelerator_is_one_line_and_status_2(config, tmp_path, command, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    process = command("train", *flags(config, tmp_path / "run"), check=2)
+    assert "jaxdp: JAX_PLATFORMS='cuda' can't be used" in process.stderr
+    assert "Traceback" not in process.stderr
+
+
 def test_another_run_is_not_overwritten(config, tmp_path):
     loop.train(config, tmp_path, devices=jax.local_devices()[:1])
     before = contents(tmp_path)
