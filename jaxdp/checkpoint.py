@@ -1,6 +1,8 @@
 """Checkpoints, by Orbax: written in the background, whole or not at all."""
 
+import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +13,32 @@ from ml_collections import ConfigDict
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from jaxdp import parallel
-from jaxdp.config import ConfigError
+from jaxdp.agreement import fingerprints
+from jaxdp.config import ConfigError, RunError
 from jaxdp.methods import Sync
 from jaxdp.parallel import Replicas
 
 FOLDER = "checkpoints"
 METRIC = "eval/loss"
+MARKS = "fingerprints"
 
 
 class Checkpoints:
     """The checkpoints of a workdir, `checkpoints/<step>/`, step being the steps done.
 
     Kept are the newest keep_last, the best by validation loss, and the multiples of keep_every.
-    Each holds the state (`step`, `params`, `opt_state`) and a small JSON of what the run must find
-    again when it goes on.
+    Each holds the state (`step`, `params`, `opt_state`), a fingerprint of each of its arrays, and a
+    small JSON of what the run must find again when it goes on.
     """
 
-    def __init__(self, workdir: Path, config: ConfigDict, replicas: Replicas, method: Sync):
+    def __init__(
+        self,
+        workdir: Path,
+        config: ConfigDict,
+        replicas: Replicas,
+        method: Sync,
+        report: Callable[[str], None] = print,
+    ):
         """Opens the workdir's checkpoints, or an empty set of them.
 
         Args:
@@ -35,14 +46,27 @@ class Checkpoints:
           config: with the keys of configs/default.py.
           replicas: the devices.
           method: how they agree; says what of the state each of them has of its own.
+          report: is told in a line what is wrong with a checkpoint.
+
+        Raises:
+          RunError: there are some, and all are damaged; nothing is moved.
         """
-        self._replicas, self._method = replicas, method
+        self._replicas, self._method, self._report = replicas, method, report
+        self._folder = _folder(workdir)
+        # Orbax opens a folder only if it can read the metrics of each checkpoint.
+        steps = [path for path in self._folder.glob("*") if path.name.isdecimal()]
+        damaged = [path for path in steps if not _readable(path / "metrics" / "metrics")]
+        if damaged and len(damaged) == len(steps):
+            raise self._all_damaged([int(path.name) for path in damaged])
+        for path in damaged:
+            report(f"Checkpoint {path.name} is damaged (its metrics can't be read).")
+        self._set_aside([int(path.name) for path in damaged])
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_policy(config),
             best_fn=_loss,  # Without it, metrics are not written to disk.
             best_mode="min",
         )
-        self._manager = ocp.CheckpointManager(_folder(workdir), options=options)
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def save(self, step: int, state: Any, extra: dict, eval_loss: float | None) -> None:
         """Starts to save; waits only for the one before and for a copy of the state.
@@ -53,57 +77,106 @@ class Checkpoints:
           extra: JSON.
           eval_loss: at this very step, where it was evaluated.
         """
+        tree = self._saved(state)
+        extra = extra | {"devices": self._replicas.device_count, MARKS: _marks(tree)}
         args = ocp.args.Composite(
-            state=ocp.args.StandardSave(self._saved(state)),
-            extra=ocp.args.JsonSave(extra | {"devices": self._replicas.device_count}),
+            state=ocp.args.StandardSave(self._globally(parallel.to_global, tree)),
+            extra=ocp.args.JsonSave(extra),
         )
         # An infinite loss is the worst: such a checkpoint is kept only while it is new.
         finite = eval_loss is not None and math.isfinite(eval_loss)
         metrics = {METRIC: eval_loss if finite else math.inf}
         self._manager.save(step, args=args, metrics=metrics, force=True)
 
-    def latest(self) -> tuple[int, dict] | None:
-        """The newest checkpoint's step and the JSON saved with it; None where there is none."""
-        step = self._manager.latest_step()
-        if step is None:
-            return None
-        args = ocp.args.Composite(extra=ocp.args.JsonRestore())
-        return step, self._manager.restore(step, args=args).extra
+    def restore(self, state: Any) -> tuple[int, dict, Any] | None:
+        """Restores the newest checkpoint that is whole, written on however many devices.
 
-    def restore(self, step: int, devices: int, state: Any) -> Any:
-        """Restores a checkpoint, written on however many devices.
+        Newer ones that are damaged are reported and moved to checkpoints-damaged/.
 
         Args:
-          step: which one.
-          devices: how many it was written on.
           state: on the devices, of the same shapes; its values are not used.
 
         Returns:
-          The state, on the devices.
+          The step, the JSON saved with it, and the state, on the devices; None where there is no
+          checkpoint.
+
+        Raises:
+          RunError: there are some, and all are damaged; nothing is moved.
         """
-        shared = jax.tree.map(ocp.utils.to_shape_dtype_struct, parallel.to_global(_shared(state)))
+        damaged = []
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                extra, restored = self._read(step, state)
+            except Exception as error:  # Orbax and TensorStore raise whatever they like.
+                self._report(f"Checkpoint {step} is damaged ({_first_line(error)}).")
+                damaged.append(step)
+                continue
+            self._set_aside(damaged)
+            if damaged:
+                self._manager.reload()
+            return step, extra, restored
+        if damaged:
+            raise self._all_damaged(damaged)
+        return None
+
+    def _read(self, step: int, state: Any) -> tuple[dict, Any]:
+        """The JSON and the state of a checkpoint; raises anything where it is damaged."""
+        args = ocp.args.Composite(extra=ocp.args.JsonRestore())
+        extra = self._manager.restore(step, args=args).extra
+        target = _shared(state)
+        if self._method.own_opt_state:
+            like = self._method.saved_shapes(_shapes(state), extra["devices"])
+            # Orbax reads to the host, not to a device, where it is shown a NumPy array.
+            target["opt_state"] = jax.tree.map(
+                lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), like
+            )
+        target = self._globally(parallel.to_global, target)
+        target = jax.tree.map(
+            lambda x: ocp.utils.to_shape_dtype_struct(x) if isinstance(x, jax.Array) else x, target
+        )
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
+        found = self._globally(
+            parallel.to_local, dict(self._manager.restore(step, args=args).state)
+        )
+        _check_marks(found, extra[MARKS])
         own = {}
         if self._method.own_opt_state:
-            like = self._method.saved_shapes(_shapes(state), devices)
-            # Orbax reads to the host, not to a device, where it is shown a NumPy array.
-            empty = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), like)
-            own = {"opt_state": empty}
-            del shared["opt_state"]
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(shared | own))
-        found = dict(self._manager.restore(step, args=args).state)
-        if own:
-            saved = found.pop("opt_state")
-            saved = self._method.load(saved, self._replicas.device_count)
+            saved = self._method.load(found.pop("opt_state"), self._replicas.device_count)
             own = {"opt_state": self._replicas.put_own(saved)}
-        return state.replace(**self._replicas.replicate(parallel.to_local(found)), **own)
+        return extra, state.replace(**self._replicas.replicate(found), **own)
 
     def _saved(self, state: Any) -> dict:
         """What goes into a checkpoint: the same whatever the number of devices, where it can be."""
         tree = _shared(state)
-        if not self._method.own_opt_state:
-            return parallel.to_global(tree)
-        own = self._replicas.gather_own(tree.pop("opt_state"))
-        return parallel.to_global(tree) | {"opt_state": self._method.save(own, _shapes(state))}
+        if self._method.own_opt_state:
+            own = self._replicas.gather_own(tree["opt_state"])
+            tree["opt_state"] = self._method.save(own, _shapes(state))
+        return tree
+
+    def _globally(self, convert: Callable[[Any], Any], tree: dict) -> dict:
+        """Converts what is on devices; a method's own opt_state is on the host."""
+        own = {name: tree[name] for name in ("opt_state",) if self._method.own_opt_state}
+        return convert({name: x for name, x in tree.items() if name not in own}) | own
+
+    def _all_damaged(self, steps: list[int]) -> RunError:
+        return RunError(
+            f"all checkpoints in {self._folder} are damaged ({', '.join(map(str, steps))}): "
+            "restore them from a copy, or use another --workdir; nothing was changed"
+        )
+
+    def _set_aside(self, steps: list[int]) -> None:
+        if steps:
+            parallel.barrier("all have seen what is damaged")
+        if steps and parallel.is_main():
+            for step in steps:
+                aside = self._folder.with_name(f"{FOLDER}-damaged")
+                aside.mkdir(exist_ok=True)
+                number = sum(path.name.split(".")[0] == str(step) for path in aside.iterdir())
+                target = aside / (f"{step}.{number}" if number else str(step))
+                (self._folder / str(step)).rename(target)
+                self._report(f"It was moved to {target}.")
+        if steps:
+            parallel.barrier("checkpoints set aside")
 
     def wait(self) -> None:
         """Returns when all is on disk."""
@@ -147,8 +220,44 @@ def load_params(workdir: Path, params: Any) -> tuple[Any, int]:
             restore_args=ocp.checkpoint_utils.construct_restore_args(target),
             partial_restore=True,
         )
-        found = manager.restore(step, args=ocp.args.Composite(state=restore))
+        found = manager.restore(
+            step, args=ocp.args.Composite(state=restore, extra=ocp.args.JsonRestore())
+        )
+        _check_marks({"params": found.state["params"]}, found.extra[MARKS])
         return found.state["params"], step
+
+
+def _marks(tree: Any) -> dict[str, int]:
+    """A fingerprint of each array, by path."""
+    leaves = jax.tree.leaves_with_path(tree)
+    on_devices = [x for _, x in leaves if isinstance(x, jax.Array)]
+    marks = iter(np.asarray(_fingerprints(on_devices)) if on_devices else ())
+    # What is on the host goes through a device array by array: it may be too large for one.
+    found = [next(marks) if isinstance(x, jax.Array) else _fingerprints([x])[0] for _, x in leaves]
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    return {name: int(mark) for name, mark in zip(names, found, strict=True)}
+
+
+def _check_marks(tree: Any, expected: dict[str, int]) -> None:
+    """Raises ValueError for an array that isn't as it was when it was saved."""
+    for name, mark in _marks(tree).items():
+        if expected[name] != mark:
+            raise ValueError(f"{name} is not what was saved")
+
+
+def _readable(path: Path) -> bool:
+    try:
+        return not path.exists() or isinstance(json.loads(path.read_bytes()), dict)
+    except ValueError:
+        return False
+
+
+_fingerprints = jax.jit(fingerprints)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
 def _folder(workdir: Path) -> Path:

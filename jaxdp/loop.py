@@ -94,19 +94,18 @@ def _train(
     optimizer = get_optimizer(config, schedule)
     state = create_state(model, optimizer, config.seed, replicas, program.method)
     preflight.check_disk(workdir, state)
-    with Checkpoints(workdir, config, replicas, program.method) as checkpoints:
-        start, latest = 0, checkpoints.latest()
-        if latest is not None:
-            start, extra = latest
+    with Checkpoints(workdir, config, replicas, program.method, display.line) as checkpoints:
+        start, found = 0, checkpoints.restore(state)
+        if found is not None:
+            start, extra, state = found
             preflight.check_same_tokens(config, cache, extra["digest"])
-            state = checkpoints.restore(start, extra["devices"], state)
         traffic = report.traffic(config, program.traffic(state), replicas.device_count)
         header = report.header(config, workdir, replicas, sizes, cache, state.params)
         display.table("jaxdp", header | traffic)
         if start >= config.num_train_steps:
             display.line(report.already_finished(start))
             return Result(start, True, None, state)
-        if latest is not None:
+        if found is not None:
             display.line(f"Going on after step {start:,}.")
         if parallel.is_main():
             configs.save(config, workdir / "config.json")

@@ -163,6 +163,12 @@ def is_main() -> bool:
     return jax.process_index() == 0
 
 
+def barrier(name: str) -> None:
+    """Returns when all processes have come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
 def to_global(tree: Any) -> Any:
     """Makes replicated arrays of this process global ones, which Orbax insists on."""
     if jax.process_count() == 1:

@@ -1,3 +1,5 @@
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,7 +7,7 @@ import optax
 import pytest
 
 from jaxdp.checkpoint import Checkpoints, load_params
-from jaxdp.config import ConfigError
+from jaxdp.config import ConfigError, RunError
 from jaxdp.methods import METHODS
 from jaxdp.parallel import AXIS, Replicas
 from jaxdp.step import State, state_axes
@@ -19,10 +21,10 @@ def state_of(step, value=0.0, devices=1):
     return Replicas(jax.local_devices()[:devices]).replicate(state)
 
 
-def open_checkpoints(workdir, config, devices=1):
+def open_checkpoints(workdir, config, devices=1, report=print):
     replicas = Replicas(jax.local_devices()[:devices])
     method = METHODS[config.sync.method](config, AXIS)
-    return Checkpoints(workdir, config, replicas, method)
+    return Checkpoints(workdir, config, replicas, method, report)
 
 
 def saved_steps(workdir):
@@ -31,7 +33,7 @@ def saved_steps(workdir):
 
 def test_nothing_to_restore_in_a_new_workdir(tmp_path, config):
     with open_checkpoints(tmp_path, config) as checkpoints:
-        assert checkpoints.latest() is None
+        assert checkpoints.restore(state_of(0)) is None
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 1), (4, 2), (1, 8)])
@@ -40,9 +42,8 @@ def test_restores_bit_by_bit_on_other_devices(tmp_path, config, before, after):
     with open_checkpoints(tmp_path, config, before) as checkpoints:
         checkpoints.save(7, state, {"digest": "x"}, 1.5)
     with open_checkpoints(tmp_path, config, after) as checkpoints:
-        step, extra = checkpoints.latest()
-        restored = checkpoints.restore(step, extra["devices"], state_of(0, devices=after))
-    assert (step, extra) == (7, {"digest": "x", "devices": before})
+        step, extra, restored = checkpoints.restore(state_of(0, devices=after))
+    assert (step, extra["digest"], extra["devices"]) == (7, "x", before)
     for part in ("params", "opt_state"):
         a, b = (jax.tree.structure(getattr(s, part)) for s in (restored, state))
         assert a == b
@@ -116,7 +117,7 @@ def test_what_each_device_has_of_its_own_comes_back(tmp_path, config, method):
     with open_checkpoints(tmp_path, config, 4) as checkpoints:
         checkpoints.save(7, state, {}, None)
     with open_checkpoints(tmp_path, config, 4) as checkpoints:
-        restored = checkpoints.restore(7, 4, own_state(config, 4, 0))
+        _, _, restored = checkpoints.restore(own_state(config, 4, 0))
     for a, b in zip(*map(jax.tree.leaves, (restored, state)), strict=True):
         # A slice's padding is not saved, and never used: six numbers on four devices are eight.
         a, b = np.asarray(a), np.asarray(b)
@@ -132,11 +133,11 @@ def test_slices_are_cut_anew_for_other_devices_and_methods(tmp_path, config):
         checkpoints.save(7, state, {}, None)
     mu = np.asarray(state.opt_state[0].mu["a"]).reshape(-1)[:6].reshape(2, 3)
     with open_checkpoints(tmp_path, config, 2) as checkpoints:
-        two = checkpoints.restore(7, 4, own_state(config, 2, 0))
+        _, _, two = checkpoints.restore(own_state(config, 2, 0))
     assert (np.asarray(two.opt_state[0].mu["a"]).reshape(2, 3) == mu).all()
     config.sync.method = "gradient_mean"
     with open_checkpoints(tmp_path, config, 1) as checkpoints:
-        whole = checkpoints.restore(7, 4, state_of(0))
+        _, _, whole = checkpoints.restore(state_of(0))
     assert (np.asarray(whole.opt_state[0].mu["a"]) == mu).all()
 
 
@@ -145,6 +146,80 @@ def test_diloco_goes_on_with_mean_moments_on_other_devices(tmp_path, config):
     with open_checkpoints(tmp_path, config, 4) as checkpoints:
         checkpoints.save(7, own_state(config, 4, 7), {}, None)
     with open_checkpoints(tmp_path, config, 2) as checkpoints:
-        two = checkpoints.restore(7, 4, own_state(config, 2, 0))
+        _, _, two = checkpoints.restore(own_state(config, 2, 0))
     assert two.opt_state[0].mu["a"].shape == (2, 2, 3)
     assert (np.asarray(two.opt_state[0].mu["a"]) == 1.5).all()
+
+
+def two_checkpoints(workdir, config):
+    """Of steps 3 and 5."""
+    with open_checkpoints(workdir, config) as checkpoints:
+        for step in (3, 5):
+            checkpoints.save(step, state_of(step, value=float(step)), {}, None)
+            checkpoints.wait()
+
+
+def files_of(folder):
+    return sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip_bits(path):
+    data = bytearray(path.read_bytes())
+    for i in range(0, len(data), max(len(data) // 7, 1)):
+        data[i] ^= 0x10
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("harm", [truncate, flip_bits, lambda path: path.unlink()])
+def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(tmp_path, config, harm):
+    """Whatever file of it is harmed: the state restored is one that was saved, to the bit."""
+    two_checkpoints(tmp_path / "whole", config)
+    harmed = 0
+    for i, name in enumerate(files_of(tmp_path / "whole" / "checkpoints" / "5")):
+        workdir = tmp_path / str(i)
+        shutil.copytree(tmp_path / "whole", workdir)
+        harm(workdir / "checkpoints" / "5" / name)
+        lines = []
+        with open_checkpoints(workdir, config, report=lines.append) as checkpoints:
+            step, _, state = checkpoints.restore(state_of(0))
+        for a, b in zip(
+            *map(jax.tree.leaves, (state, state_of(step, value=float(step)))), strict=True
+        ):
+            assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), name
+        if step == 3:
+            harmed += 1
+            assert "Checkpoint 5 is damaged" in lines[0]
+            assert (workdir / "checkpoints-damaged" / "5").is_dir()
+            assert saved_steps(workdir) == [3]
+        else:
+            assert step == 5 and not lines  # The file was none that matters.
+    assert harmed >= 3
+
+
+def test_the_same_step_can_be_damaged_twice(tmp_path, config):
+    with open_checkpoints(tmp_path, config) as checkpoints:
+        checkpoints.save(3, state_of(3), {}, None)
+    for _ in range(2):
+        with open_checkpoints(tmp_path, config) as checkpoints:
+            checkpoints.save(5, state_of(5), {}, None)
+        (tmp_path / "checkpoints" / "5" / "extra" / "metadata").unlink()
+        with open_checkpoints(tmp_path, config) as checkpoints:
+            assert checkpoints.restore(state_of(0))[0] == 3
+    assert sorted(p.name for p in (tmp_path / "checkpoints-damaged").iterdir()) == ["5", "5.1"]
+
+
+def test_where_all_are_damaged_nothing_is_touched(tmp_path, config):
+    two_checkpoints(tmp_path, config)
+    for step in (3, 5):
+        (tmp_path / "checkpoints" / str(step) / "extra" / "metadata").unlink()
+    before = files_of(tmp_path)
+    with (
+        open_checkpoints(tmp_path, config) as checkpoints,
+        pytest.raises(RunError, match=r"all checkpoints in .* are damaged \(5, 3\): restore them"),
+    ):
+        checkpoints.restore(state_of(0))
+    assert files_of(tmp_path) == before
