@@ -1,6 +1,7 @@
 """What the commands share: flags, errors, signals, and JAX's settings."""
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -8,7 +9,7 @@ from pathlib import Path
 
 from absl import flags, logging
 
-from jaxdp.config import ConfigError, RunError
+from jaxdp.config import ConfigError, RunError, check_known
 
 WRONG_INPUT = 2
 FAULT = 1
@@ -35,6 +36,12 @@ def run(main: Callable[[], int], check_arguments: Callable[[list[str]], None] | 
     except (ConfigError, RunError) as error:
         print(f"jaxdp: {' '.join(str(error).split())}", file=sys.stderr)
         return WRONG_INPUT if isinstance(error, ConfigError) else FAULT
+
+
+def check_overrides(argv: list[str]) -> None:
+    """Refuses --config.KEY=VALUE of an unknown key, which config_flags does with a traceback."""
+    overrides = (re.match(r"--?config\.([^=]+)=?(.*)", argument) for argument in argv)
+    check_known({match[1]: match[2] for match in overrides if match})
 
 
 def _parse_flags() -> None:

@@ -4,7 +4,6 @@ Exit status: 0 finished; 2 the config or the input is wrong; 75 stopped on reque
 SIGINT) with everything saved, run again to go on; anything else is a fault.
 """
 
-import re
 import sys
 import threading
 
@@ -12,7 +11,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from jaxdp import command, loop, parallel, preflight
-from jaxdp.config import ConfigError, check_known
+from jaxdp.config import ConfigError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config().")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for all that the run writes.")
@@ -38,11 +37,5 @@ def main() -> int:
     return 0 if result.finished else STOPPED
 
 
-def check_overrides(argv: list[str]) -> None:
-    """Refuses --config.KEY=VALUE of an unknown key, which config_flags does with a traceback."""
-    overrides = (re.match(r"--?config\.([^=]+)=?(.*)", argument) for argument in argv)
-    check_known({match[1]: match[2] for match in overrides if match})
-
-
 if __name__ == "__main__":
-    sys.exit(command.run(main, check_overrides))
+    sys.exit(command.run(main, command.check_overrides))
