@@ -52,7 +52,9 @@ def get_config() -> ConfigDict:
     c.model.bias = False  # Biases in linear layers and layer norms.
     c.model.dropout = 0.0  # On embeddings and on each residual branch.
     c.model.dtype = "float32"  # Computation: "float32" or "bfloat16". Parameters are float32.
-    c.model.remat = False  # Recompute activations in the backward pass: less memory, more time.
+    # Recompute activations in the backward pass: less memory, more time. (On CPUs with JAX 0.10 it
+    # saves memory only together with scan_layers.)
+    c.model.remat = False
     c.model.scan_layers = False  # One compiled layer, looped: compiles faster, runs slower.
     c.model.vocab_multiple = 1  # Pad the vocabulary to a multiple of this (128 suits GPUs).
 
