@@ -177,12 +177,13 @@ class _Run:
             dispatched = time.perf_counter()
             if pending is not None:
                 stop = self._log(*pending)
-            elif done == start:
+            if self.program.fresh:
                 jax.block_until_ready(metrics)
                 self.display.line(f"Compiled: {report.collectives(self.program)}.")
-                self.display.start(start, total)
-                # The first round's time is that of compilation.
+                # The time of this round is that of compilation.
                 self.throughput.start(steps=-steps)
+            if done == start:
+                self.display.start(start, total)
             if self.program.trace(metrics):
                 self.throughput.start(steps=-steps)
             self.busy = dispatched - asked
@@ -247,6 +248,8 @@ class _Run:
             values = {f"train/{n}": float(metrics[n][i]) for n in names if n in metrics}
             positions = self.sizes.per_device * self.config.seq_len
             self.writer.write(done, values | load_balance(metrics, i, positions) | speed)
+        if "drift" in metrics:
+            self.program.drift = float(metrics["drift"][-1])
         self.display.step(before + len(metrics["tokens"]))
         return bool(metrics["stop"].max() > 0)
 

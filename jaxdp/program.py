@@ -23,7 +23,9 @@ class Program:
 
     Attributes:
       method: how replicas agree (after the first sync.after steps).
-      collectives: of the compiled program, by instruction; None before it is compiled.
+      collectives: of the program compiled last, by instruction; None before.
+      fresh: whether the last call had to compile first.
+      drift: of the replicas before they agreed last, where they drift; see `sync.drift`.
       waiting: share of the devices' time that goes into collectives; None where not measured.
     """
 
@@ -43,6 +45,8 @@ class Program:
         )
         self._p_steps: dict[tuple[Sync, int], Any] = {}
         self.collectives: dict[str, Collective] | None = None
+        self.fresh = False
+        self.drift: float | None = None
         self.waiting: float | None = None
         self._calls = 0
         self._trace: price.Trace | None = None
@@ -55,7 +59,8 @@ class Program:
     def __call__(self, done: int, state: Any, batch: Any) -> tuple[Any, dict[str, jax.Array]]:
         """One round, from a state that has done so many steps; see `step.train_step`."""
         method, steps = self._method(done), batch["inputs"].shape[1]
-        if (method, steps) not in self._p_steps:
+        self.fresh = (method, steps) not in self._p_steps
+        if self.fresh:
             axes = state_axes(state, method)
             p_step = self._replicas.pmap(
                 functools.partial(self._step, method=method),
@@ -64,11 +69,11 @@ class Program:
                 donate=True,
             )
             self._p_steps[method, steps] = p_step
-            if method is self.method and self.collectives is None:
-                # The call below finds the program compiled.
-                text = p_step.lower(state, batch).compile().as_text()
-                self.collectives = price.collectives(text, self._replicas.device_count)
-                self._calls = 0
+            # The call below finds the program compiled.
+            text = p_step.lower(state, batch).compile().as_text()
+            self.collectives = price.collectives(text, self._replicas.device_count)
+            self.close()
+            self._calls = 0
         self._calls += 1
         return self._p_steps[method, steps](state, batch)
 
@@ -92,7 +97,7 @@ class Program:
         return False
 
     def close(self) -> None:
-        """Ends what a run that ends early has left open."""
+        """Ends what a run that ends early, or goes on with another program, has left open."""
         if self._trace:
             self._trace.stop()
             self._trace = None

@@ -86,9 +86,11 @@ def traffic(config: ConfigDict, round_: list[Collective], count: int) -> dict[st
     per_token = sent / (config.global_batch_size * config.seq_len / count)
     steps = round_[0].steps
     when = f"every {steps} steps" if steps > 1 else "per step"
+    rounded = "" if config.sync.dtype == "float32" else f", rounded to {config.sync.dtype}"
     return {
-        "synchronised": f"{config.sync.method}, {_kinds(round_)} {when}, of {quantity(payload)}B; "
-        f"on a ring a device sends {quantity(sent)}B a step, {per_token:,.0f} bytes for each token"
+        "synchronised": f"{config.sync.method}{rounded}, {_kinds(round_)} {when}, of "
+        f"{quantity(payload)}B; on a ring a device sends {quantity(sent)}B a step, "
+        f"{per_token:,.0f} bytes for each token"
     }
 
 
@@ -112,4 +114,6 @@ def agreement(program: Program, state: Any, count: int) -> dict[str, str]:
         rows["collectives"] = f"{collectives(program)}, in the compiled program"
     if program.waiting is not None:
         rows["waiting"] = f"{program.waiting:.1%} of the devices' time in collectives, as profiled"
+    if program.drift is not None:
+        rows["drift"] = f"{program.drift:.2e} of the parameters' norm, before the last agreement"
     return rows
