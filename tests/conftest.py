@@ -1,5 +1,6 @@
 """Eight forced CPU devices, small configs, and caches of the tests' own."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ USER_XLA_FLAGS = os.environ.get("XLA_FLAGS", "")
 # Nearly all of a small test's time is compilation; the commands get no such flag.
 os.environ["XLA_FLAGS"] = f"{USER_XLA_FLAGS} --xla_backend_optimization_level=0"
 
+import jax
 import pytest
 from ml_collections import ConfigDict
 
@@ -21,6 +23,20 @@ REPOSITORY = Path(__file__).parent.parent
 TEXT = "".join(
     f"{i} is {'even' if i % 2 == 0 else 'odd'}, its square is {i * i}.\n" for i in range(800)
 )
+
+
+@pytest.fixture(autouse=True)
+def room_for_programs():
+    """Frees compiled programs before the kernel's limit of memory maps per process is reached.
+
+    Each takes a few dozen; beyond 65,530, the usual vm.max_map_count, XLA aborts the process.
+    """
+    yield
+    with open("/proc/self/maps") as maps:
+        count = sum(1 for _ in maps)
+    if count > 20_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
