@@ -71,7 +71,7 @@ def test_remat_saves_memory_and_more_layers_need_more(config, scan_layers):
 def test_remat_saves_in_loops_and_else_where_xla_recomputes_late(config, monkeypatch):
     config.model.remat = True
     for late in (False, True):
-        monkeypatch.setattr(plan, "recomputes_late", lambda late=late: late)
+        monkeypatch.setattr(prediction, "recomputes_late", lambda late=late: late)
         config.model.scan_layers = False
         assert prediction.remat_saves(config) == late
         config.model.scan_layers = True
