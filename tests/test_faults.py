@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -57,22 +58,22 @@ class Run:
 
 def when(moment, run, workdir, cache, delay):
     """Returns once it is the moment to kill a run, or the run has ended."""
-    began = time.time()
-    saving = lambda: any((workdir / "checkpoints").glob("*tmp*"))  # noqa: E731
+    began, before = time.time(), set(cache.glob("*.building-*"))
     conditions = {
         "any time": lambda: time.time() > began + 8 * delay,
         "training": lambda: "\nstep " in run.printed,
-        "saving": saving,
+        "saving": lambda: any((workdir / "checkpoints").glob("*tmp*")),
         "evaluating": lambda: "\nevaluation" in run.printed,
-        "building the cache": lambda: any(cache.glob("*.building-*")),
+        "building the cache": lambda: set(cache.glob("*.building-*")) - before,
     }
-    if run.until(conditions[moment]) and moment != "saving":
-        run.until(lambda: time.time() > began + 9 or time.time() - began > delay)
+    if run.until(conditions[moment]) and moment in ("training", "evaluating"):
+        reached = time.time()
+        run.until(lambda: time.time() > reached + delay)
 
 
 def test_twenty_kills_leave_no_trace(config, tmp_path):
     """SIGKILL while saving, evaluating, building the cache, training, and at any time."""
-    config.update({"num_train_steps": 4000, "log_every": 50, "eval_every": 200})
+    config.update({"num_train_steps": 8000, "log_every": 50, "eval_every": 200})
     config.checkpoint.every = 25
     config.model.dropout = 0.2
     config.data.cache_dir = str(tmp_path / "tokens")
@@ -82,6 +83,8 @@ def test_twenty_kills_leave_no_trace(config, tmp_path):
     moments += ["training"] * 4 + ["any time"] * 4
     killed = []
     for moment in moments:
+        if moment == "building the cache":
+            shutil.rmtree(cache, ignore_errors=True)
         run = Run(*flags(config, workdir))
         when(moment, run, workdir, cache, draw.random())
         if run.process.poll() is None:
