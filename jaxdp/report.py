@@ -110,6 +110,8 @@ def _kinds(found: list[Collective]) -> str:
 def agreement(program: Program, state: Any, count: int) -> dict[str, str]:
     """What agreement cost."""
     rows = traffic(program.config, program.traffic(state), count)
+    if count == 1:
+        return rows
     if program.collectives:
         rows["collectives"] = f"{collectives(program)}, in the compiled program"
     if program.waiting is not None:
