@@ -21,7 +21,6 @@ class ReplicaCheck:
 
     def __init__(self, replicas: Replicas):
         """Compiles nothing yet."""
-        self._replicas = replicas
         self._p_fingerprints = replicas.pmap(
             lambda tree, _: lax.all_gather(fingerprints(tree), parallel.AXIS)
         )

@@ -165,18 +165,18 @@ class Checkpoints:
         )
 
     def _set_aside(self, steps: list[int]) -> None:
-        if steps:
-            parallel.barrier("all have seen what is damaged")
-        if steps and parallel.is_main():
+        if not steps:
+            return
+        parallel.barrier("all have seen what is damaged")
+        if parallel.is_main():
+            aside = self._folder.with_name(f"{FOLDER}-damaged")
+            aside.mkdir(exist_ok=True)
             for step in steps:
-                aside = self._folder.with_name(f"{FOLDER}-damaged")
-                aside.mkdir(exist_ok=True)
                 number = sum(path.name.split(".")[0] == str(step) for path in aside.iterdir())
                 target = aside / (f"{step}.{number}" if number else str(step))
                 (self._folder / str(step)).rename(target)
                 self._report(f"It was moved to {target}.")
-        if steps:
-            parallel.barrier("checkpoints set aside")
+        parallel.barrier("checkpoints set aside")
 
     def wait(self) -> None:
         """Returns when all is on disk."""
