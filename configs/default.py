@@ -86,6 +86,15 @@ def get_config() -> ConfigDict:
     c.sync.virtual_replicas = 8  # "fixed_order": parts of the batch, a power of two; sets the bits.
     c.sync.check_every = 100  # Steps between comparisons of all devices' states; 0: never.
 
+    # When a run stops learning. An update whose loss or gradient isn't finite is always skipped.
+    c.divergence = ConfigDict()
+    # Skipped updates in a row, after which the run goes back to the last good checkpoint and leaves
+    # out the data since then.
+    c.divergence.max_bad_steps = 10
+    # Likewise after a loss so many robust deviations above the median of 100; 0: never. 8 is rare.
+    c.divergence.spike_threshold = 0.0
+    c.divergence.max_rollbacks = 3  # Then the run ends, with what it knows of the cause.
+
     # Checkpoints.
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 500  # Steps between checkpoints; there is always one at the end.

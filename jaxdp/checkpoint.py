@@ -1,5 +1,6 @@
 """Checkpoints, by Orbax: written in the background, whole or not at all."""
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -26,7 +27,8 @@ MARKS = "fingerprints"
 class Checkpoints:
     """The checkpoints of a workdir, `checkpoints/<step>/`, step being the steps done.
 
-    Kept are the newest keep_last, the best by validation loss, and the multiples of keep_every.
+    Kept are the newest keep_last, the best by validation loss, the multiples of keep_every, and the
+    newest of the multiples of `every`, to which a run that diverges goes back.
     Each holds the state (`step`, `params`, `opt_state`), a fingerprint of each of its arrays, and a
     small JSON of what the run must find again when it goes on.
     """
@@ -88,17 +90,20 @@ class Checkpoints:
         metrics = {METRIC: eval_loss if finite else math.inf}
         self._manager.save(step, args=args, metrics=metrics, force=True)
 
-    def restore(self, state: Any) -> tuple[int, dict, Any] | None:
+    def restore(
+        self, state: Any, fit: Callable[[int, dict], bool] = lambda step, extra: True
+    ) -> tuple[int, dict, Any] | None:
         """Restores the newest checkpoint that is whole, written on however many devices.
 
         Newer ones that are damaged are reported and moved to checkpoints-damaged/.
 
         Args:
           state: on the devices, of the same shapes; its values are not used.
+          fit: (step, JSON saved with it) -> whether this checkpoint will do.
 
         Returns:
           The step, the JSON saved with it, and the state, on the devices; None where there is no
-          checkpoint.
+          checkpoint that will do.
 
         Raises:
           RunError: there are some, and all are damaged; nothing is moved.
@@ -106,7 +111,10 @@ class Checkpoints:
         damaged = []
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                extra, restored = self._read(step, state)
+                extra = self._read_extra(step)
+                if not fit(step, extra):
+                    continue
+                restored = self._read(step, state, extra)
             except Exception as error:  # Orbax and TensorStore raise whatever they like.
                 self._report(f"Checkpoint {step} is damaged ({_first_line(error)}).")
                 damaged.append(step)
@@ -119,10 +127,12 @@ class Checkpoints:
             raise self._all_damaged(damaged)
         return None
 
-    def _read(self, step: int, state: Any) -> tuple[dict, Any]:
-        """The JSON and the state of a checkpoint; raises anything where it is damaged."""
+    def _read_extra(self, step: int) -> dict:
         args = ocp.args.Composite(extra=ocp.args.JsonRestore())
-        extra = self._manager.restore(step, args=args).extra
+        return self._manager.restore(step, args=args).extra
+
+    def _read(self, step: int, state: Any, extra: dict) -> Any:
+        """The state of a checkpoint; raises anything where it is damaged."""
         target = _shared(state)
         if self._method.own_opt_state:
             like = self._method.saved_shapes(_shapes(state), extra["devices"])
@@ -143,7 +153,7 @@ class Checkpoints:
         if self._method.own_opt_state:
             saved = self._method.load(found.pop("opt_state"), self._replicas.device_count)
             own = {"opt_state": self._replicas.put_own(saved)}
-        return extra, state.replace(**self._replicas.replicate(found), **own)
+        return state.replace(**self._replicas.replicate(found), **own)
 
     def _saved(self, state: Any) -> dict:
         """What goes into a checkpoint: the same whatever the number of devices, where it can be."""
@@ -283,7 +293,19 @@ def _policy(config: ConfigDict) -> preservation_policy.PreservationPolicy:
     best = preservation_policy.BestN(
         get_metric_fn=_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False
     )
-    policies = [preservation_policy.LatestN(c.keep_last), best]
+    policies = [preservation_policy.LatestN(c.keep_last), best, _LatestScheduled(c.every)]
     if c.keep_every:
         policies.append(preservation_policy.EveryNSteps(c.keep_every))
     return preservation_policy.AnyPreservationPolicy(policies)
+
+
+@dataclasses.dataclass
+class _LatestScheduled(preservation_policy.PreservationPolicy):
+    """Preserves the newest checkpoint that isn't due to an interruption."""
+
+    every: int
+
+    def should_preserve(self, checkpoints, *, context):
+        del context
+        scheduled = [c.step for c in checkpoints if c.step % self.every == 0]
+        return [c.step == max(scheduled, default=None) for c in checkpoints]

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,14 +15,15 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxdp import config as configs
-from jaxdp import losses, parallel, preflight, report, sampling, tokenizer
+from jaxdp import divergence, losses, parallel, preflight, report, sampling, tokenizer
 from jaxdp.agreement import ReplicaCheck
 from jaxdp.checkpoint import Checkpoints
-from jaxdp.config import BatchSizes
+from jaxdp.config import BatchSizes, RunError
 from jaxdp.data import pipeline
 from jaxdp.data.cache import TokenCache, open_cache
 from jaxdp.data.feed import Feed
 from jaxdp.display import Display
+from jaxdp.divergence import Divergence
 from jaxdp.evaluate import Evaluation, evaluate
 from jaxdp.metrics import MetricsWriter, Throughput, load_balance
 from jaxdp.model import ModelConfig, Transformer, flops_per_token, num_parameters
@@ -92,13 +94,17 @@ def _train(
     schedule = get_schedule(config)
     program = Program(config, replicas, schedule, _transform(config, cache))
     optimizer = get_optimizer(config, schedule)
-    state = create_state(model, optimizer, config.seed, replicas, program.method)
+    first_state = functools.partial(
+        create_state, model, optimizer, config.seed, replicas, program.method
+    )
+    state, judge = first_state(), Divergence(config)
     preflight.check_disk(workdir, state)
     with Checkpoints(workdir, config, replicas, program.method, display.line) as checkpoints:
         start, found = 0, checkpoints.restore(state)
         if found is not None:
             start, extra, state = found
             preflight.check_same_tokens(config, cache, extra["digest"])
+            judge.load(extra["divergence"])
         traffic = report.traffic(config, program.traffic(state), replicas.device_count)
         header = report.header(config, workdir, replicas, sizes, cache, state.params)
         display.table("jaxdp", header | traffic)
@@ -118,7 +124,9 @@ def _train(
                 sizes,
                 cache,
                 model,
+                first_state,
                 program,
+                judge,
                 display,
                 checkpoints,
                 writer,
@@ -140,7 +148,9 @@ class _Run:
     sizes: BatchSizes
     cache: TokenCache
     model: Transformer
+    first_state: Callable[[], Any]
     program: Program
+    judge: Divergence
     display: Display
     checkpoints: Checkpoints
     writer: MetricsWriter
@@ -159,8 +169,8 @@ class _Run:
 
     def train(self, state: Any, start: int, stop_requested: Callable[[], bool]) -> Result:
         """Steps from `start` to the end, or until asked to stop."""
-        config, total = self.config, self.config.num_train_steps
-        rounds = parallel.prefetch(self._rounds(start, stop_requested), self.replicas.shard_steps)
+        total = self.config.num_train_steps
+        rounds = self._rounds(start, stop_requested)
         flops = flops_per_token(self.model.config, num_parameters(state.params))
         self.throughput = Throughput(flops, self.replicas.device_count)
         self.display.line("Compiling the training step ...")
@@ -189,21 +199,42 @@ class _Run:
             self.busy = dispatched - asked
             first, done, pending = done, done + steps, (done, metrics, waited)
 
-            evaluating = done % config.eval_every == 0 or done == total
-            saving = done % config.checkpoint.every == 0 or done == total
-            if stop or evaluating or saving:
+            evaluating, saving = self._due(done)
+            if self.judge.trouble is None and (stop or evaluating or saving):
                 stop = self._log(*pending) or stop
                 pending = None
+            if self.judge.trouble:
+                # What was dispatched since is forgotten: where it ended must not depend on that.
+                before = time.perf_counter()
+                done, state = self._roll_back(state)
+                self.throughput.pause(time.perf_counter() - before)
+                rounds, pending = self._rounds(done, stop_requested), None
+                evaluating, saving = self._due(done)
             if self._check_due(first, done) or stop or saving:
                 self._check_replicas(done, state)
             evaluation = self._evaluate(done, state) if evaluating else None
+            # Parameters in doubt don't take the place of good ones.
+            saving = saving and (self.judge.in_a_row == 0 or done == total)
             if stop or saving:
                 self.writer.flush()
                 loss = evaluation.loss if evaluation else None
-                self.checkpoints.save(done, state, {"digest": self.cache.digest}, loss)
+                extra = {"digest": self.cache.digest, "divergence": self.judge.to_json()}
+                self.checkpoints.save(done, state, extra, loss)
         return Result(done, done == total, evaluation, state)
 
-    def _rounds(
+    def _due(self, done: int) -> tuple[bool, bool]:
+        """Whether to evaluate and whether to save after so many steps."""
+        last = done == self.config.num_train_steps
+        evaluating = done % self.config.eval_every == 0 or last
+        return evaluating, done % self.config.checkpoint.every == 0 or last
+
+    def _rounds(self, start: int, stop_requested: Callable[[], bool]) -> Iterator[Any]:
+        """The batches of rounds from `start` on, on the devices."""
+        return parallel.prefetch(
+            self._host_rounds(start, stop_requested), self.replicas.shard_steps
+        )
+
+    def _host_rounds(
         self, start: int, stop_requested: Callable[[], bool]
     ) -> Iterator[list[pipeline.Batch]]:
         """This process's batches, round by round.
@@ -236,6 +267,7 @@ class _Run:
     def _log(self, before: int, metrics: dict[str, jax.Array], waited: float) -> bool:
         """Logs a round's steps where due; returns whether any process was asked to stop."""
         metrics = jax.device_get(metrics)
+        self._judge(before + len(metrics["loss"]), metrics)
         for i, tokens in enumerate(metrics["tokens"]):
             done = before + i + 1
             self.throughput.add(round(float(tokens.sum())), waited if i == 0 else 0.0)
@@ -246,12 +278,86 @@ class _Run:
             self.display.figures(done, loss, speed["tokens_per_second"])
             names = ("loss", "grad_norm", "learning_rate", "drift")
             values = {f"train/{n}": float(metrics[n][i]) for n in names if n in metrics}
+            values["train/skipped"] = self.judge.skipped
             positions = self.sizes.per_device * self.config.seq_len
             self.writer.write(done, values | load_balance(metrics, i, positions) | speed)
         if "drift" in metrics:
             self.program.drift = float(metrics["drift"][-1])
         self.display.step(before + len(metrics["tokens"]))
         return bool(metrics["stop"].max() > 0)
+
+    def _judge(self, done: int, metrics: dict[str, Any]) -> None:
+        """Counts skipped updates, and sees whether the run diverges."""
+        before = self.judge.skipped
+        self.judge.add(done, metrics["loss"], metrics["skipped"])
+        if self.judge.skipped > before:
+            self.display.line(
+                f"step {done}: loss or gradient is not finite, the update is skipped "
+                f"({self.judge.skipped:,} so far)",
+                "yellow",
+            )
+
+    def _roll_back(self, state: Any) -> tuple[int, Any]:
+        """Takes back what came after the last good checkpoint, and skips its data.
+
+        It is a scheduled checkpoint, as others depend on when a run happened to be interrupted.
+
+        Returns:
+          The step to go on from, and the state, at that step.
+
+        Raises:
+          RunError: it has been done often enough; says what is known of the cause.
+        """
+        trouble, c = self.judge.trouble, self.config.divergence
+        assert trouble is not None
+        if self.judge.rollbacks == c.max_rollbacks:
+            raise self._diagnosis(trouble, state)
+        self.checkpoints.wait()
+        found = self.checkpoints.restore(state, self._good)
+        step, state = (found[0], found[2]) if found else (0, self.first_state())
+        self.judge.roll_back()
+        self.display.line(
+            f"step {trouble.step}: {trouble.reason}. Back to the parameters of step {step}; the "
+            f"data of the steps since is skipped (roll-back {self.judge.rollbacks} of at most "
+            f"{c.max_rollbacks}).",
+            "bold yellow",
+        )
+        return trouble.step, self.program.at_step(state, trouble.step)
+
+    def _good(self, step: int, extra: dict[str, Any]) -> bool:
+        scheduled = step % self.config.checkpoint.every == 0
+        return scheduled and extra["divergence"]["in_a_row"] == 0
+
+    def _diagnosis(self, trouble: divergence.Trouble, state: Any) -> RunError:
+        """Shows and writes what is known of a step that the run can't get past."""
+        step = trouble.step - 1  # Counted from 0, as the state and the data count.
+        norms = functools.partial(
+            divergence.norms,
+            grad_accum_steps=self.config.grad_accum_steps,
+            seed=self.config.seed,
+            transform=_transform(self.config, self.cache),
+        )
+        batch = self.replicas.shard(next(self.feed.train(step)))
+        bare = self.replicas.replicate(state.replace(step=np.int32(step), opt_state=(), outer=()))
+        found = jax.device_get(self.replicas.pmap(norms)(bare, batch))
+        rows = divergence.by_layer(found)
+        positions = self.feed.positions(step)
+        self.display.table(
+            "Diverged", report.diagnosis(trouble.step, found["loss"], positions, rows)
+        )
+        path = self.workdir / "diagnosis.json"
+        if parallel.is_main():
+            values = {"step": trouble.step, "reason": trouble.reason, "loss": found["loss"].item()}
+            values |= {"sequences_begin_at_tokens": positions, "norms": rows}
+            # JSON has neither infinity nor NaN, which here are what matters: they become strings.
+            values = json.loads(json.dumps(values), parse_constant=str)
+            configs.write_whole(path, json.dumps(values, indent=2) + "\n")
+        return RunError(
+            f"diverged at step {trouble.step}: {trouble.reason}, after {self.judge.rollbacks} "
+            f"roll-backs; {path} names the data and the norms of each layer: lower "
+            "optimizer.learning_rate, or raise divergence.max_rollbacks, and run again to go on "
+            "from the newest checkpoint"
+        )
 
     def _evaluate(self, done: int, state: Any) -> Evaluation:
         """Evaluates on the validation split, and logs the result."""
@@ -279,6 +385,10 @@ class _Run:
             self.writer.write_text(result.step, "sample", text)
         rows = report.summary(self.config, self.workdir, self.cache, result, self.display.seconds())
         rows |= report.agreement(self.program, result.state, self.replicas.device_count)
+        if self.judge.skipped or self.judge.rollbacks:
+            rows["diverged"] = (
+                f"{self.judge.skipped:,} updates skipped, {self.judge.rollbacks} roll-backs"
+            )
         title = "Finished" if result.finished else "Stopped as asked; run again to go on"
         self.display.table(title, rows)
 

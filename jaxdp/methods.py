@@ -158,7 +158,7 @@ class ParameterMean(Sync):
         figures = lax.psum(figures, self.axis)
         figures["grad_norm"] /= lax.axis_size(self.axis)
         tokens = figures["tokens"].sum(0)
-        mean = sync.parameter_mean(self._averaged(after), tokens, self.axis)
+        mean = sync.parameter_mean(self._averaged(after), self._averaged(before), tokens, self.axis)
         apart = sync.drift(after.params, mean["params"], self.axis)
         figures["drift"] = jnp.full(len(figures["loss"]), apart)
         return self._merge(before, after.replace(**mean)), figures

@@ -56,7 +56,7 @@ class MetricsWriter:
         if step != self._record.get("step"):
             self.flush()
         self._record |= {"step": step, **values}
-        given = {name: value for name, value in values.items() if value is not None}
+        given = {name: x for name, x in values.items() if _finite(x) is not None}
         for name, value in given.items():
             self._tensorboard.add_scalar(name, value, step)
         if self._wandb:

@@ -5,6 +5,7 @@ import functools
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
@@ -12,7 +13,7 @@ from jaxdp import methods, parallel, price
 from jaxdp.methods import Sync
 from jaxdp.parallel import Replicas
 from jaxdp.price import Collective
-from jaxdp.step import Transform, state_axes, train_step
+from jaxdp.step import Transform, at_step, state_axes, train_step
 
 # Calls after a start that are recorded by the profiler, once everything is warm.
 TRACED = range(4, 7)
@@ -76,6 +77,13 @@ class Program:
             self._calls = 0
         self._calls += 1
         return self._p_steps[method, steps](state, batch)
+
+    def at_step(self, state: Any, step: int) -> Any:
+        """See `step.at_step`; the state's memory is used again."""
+        axes = state_axes(state, self.method)
+        move = self._replicas.pmap(at_step, state_axes=axes, out_axes=axes, donate=True)
+        here = np.full(len(self._replicas.devices), step, np.int32)
+        return move(state, self._replicas.put(here))
 
     def trace(self, metrics: dict[str, jax.Array]) -> bool:
         """To be called after each round: lets the profiler measure a few; returns whether it did.

@@ -119,3 +119,18 @@ def agreement(program: Program, state: Any, count: int) -> dict[str, str]:
     if program.drift is not None:
         rows["drift"] = f"{program.drift:.2e} of the parameters' norm, before the last agreement"
     return rows
+
+
+def diagnosis(
+    step: int, loss: float, positions: list[int], norms: dict[str, dict[str, float]]
+) -> dict[str, str]:
+    """What is known of a step at which a run diverges; see `divergence.norms`."""
+    first = ", ".join(f"{position:,}" for position in positions[:8])
+    more = f", and {len(positions) - 8} more" if len(positions) > 8 else ""
+    rows = {
+        "step": f"{step:,}, loss {loss:.4g}",
+        "batch": f"sequences from tokens {first}{more} of the training split",
+    }
+    for layer, norm in norms.items():
+        rows[layer] = f"parameters {norm['parameters']:.4g}, gradient {norm['gradient']:.4g}"
+    return rows

@@ -101,9 +101,10 @@ def train_step(
 
     Returns:
       The new state, and metrics of each step, float32: loss (nats per token), grad_norm (before
-      clipping; a mean over devices where each has its own), learning_rate and stop (any process's),
-      [steps] each; tokens (real ones) and busy, [steps, N], of every device; drift [steps] where
-      replicas drift apart.
+      clipping; a mean over devices where each has its own), learning_rate, stop (any process's) and
+      skipped (0 where the update was made; more where loss or gradient weren't finite, so that
+      parameters and moments stayed as they were), [steps] each; tokens (real ones) and busy,
+      [steps, N], of every device; drift [steps] where replicas drift apart.
     """
 
     def step(state, batch):
@@ -121,7 +122,11 @@ def train_step(
         if clip_norm:
             grads = clip(grads, figures["grad_norm"], clip_norm)
         figures["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
-        return method.update(state, grads), figures
+        # A loss or gradient that isn't finite would be in the parameters for ever.
+        good = jnp.isfinite(figures["loss"]) & jnp.isfinite(figures["grad_norm"])
+        figures["skipped"] = jnp.where(good, 0.0, 1.0)
+        updated, skipped = method.update(state, grads), at_step(state, state.step + 1)
+        return jax.tree.map(lambda x, y: jnp.where(good, x, y), updated, skipped), figures
 
     steps = len(batch["inputs"])
     if steps == 1:
@@ -133,6 +138,19 @@ def train_step(
     after, figures = method.agree(state, after, figures)
     figures["loss"] /= jnp.maximum(figures["tokens"].sum(1), 1)
     return after, figures | {"learning_rate": rates}
+
+
+def at_step(state: State, step: Any) -> State:
+    """The same parameters and moments, at another step of the run and of the schedule.
+
+    What counts the updates in the moments, for Adam's bias correction, stays as it is.
+    """
+
+    def of_schedule(path, _):
+        return path[-1].tuple_name == "ScaleByScheduleState"
+
+    opt_state = optax.tree.set(state.opt_state, of_schedule, count=step)
+    return state.replace(step=step, opt_state=opt_state)
 
 
 def clip(grads: Any, norm: jax.Array, limit: float) -> Any:

@@ -63,25 +63,30 @@ def gradient_mean(
     return means, jax.tree.map(lambda x: x * lax.axis_size(axis_name), figures)
 
 
-def parameter_mean(tree: Tree, tokens: jax.Array, axis_name: str) -> Tree:
+def parameter_mean(tree: Tree, before: Tree, tokens: jax.Array, axis_name: str) -> Tree:
     """θ' = Σ wᵢ θᵢ, the recipe's average after independent local updates (Stich 2019).
 
     The weights wᵢ are the devices' shares of the tokens: 1 / N where all have the same number.
 
     Args:
-      tree: this device's; integers (step counters) are the same everywhere and left as they are.
+      tree: this device's; integers count its updates, of which it may have skipped some.
+      before: the tree that all devices had when they agreed last.
       tokens: [N], of each device since the replicas agreed last.
       axis_name: of the devices.
     """
     total = tokens.sum()
     shares = jnp.where(total > 0, tokens / jnp.where(total > 0, total, 1), 1 / len(tokens))
     mine = shares[lax.axis_index(axis_name)]
-    leaves, treedef = jax.tree.flatten(tree)
-    floats = [i for i, x in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.floating)]
-    means = lax.psum([leaves[i] * mine for i in floats], axis_name)
-    for i, mean in zip(floats, means, strict=True):
-        leaves[i] = mean
-    return jax.tree.unflatten(treedef, leaves)
+    # Counts since then are small: exact as floats, so that all goes in one collective.
+    own = jax.tree.map(lambda x, b: x if _is_float(x) else (x - b).astype(mine.dtype), tree, before)
+    means = lax.psum(jax.tree.map(lambda x: x * mine, own), axis_name)
+    return jax.tree.map(
+        lambda m, b: m if _is_float(b) else b + jnp.rint(m).astype(b.dtype), means, before
+    )
+
+
+def _is_float(x: jax.Array) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.floating)
 
 
 def drift(params: Tree, mean: Tree, axis_name: str) -> jax.Array:

@@ -63,18 +63,25 @@ def test_bfloat16_costs_what_its_rounding_says():
 
 
 @pytest.mark.parametrize("devices", [1, 3, 8])
-def test_parameter_mean_weighs_by_tokens_and_leaves_counters(devices):
+def test_parameter_mean_weighs_by_tokens(devices):
+    """And a counter, of 10 updates since the devices agreed, counts them, but for most skipped."""
     values = RNG.normal(size=(devices, 5)).astype(np.float32)
     tokens = np.arange(devices, dtype=np.float32)
 
     def mean(part):
-        tree = {"x": part["x"][0], "count": jnp.int32(3)}
-        return sync.parameter_mean(tree, lax.all_gather(part["tokens"][0], AXIS), AXIS)
+        skipped = jnp.where(lax.axis_index(AXIS) == 1, 3, 0)
+        start = 2**24 + 1  # No float32.
+        tree = {"x": part["x"][0], "all": jnp.int32(start + 10), "count": start + 10 - skipped}
+        before = {"x": tree["x"], "all": jnp.int32(start), "count": jnp.int32(start)}
+        tokens = lax.all_gather(part["tokens"][0], AXIS)
+        return sync.parameter_mean(tree, before, tokens, AXIS)
 
     got = on(devices, mean, {"x": values, "tokens": tokens})
     weights = tokens if devices > 1 else np.ones(1)  # No tokens at all: a plain mean.
     np.testing.assert_allclose(got["x"], np.average(values, 0, weights), **ROUNDING)
-    assert got["count"] == 3
+    assert got["all"] == 2**24 + 11
+    # Of 1 + 2 tokens the first third is on the device that made 7 updates.
+    assert got["count"] == 2**24 + 1 + {1: 10, 3: 9, 8: 10}[devices]
 
 
 def test_drift_is_relative_and_zero_for_equals():

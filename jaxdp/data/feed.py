@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from jaxdp.data import pipeline
@@ -35,6 +36,13 @@ class Feed:
             num_epochs=self._config.num_epochs,
             **self._common,
         )
+
+    def positions(self, step: int) -> list[int]:
+        """Where in the training split the sequences of a step's whole global batch begin."""
+        c = self._config
+        numbers = step * c.global_batch_size + np.arange(c.global_batch_size, dtype=np.int64)
+        tokens = len(self._cache.train)
+        return pipeline.start_positions(numbers, tokens, c.seq_len, c.seed).numpy().tolist()
 
     def evaluation(self) -> Iterator[Batch]:
         """See `pipeline.eval_batches`."""

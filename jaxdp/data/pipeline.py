@@ -57,20 +57,10 @@ def train_batches(
     from jaxdp.data.tensorflow import tf
 
     per_host = global_batch_size // process_count
-    windows = num_windows(len(tokens), seq_len)
-    slack = len(tokens) - 1 - windows * seq_len
-    rows = np.arange(per_host, dtype=np.int64) + process_index * per_host
+    first = process_index * per_host
 
-    def start_positions(step):
-        number = step * global_batch_size + rows
-        epoch = number // windows
-        seeds = tf.stack([tf.fill([per_host], tf.constant(seed, tf.int64)), epoch], axis=1)
-        window = _shuffle(number % windows, seeds, windows - 1)
-        # A long cycle of its own, so that the offset is as good as drawn anew in each epoch.
-        offset = _shuffle(
-            epoch % (slack + 1), tf.stack([seeds[:, 0], epoch // (slack + 1)], 1), slack
-        )
-        return window * seq_len + offset
+    def numbers(step):
+        return step * global_batch_size + first + np.arange(per_host, dtype=np.int64)
 
     def gather(starts):
         window = tokens[starts[:, None] + np.arange(seq_len + 1)].astype(np.int32)
@@ -78,7 +68,10 @@ def train_batches(
 
     def to_batch(step):
         inputs, targets = tf.numpy_function(
-            gather, [start_positions(step)], [tf.int32, tf.int32], stateful=False
+            gather,
+            [start_positions(numbers(step), len(tokens), seq_len, seed)],
+            [tf.int32, tf.int32],
+            stateful=False,
         )
         return inputs, targets
 
@@ -89,11 +82,35 @@ def train_batches(
     options = tf.data.Options()
     options.autotune.enabled = False
     dataset = dataset.with_options(options)
-    end = num_epochs * windows or np.inf
+    end = num_epochs * num_windows(len(tokens), seq_len) or np.inf
     for step, (inputs, targets) in enumerate(dataset.as_numpy_iterator(), start_step):
-        real = (step * global_batch_size + rows < end)[:, None]
+        real = (numbers(step) < end)[:, None]
         weights = np.broadcast_to(real, inputs.shape).astype(np.float32)
         yield {"inputs": inputs, "targets": targets, "weights": weights}
+
+
+def start_positions(numbers, num_tokens: int, seq_len: int, seed: int):
+    """Where training sequences begin in the text.
+
+    Args:
+      numbers: [P] int64; a run's sequences are numbered through: step * G + row of the batch.
+      num_tokens: of the training split.
+      seq_len: L.
+      seed: decides the order.
+
+    Returns:
+      [P] int64, a tensor of TensorFlow.
+    """
+    from jaxdp.data.tensorflow import tf
+
+    windows = num_windows(num_tokens, seq_len)
+    slack = num_tokens - 1 - windows * seq_len
+    epoch = numbers // windows
+    seeds = tf.stack([tf.fill(tf.shape(epoch), tf.constant(seed, tf.int64)), epoch], axis=1)
+    window = _shuffle(numbers % windows, seeds, windows - 1)
+    # A long cycle of its own, so that the offset is as good as drawn anew in each epoch.
+    offset = _shuffle(epoch % (slack + 1), tf.stack([seeds[:, 0], epoch // (slack + 1)], 1), slack)
+    return window * seq_len + offset
 
 
 def steps_in(num_epochs: int, tokens: int, seq_len: int, global_batch_size: int) -> int:

@@ -1,0 +1,148 @@
+"""Does a run still learn? Updates that were skipped, losses that leap, and why."""
+
+import dataclasses
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from jaxdp.step import Batch, State, Transform, gradients
+
+WINDOW = 100  # Losses that a spike is measured against.
+# Median absolute deviation of a normal distribution -> its standard deviation.
+MAD_TO_DEVIATION = 1.4826
+
+
+@dataclasses.dataclass(frozen=True)
+class Trouble:
+    """Why a run must not go on like this, seen at the end of a round that ends at `step`."""
+
+    step: int
+    reason: str
+
+
+class Divergence:
+    """Judges a run by its figures alone, so that all processes, and a resumed run, judge alike.
+
+    Attributes:
+      skipped: updates skipped in all, as their loss or gradient wasn't finite.
+      in_a_row: of these, those since the last update that was made.
+      rollbacks: times that the run went back to a checkpoint.
+      trouble: what the last round has shown; None while all is well.
+    """
+
+    def __init__(self, config: ConfigDict):
+        """Takes a valid config; nothing has happened yet."""
+        self._config = config.divergence
+        self.skipped, self.in_a_row, self.rollbacks = 0, 0, 0
+        self._losses: deque[float] = deque(maxlen=WINDOW)
+        self.trouble: Trouble | None = None
+
+    def add(self, end: int, losses: Sequence[float], skipped: Sequence[float]) -> None:
+        """Takes the steps of a round that ends at step `end`.
+
+        Args:
+          end: steps done with it.
+          losses: of each of its steps, nats per token.
+          skipped: for each of them whether its update was skipped, not 0, on any device.
+        """
+        for step, (loss, skip) in enumerate(
+            zip(losses, skipped, strict=True), end + 1 - len(losses)
+        ):
+            self.skipped += bool(skip)
+            self.in_a_row = self.in_a_row + 1 if skip else 0
+            reason = None if skip else self._spike(step, loss)
+            if self.in_a_row >= self._config.max_bad_steps:
+                reason = f"no finite loss or gradient in {self.in_a_row} steps in a row"
+            if reason:
+                self.trouble = Trouble(end, reason)
+                return
+            if not skip:
+                self._losses.append(float(loss))
+
+    def _spike(self, step: int, loss: float) -> str | None:
+        threshold = self._config.spike_threshold
+        if not threshold or len(self._losses) < WINDOW:
+            return None
+        median = np.median(self._losses)
+        deviation = MAD_TO_DEVIATION * np.median(np.abs(np.asarray(self._losses) - median))
+        if loss <= median + threshold * deviation:
+            return None
+        return (
+            f"the loss {loss:.4f} of step {step} is more than {threshold:g} robust deviations of "
+            f"{deviation:.2g} above {median:.4f}, the median of the {WINDOW} before"
+        )
+
+    def roll_back(self) -> None:
+        """Begins anew with judging, after a return to a checkpoint."""
+        self.rollbacks += 1
+        self.in_a_row, self.trouble = 0, None
+        self._losses.clear()
+
+    def to_json(self) -> dict[str, Any]:
+        """What a checkpoint has to hold of this."""
+        counts = {name: getattr(self, name) for name in ("skipped", "in_a_row", "rollbacks")}
+        return counts | {"losses": list(self._losses)}
+
+    def load(self, saved: dict[str, Any]) -> None:
+        """The inverse of `to_json`."""
+        self.skipped, self.in_a_row = saved["skipped"], saved["in_a_row"]
+        self.rollbacks = saved["rollbacks"]
+        self._losses.extend(saved["losses"])
+
+
+def norms(
+    state: State, batch: Batch, *, grad_accum_steps: int, seed: int, transform: Transform
+) -> dict[str, Any]:
+    """Norms of the parameters and of a batch's gradient; call it under the axis 'batch'.
+
+    Args:
+      state: at the step whose batch it is; its opt_state isn't looked at.
+      batch: that of `step.gradients`.
+      grad_accum_steps: likewise.
+      seed: likewise.
+      transform: likewise.
+
+    Returns:
+      parameters and gradient: {layer: norm}, [] float32, or [layers] of scanned ones; and loss [],
+      nats per token.
+    """
+    grads, figures = gradients(
+        state, batch, grad_accum_steps=grad_accum_steps, seed=seed, transform=transform
+    )
+    return {
+        "loss": figures["loss"] / figures["tokens"].sum(),
+        "parameters": _layer_norms(state.params),
+        "gradient": _layer_norms(grads),
+    }
+
+
+def _layer_norms(tree: Any) -> dict[str, jax.Array]:
+    def squares(name, x):
+        return jnp.square(x).sum(axis=tuple(range(int(name == "layers"), x.ndim)))
+
+    return {
+        name: jnp.sqrt(sum(squares(name, x) for x in jax.tree.leaves(part)))
+        for name, part in tree.items()
+    }
+
+
+def by_layer(found: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """{layer: {"parameters": norm, "gradient": norm}} of `norms`, in the order of the model."""
+    rows: dict[str, dict[str, float]] = {}
+    for kind in ("parameters", "gradient"):
+        for name, values in found[kind].items():
+            many = [f"layer_{i}" for i in range(values.size)] if values.ndim else [name]
+            for layer, value in zip(many, values.reshape(-1), strict=True):
+                rows.setdefault(layer, {})[kind] = float(value)
+    return dict(sorted(rows.items(), key=lambda row: _place(row[0])))
+
+
+def _place(name: str) -> tuple[int, int]:
+    if name.startswith("layer_"):
+        return 1, int(name.removeprefix("layer_"))
+    return (0 if "embed" in name else 2), 0
