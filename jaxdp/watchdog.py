@@ -1,5 +1,6 @@
 """Ends a process whose run makes no more progress, so that a scheduler can start it again."""
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -80,10 +81,11 @@ class Watchdog:
         beat = self._beat
         waited = self._clock - beat.at
         if waited > self._limit(beat):
-            longest = f", the longest before took {self._longest:.0f} s" if self._longest else ""
+            longest = max(self._longest, TICK)
             end(
-                f"no progress for {waited:.0f} s{longest}: {beat.doing} after step {beat.done}"
-                f"{self._who_lags()}; run again to go on from the newest checkpoint"
+                f"no progress for {waited:.0f} s (the longest before took {longest:g} s): "
+                f"{beat.doing} after step {beat.done}{self._who_lags()}; run again to go on from "
+                "the newest checkpoint"
             )
 
     def _limit(self, beat: Beat) -> float:
@@ -112,23 +114,24 @@ class Watchdog:
             return "; all processes are there"
         return f"; the others wait for {', '.join(last)}"
 
+    def talk(self) -> None:
+        """Tells the others where this process is; asks where they are only when it has waited."""
+        beat = self._beat
+        parallel.tell(json.dumps(beat._replace(at=self._clock)))  # Which shows that it is alive.
+        if self._clock - beat.at > self._limit(beat) / 2:
+            for process, text in parallel.told().items():
+                if self._heard.get(process, ("", 0.0))[0] != text:
+                    self._heard[process] = text, self._clock
+        self._answered = self._clock
+
     def _watch(self) -> None:
         while not self._ended.wait(TICK):
             self.tick()
 
     def _talk(self) -> None:
-        """Tells the others; asks for theirs only when late, as there may be a thousand."""
         while not self._ended.wait(self._every):
-            beat = self._beat
-            try:
-                parallel.tell(json.dumps(beat._replace(at=self._clock)))
-                if self._clock - beat.at > self._limit(beat) / 2:
-                    for process, text in parallel.told().items():
-                        if self._heard.get(process, ("", 0.0))[0] != text:
-                            self._heard[process] = text, self._clock
-            except jax.errors.JaxRuntimeError:
-                continue
-            self._answered = self._clock
+            with contextlib.suppress(jax.errors.JaxRuntimeError):
+                self.talk()
 
     def __enter__(self) -> "Watchdog":
         if self._seconds:
