@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +19,7 @@ FAULT = 1
 def run(main: Callable[[], int], check_arguments: Callable[[list[str]], None] | None = None) -> int:
     """Parses the flags and runs a command.
 
-    What the user did wrong becomes one line on stderr.
+    What the user did wrong becomes one line on stderr, an unexpected exception its traceback.
 
     Args:
       main: the command; returns its exit status.
@@ -36,6 +37,9 @@ def run(main: Callable[[], int], check_arguments: Callable[[list[str]], None] | 
     except (ConfigError, RunError) as error:
         print(f"jaxdp: {' '.join(str(error).split())}", file=sys.stderr)
         return WRONG_INPUT if isinstance(error, ConfigError) else FAULT
+    except Exception:
+        traceback.print_exc()
+        return FAULT
 
 
 def check_overrides(argv: list[str]) -> None:

@@ -39,6 +39,7 @@ RANGES = {
     "log_every": (1, math.inf),
     "eval_every": (1, math.inf),
     "eval_max_batches": (0, math.inf),
+    "hang_seconds": (0, math.inf),
     "data.eval_fraction": (1e-6, 0.99),
     "model.num_layers": (1, math.inf),
     "model.num_heads": (1, math.inf),

@@ -31,6 +31,7 @@ from jaxdp.optimizer import get_optimizer, get_schedule
 from jaxdp.parallel import Replicas
 from jaxdp.program import Program
 from jaxdp.step import Transform, create_state, eval_step, plain
+from jaxdp.watchdog import Watchdog
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +78,9 @@ def train(
     preflight.check_data(config, cache)
     config = _with_steps(config, len(cache.train))
     preflight.create_workdir(workdir)
-    with preflight.locked(workdir):
-        return _train(config, workdir, replicas, sizes, cache, display, stop_requested)
+    watchdog = Watchdog(config.hang_seconds)
+    with preflight.locked(workdir), parallel.others_needed(), watchdog:
+        return _train(config, workdir, replicas, sizes, cache, display, watchdog, stop_requested)
 
 
 def _train(
@@ -88,6 +90,7 @@ def _train(
     sizes: BatchSizes,
     cache: TokenCache,
     display: Display,
+    watchdog: Watchdog,
     stop_requested: Callable[[], bool],
 ) -> Result:
     model = Transformer(ModelConfig.from_config(config, cache.vocab_size))
@@ -130,10 +133,13 @@ def _train(
                 display,
                 checkpoints,
                 writer,
+                watchdog,
             )
             with contextlib.closing(program):
                 result = run.train(state, start, stop_requested)
+            watchdog.beat("writing the last checkpoint", result.step, slow=True)
             checkpoints.wait()
+            watchdog.beat("summarising", result.step, slow=True)
             run.summarise(result)
             return result
 
@@ -154,6 +160,7 @@ class _Run:
     display: Display
     checkpoints: Checkpoints
     writer: MetricsWriter
+    watchdog: Watchdog
 
     def __post_init__(self) -> None:
         step = functools.partial(
@@ -177,9 +184,12 @@ class _Run:
         done, pending, evaluation, stop = start, None, None, False
 
         while done < total and not stop:
+            self.watchdog.beat("waiting for data", done)
             asked = time.perf_counter()
             batch = next(rounds)
             waited = time.perf_counter() - asked
+            new = self.program.is_new(done)
+            self.watchdog.beat("compiling a step" if new else "training", done, slow=new)
             steps = self.program.round_length(done)
             state, metrics = self.program(done, state, batch)
             # A round's figures are read after the next is dispatched, so that the devices never
@@ -216,6 +226,7 @@ class _Run:
             # Parameters in doubt don't take the place of good ones.
             saving = saving and (self.judge.in_a_row == 0 or done == total)
             if stop or saving:
+                self.watchdog.beat("saving", done, slow=True)
                 self.writer.flush()
                 loss = evaluation.loss if evaluation else None
                 extra = {"digest": self.cache.digest, "divergence": self.judge.to_json()}
@@ -262,6 +273,7 @@ class _Run:
             shared = {"params": state.params, "outer": state.outer}
             if not self.program.method.own_opt_state:
                 shared["opt_state"] = state.opt_state
+            self.watchdog.beat("comparing replicas", done)
             self.replica_check(shared, done)
 
     def _log(self, before: int, metrics: dict[str, jax.Array], waited: float) -> bool:
@@ -362,7 +374,8 @@ class _Run:
     def _evaluate(self, done: int, state: Any) -> Evaluation:
         """Evaluates on the validation split, and logs the result."""
         before = time.perf_counter()
-        evaluation = evaluate(self.p_eval_step, state.params, self.feed.evaluation(), self.replicas)
+        batches = self.watchdog.each(self.feed.evaluation(), "evaluating", done)
+        evaluation = evaluate(self.p_eval_step, state.params, batches, self.replicas)
         bits_per_byte = evaluation.bits_per_byte(self.cache.tokens_per_byte)
         values = {
             "eval/loss": evaluation.loss,

@@ -3,17 +3,22 @@
 Shapes: N devices of this process, b sequences per device.
 """
 
+import contextlib
 import os
+import re
+import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax import lax
+from jax._src import distributed  # For its client, which has no public name; Orbax uses it, too.
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxdp.config import ConfigError
+from jaxdp.config import ConfigError, RunError
 
 AXIS = "batch"
 
@@ -167,6 +172,62 @@ def barrier(name: str) -> None:
     """Returns when all processes have come here."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+def tell(text: str) -> None:
+    """Shows the other processes a text of this one, in place of the one before."""
+    key = f"jaxdp/told/{jax.process_index()}"
+    _client().key_value_set(key, text, allow_overwrite=True)
+
+
+def told() -> dict[int, str]:
+    """What each process told last; waits while process 0, which keeps it, does not answer."""
+    found = _client().key_value_dir_get("jaxdp/told/")
+    return {int(key.rsplit("/", 1)[1]): text for key, text in found}
+
+
+def _client() -> Any:
+    return distributed.global_state.client  # None in a process that is alone.
+
+
+@contextlib.contextmanager
+def others_needed() -> Iterator[None]:
+    """Makes a line of the error that a collective raises when another process has died.
+
+    Raises:
+      RunError: in its place.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        reason = " ".join(str(error).split())
+        # On GPUs it is NCCL's; that of JAX's coordination service can be first.
+        if jax.process_count() == 1 or not re.search("gloo|nccl|coordination", reason, re.I):
+            raise
+        raise RunError(
+            f"another process of the run has ended or can't be reached ({reason[:200]}): see what "
+            "it printed; run again to go on from the newest checkpoint"
+        ) from error
+
+
+def end(status: int, seconds: float = 5.0) -> None:
+    """Ends a process that has failed, where it is one of several; else returns.
+
+    An ordinary exit would wait for the others, and these for it.
+
+    Args:
+      status: of the exit.
+      seconds: the others have to come here, too, if they have failed alike.
+    """
+    if _client() is None:
+        return
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        _client().wait_at_barrier("jaxdp/end", round(1000 * seconds))
+    if distributed.global_state.process_id == 0:
+        time.sleep(1)  # Its end kills the others, who may still be printing.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def to_global(tree: Any) -> Any:

@@ -57,6 +57,10 @@ class Program:
         every = self._method(done).every
         return min(every - done % every, self.config.num_train_steps - done)
 
+    def is_new(self, done: int) -> bool:
+        """Whether the round after `done` steps has to be compiled first."""
+        return (self._method(done), self.round_length(done)) not in self._p_steps
+
     def __call__(self, done: int, state: Any, batch: Any) -> tuple[Any, dict[str, jax.Array]]:
         """One round, from a state that has done so many steps; see `step.train_step`."""
         method, steps = self._method(done), batch["inputs"].shape[1]

@@ -38,4 +38,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(command.run(main, command.check_overrides))
+    status = command.run(main, command.check_overrides)
+    if status not in (0, STOPPED):
+        parallel.end(status)
+    sys.exit(status)

@@ -1,19 +1,16 @@
 """Real `python -m jaxdp.train` processes, killed and harmed."""
 
-import os
+import contextlib
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 
 import jax
 import numpy as np
 import pytest
-from conftest import REPOSITORY, USER_XLA_FLAGS
-from test_runs import figures, flags
+from test_runs import figures, flags, identities, start
 
 from jaxdp import loop
 
@@ -24,14 +21,7 @@ class Run:
     """A process and what it has printed so far."""
 
     def __init__(self, *arguments, devices=2):
-        self.process = subprocess.Popen(
-            [sys.executable, "-u", "-m", "jaxdp.train", *arguments],
-            cwd=REPOSITORY,
-            env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "XLA_FLAGS": USER_XLA_FLAGS},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        self.process = start(*arguments, devices=devices)
         self.printed = ""
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
@@ -50,10 +40,33 @@ class Run:
             time.sleep(0.002)
         return False
 
+    def until_printed(self, text) -> bool:
+        """Waits for a text; returns whether the process was still there when it came."""
+        return self.until(lambda: text in self.printed)
+
     def kill(self, number=signal.SIGKILL):
         self.process.send_signal(number)
         self.process.wait(60)
         self._reader.join()
+
+    def ended(self, seconds=120) -> int:
+        """Waits for the end; returns the exit status."""
+        status = self.process.wait(seconds)
+        self._reader.join()
+        return status
+
+
+@contextlib.contextmanager
+def group(config, workdir, processes=2):
+    """Runs a config on several processes of a device each; none outlives the block."""
+    runs = []
+    try:
+        for identity in identities(processes):
+            runs.append(Run(*flags(config, workdir), *identity, devices=1))
+        yield runs
+    finally:
+        for run in runs:
+            run.kill()  # Stopped ones, too.
 
 
 def when(moment, run, workdir, cache, delay):
@@ -97,7 +110,47 @@ def test_twenty_kills_leave_no_trace(config, tmp_path):
         run = Run(*flags(config, place))
         run.process.wait(300)
         assert run.process.returncode == 0, run.printed
-    whole, parts = (loop.train(config, place) for place in (tmp_path / "whole", workdir))
-    for a, b in zip(*map(jax.tree.leaves, (whole.state, parts.state)), strict=True):
+    assert_same_end(config, tmp_path / "whole", workdir)
+
+
+def test_sigterm_to_one_process_stops_all_and_nothing_is_lost(config, tmp_path):
+    """While compiling, evaluating and training: all save the same step and exit with 75."""
+    config.update({"num_train_steps": 200, "log_every": 10, "eval_every": 50})
+    config.checkpoint.every = 100
+    config.model.dropout = 0.2
+    # An evaluation begins when its step has been logged; its first batch has to be compiled.
+    moments = {
+        "compiling": "Compiling",
+        "evaluating": "\nstep     50/",
+        "training": "\nstep    110/",
+    }
+    newest = 0
+    for number, (moment, sign) in enumerate(moments.items()):
+        with group(config, tmp_path / "parts") as runs:
+            assert runs[0].until_printed(sign)
+            runs[(number + 1) % 2].process.send_signal(signal.SIGTERM)
+            asked = time.time()
+            statuses = [run.ended() for run in runs]
+            print(f"{moment}: {time.time() - asked:.1f} s from SIGTERM to the end")
+        assert statuses == [75, 75], [run.printed for run in runs]
+        assert "Stopped as asked" in runs[0].printed
+        if newest:
+            assert f"Going on after step {newest}." in runs[0].printed
+        before, newest = (
+            newest,
+            max(int(p.name) for p in (tmp_path / "parts/checkpoints").iterdir()),
+        )
+        assert newest > before
+    assert newest < config.num_train_steps
+    for place in ("parts", "whole"):
+        with group(config, tmp_path / place) as runs:
+            assert [run.ended() for run in runs] == [0, 0], runs[0].printed
+    assert_same_end(config, tmp_path / "whole", tmp_path / "parts")
+
+
+def assert_same_end(config, one, other):
+    """Two finished runs have the same parameters, to the bit, and have logged the same."""
+    states = (loop.train(config, place).state for place in (one, other))
+    for a, b in zip(*map(jax.tree.leaves, states), strict=True):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
-    assert figures(tmp_path / "whole") == figures(workdir)
+    assert figures(one) == figures(other)

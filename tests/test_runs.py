@@ -56,8 +56,9 @@ def flags(config, workdir, **overrides):
 
 
 def start(*arguments, devices=1):
+    """Starts `python -m jaxdp.train` as a user does; returns the process."""
     return subprocess.Popen(
-        [sys.executable, "-m", "jaxdp.train", *arguments],
+        [sys.executable, "-u", "-m", "jaxdp.train", *arguments],
         cwd=REPOSITORY,
         env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "XLA_FLAGS": USER_XLA_FLAGS},
         stdout=subprocess.PIPE,
@@ -233,15 +234,20 @@ def test_states_of_several_processes(config, tmp_path, command, method):
     assert_close_losses(figures(tmp_path / "whole"), figures(tmp_path / "parts"))
 
 
-def start_group(config, workdir, processes, devices):
-    """Runs a config on several processes to the end; returns what they printed."""
+def identities(processes):
+    """The flags that tell each of several processes who it is."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     group = [f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={processes}"]
+    return [[*group, f"--process_id={i}"] for i in range(processes)]
+
+
+def start_group(config, workdir, processes, devices):
+    """Runs a config on several processes to the end; returns what they printed."""
     started = [
-        start(*flags(config, workdir), *group, f"--process_id={i}", devices=devices)
-        for i in range(processes)
+        start(*flags(config, workdir), *identity, devices=devices)
+        for identity in identities(processes)
     ]
     outs = [process.communicate(timeout=300)[0] for process in started]
     assert [process.returncode for process in started] == [0] * processes, outs
