@@ -324,6 +324,7 @@ class _Run:
         assert trouble is not None
         if self.judge.rollbacks == c.max_rollbacks:
             raise self._diagnosis(trouble, state)
+        self.watchdog.beat("going back", trouble.step, slow=True)
         self.checkpoints.wait()
         found = self.checkpoints.restore(state, self._good)
         step, state = (found[0], found[2]) if found else (0, self.first_state())
