@@ -17,7 +17,7 @@ from jaxdp import config as configs
 from jaxdp import losses, parallel, preflight, report, sampling, tokenizer
 from jaxdp.agreement import ReplicaCheck
 from jaxdp.checkpoint import Checkpoints
-from jaxdp.config import BatchSizes
+from jaxdp.config import BatchSizes, RunError
 from jaxdp.data import pipeline
 from jaxdp.data.cache import TokenCache, open_cache
 from jaxdp.data.feed import Feed
@@ -28,7 +28,7 @@ from jaxdp.model import ModelConfig, Transformer, flops_per_token, num_parameter
 from jaxdp.optimizer import get_optimizer, get_schedule
 from jaxdp.parallel import Replicas
 from jaxdp.program import Program
-from jaxdp.step import Transform, create_state, eval_step, plain
+from jaxdp.step import Transform, create_state, eval_step, plain, saved_shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +92,9 @@ def _train(
     schedule = get_schedule(config)
     program = Program(config, replicas, schedule, _transform(config, cache))
     optimizer = get_optimizer(config, schedule)
+    shapes = saved_shapes(model, optimizer, program.method, replicas.device_count)
+    preflight.check_disk(workdir, shapes)
     state = create_state(model, optimizer, config.seed, replicas, program.method)
-    preflight.check_disk(workdir, state)
     with Checkpoints(workdir, config, replicas, program.method, display.line) as checkpoints:
         start, found = 0, checkpoints.restore(state)
         if found is not None:
@@ -125,7 +126,7 @@ def _train(
             )
             with contextlib.closing(program):
                 result = run.train(state, start, stop_requested)
-            checkpoints.wait()
+            run.finish(result)
             run.summarise(result)
             return result
 
@@ -187,6 +188,7 @@ class _Run:
             if self.program.trace(metrics):
                 self.throughput.start(steps=-steps)
             self.busy = dispatched - asked
+            self.checkpoints.check()
             first, done, pending = done, done + steps, (done, metrics, waited)
 
             evaluating = done % config.eval_every == 0 or done == total
@@ -268,6 +270,15 @@ class _Run:
         self.display.line(f"evaluation at step {done}: {words}", "bold")
         self.throughput.pause(time.perf_counter() - before)
         return evaluation
+
+    def finish(self, result: Result) -> None:
+        """Returns when all is on disk; raises RunError, in all processes, where it can't be."""
+        problems = [self.checkpoints.finish(result.state), self.writer.finish()]
+        text = parallel.from_main("; ".join(filter(None, problems)))
+        if text:
+            raise RunError(
+                f"{text}: make room in {self.workdir}, and run again to go on from there"
+            )
 
     def summarise(self, result: Result) -> None:
         """Shows a sample of text, what was reached, and where everything lies."""

@@ -169,6 +169,15 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
+def from_main(text: str) -> str:
+    """The text of process 0, up to its first 1,000 bytes, on all processes; all have to call it."""
+    if jax.process_count() == 1:
+        return text
+    data = np.frombuffer(text.encode()[:1000].ljust(1000, b"\0"), np.uint8)
+    data = np.asarray(multihost_utils.broadcast_one_to_all(data), np.uint8)
+    return data.tobytes().rstrip(b"\0").decode(errors="ignore")
+
+
 def to_global(tree: Any) -> Any:
     """Makes replicated arrays of this process global ones, which Orbax insists on."""
     if jax.process_count() == 1:
