@@ -1,8 +1,14 @@
 """Writing to a disk that may be full."""
 
+import errno
+import os
 import re
+import shutil
 from io import FileIO
 from pathlib import Path
+from typing import Any
+
+import jax
 
 
 class PatientFile:
@@ -18,12 +24,13 @@ class PatientFile:
         """Makes the file, and its folder, when there is something to write."""
         self._path = path
         self._file: FileIO | None = None
-        self._waiting = bytearray()
+        self._waiting: list[bytes] = []
+        self._begun = 0  # Bytes written of what is the first of them.
         self.error: OSError | None = None
 
     def write(self, data: bytes) -> None:
         """Appends, now or later."""
-        self._waiting += data
+        self._waiting.append(data)
         self.flush()
 
     def flush(self) -> None:
@@ -33,20 +40,28 @@ class PatientFile:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 self._file = FileIO(self._path, "ab")
             while self._waiting:
-                del self._waiting[: self._file.write(self._waiting)]
+                self._begun += self._file.write(self._waiting[0][self._begun :])
+                if self._begun == len(self._waiting[0]):
+                    self._begun = 0
+                    del self._waiting[0]
             self.error = None
         except OSError as error:
             self.error = error
 
-    def waiting(self) -> bytes:
-        """What has not been written yet; it may begin within a line."""
-        return bytes(self._waiting)
+    def waiting(self) -> int:
+        """How many things have not been written, or not wholly."""
+        return len(self._waiting)
 
     def close(self) -> None:
-        """Writes what it can; the rest is lost."""
+        """Writes what it can; the rest is lost, and nothing is left half written."""
         self.flush()
         if self._file is not None:
+            if self._begun:
+                self._file.truncate(self._file.tell() - self._begun)
             self._file.close()
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def reason(error: BaseException) -> str:
@@ -56,9 +71,19 @@ def reason(error: BaseException) -> str:
         if isinstance(cause, OSError) and cause.strerror:
             return cause.strerror
         cause = cause.__cause__ or cause.__context__
-    # TensorStore: "... [OS error 28: ENOSPC No space left on device] ...".
-    system = re.search(r"OS error \d+: (?:E[A-Z0-9]+ )?([^\]\n]+)", str(error))
-    return system[1].strip() if system else first_line(error)
+    code = re.search(r"os_error_code='(\d+)'", str(error))  # TensorStore's.
+    return os.strerror(int(code[1])) if code else first_line(error)
+
+
+def num_bytes(tree: Any) -> int:
+    """Of all arrays, or of what has their shapes and dtypes."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def require(folder: Path, size: int) -> None:
+    """Raises OSError where so many bytes have no room."""
+    if shutil.disk_usage(folder).free < size:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def first_line(error: BaseException) -> str:

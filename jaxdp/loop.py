@@ -273,12 +273,14 @@ class _Run:
 
     def finish(self, result: Result) -> None:
         """Returns when all is on disk; raises RunError, in all processes, where it can't be."""
-        problems = [self.checkpoints.finish(result.state), self.writer.finish()]
-        text = parallel.from_main("; ".join(filter(None, problems)))
+        unsaved, unwritten = self.checkpoints.finish(result.state), self.writer.finish()
+        text = "; ".join(filter(None, (unsaved, unwritten)))
         if text:
-            raise RunError(
-                f"{text}: make room in {self.workdir}, and run again to go on from there"
-            )
+            rest = ", and run again to go on from there" if unsaved else "; all else is saved"
+            text += f": make room in {self.workdir}{rest}"
+        text = parallel.from_main(text)
+        if text:
+            raise RunError(text)
 
     def summarise(self, result: Result) -> None:
         """Shows a sample of text, what was reached, and where everything lies."""

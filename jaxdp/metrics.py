@@ -81,7 +81,7 @@ class MetricsWriter:
         self._jsonl.flush()
         if self._jsonl.error is None:
             return ""
-        lines = self._jsonl.waiting().count(b"\n")
+        lines = self._jsonl.waiting()
         return f"{lines} lines of {JSONL} could not be written ({reason(self._jsonl.error)})"
 
     def write_text(self, step: int, name: str, text: str) -> None:

@@ -1,9 +1,13 @@
 """Saving in the background, by Orbax, on a disk that may be full."""
 
 import contextlib
+import functools
 import math
 import shutil
+import sys
+import time
 from collections.abc import Callable
+from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +37,7 @@ class Saver:
     def __init__(self, folder: Path, config: ConfigDict, report: Callable[[str], None]):
         """Opens a folder, which exists, and removes what a save that was cut off has left there."""
         self._folder, self._config, self._report = folder, config, report
-        # A failed save is said in one line, by `report`.
-        logging.get_absl_logger().addFilter(_no_error_of_orbax)
+        _quieten()
         self.failure, self._step = "", 0
         self._error: Exception | None = None
         self.manager = self._open()
@@ -48,6 +51,7 @@ class Saver:
         finite = eval_loss is not None and math.isfinite(eval_loss)
         metrics = {METRIC: eval_loss if finite else math.inf}
         try:
+            disk.require(self._folder, disk.num_bytes(tree))
             self.manager.save(step, args=args, metrics=metrics, force=True)
         except Exception as error:  # Orbax and TensorStore raise whatever they like.
             self._error = error
@@ -89,8 +93,7 @@ class Saver:
 
     def _open(self) -> ocp.CheckpointManager:
         if parallel.is_main():
-            for path in self._folder.glob(LEFTOVERS):
-                shutil.rmtree(path, ignore_errors=True)
+            self._sweep()
         process = jax.process_index()
         options = ocp.CheckpointManagerOptions(
             create=False,
@@ -107,13 +110,41 @@ class Saver:
         )
         return ocp.CheckpointManager(self._folder, options=options)
 
+    def _sweep(self) -> None:
+        """Removes parts of saves; writes that are still under way can bring them back at first."""
+        for _ in range(10):
+            parts = list(self._folder.glob(LEFTOVERS))
+            if not parts:
+                break
+            for path in parts:
+                shutil.rmtree(path, ignore_errors=True)
+            time.sleep(0.2)
+
     def _close(self) -> None:
         with contextlib.suppress(Exception):  # Those of saving have been reported.
             self.manager.close()
 
 
-def _no_error_of_orbax(record: Any) -> bool:
-    return record.levelno < 40 or "orbax" not in record.pathname
+@functools.cache
+def _quieten() -> None:
+    """A failed save is told in one line, by `report`, not in hundreds of tracebacks.
+
+    The first array's failure ends the event loop to which TensorStore reports the others'.
+    """
+
+    def wanted(record: Any) -> bool:
+        of_orbax = "orbax" in record.pathname or "orbax-checkpoint-tmp" in record.getMessage()
+        return record.levelno < ERROR or not of_orbax
+
+    before = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    logging.get_absl_logger().addFilter(wanted)
+    getLogger("asyncio").addFilter(wanted)
+    sys.unraisablehook = hook
 
 
 def _loss(metrics: dict) -> float:
