@@ -53,7 +53,7 @@ class Checkpoints:
         """
         self._replicas, self._method, self._report = replicas, method, report
         self._folder = _folder(workdir)
-        _make(self._folder)
+        parallel.on_main(lambda: _make(self._folder))
         # Orbax opens a folder only if it can read the metrics of each checkpoint.
         steps = [path for path in self._folder.glob("*") if path.name.isdecimal()]
         damaged = [path for path in steps if not _readable(path / "metrics" / "metrics")]

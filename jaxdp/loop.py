@@ -108,9 +108,7 @@ def _train(
             return Result(start, True, None, state)
         if found is not None:
             display.line(f"Going on after step {start:,}.")
-        if parallel.is_main():
-            configs.save(config, workdir / "config.json")
-            configs.write_whole(workdir / "tokenizer.json", cache.tokenizer.to_str(pretty=True))
+        parallel.on_main(functools.partial(_describe, config, workdir, cache))
         with MetricsWriter(workdir, config, start, active=parallel.is_main()) as writer, display:
             run = _Run(
                 config,
@@ -315,6 +313,11 @@ def _transform(config: ConfigDict, cache: TokenCache) -> Transform:
     mask_id = tokenizer.mask_id(cache.tokenizer)
     assert mask_id is not None
     return functools.partial(losses.mask_tokens, mask_id=mask_id, vocab_size=cache.vocab_size)
+
+
+def _describe(config: ConfigDict, workdir: Path, cache: TokenCache) -> None:
+    configs.save(config, workdir / "config.json")
+    configs.write_whole(workdir / "tokenizer.json", cache.tokenizer.to_str(pretty=True))
 
 
 def _with_steps(config: ConfigDict, tokens: int) -> ConfigDict:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,6 @@ from ml_collections import ConfigDict
 from tensorboardX import SummaryWriter
 from tensorboardX.record_writer import register_writer_factory
 
-from jaxdp.config import write_whole
 from jaxdp.disk import PatientFile, reason
 
 JSONL = "metrics.jsonl"
@@ -129,9 +129,18 @@ def read_jsonl(workdir: str | Path) -> list[dict[str, Any]]:
 
 
 def _drop_after(path: Path, step: int) -> None:
-    if path.exists():
-        kept = [r for r in read_jsonl(path.parent) if r["step"] <= step]
-        write_whole(path, "".join(json.dumps(r) + "\n" for r in kept))
+    """Cuts off what comes after a step, or was itself cut off: no room is needed for that."""
+    if not path.exists():
+        return
+    size = 0
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                break
+        except ValueError:
+            break
+        size += len(line)
+    os.truncate(path, size)
 
 
 def _finite(value: float | None) -> float | None:

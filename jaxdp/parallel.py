@@ -178,6 +178,19 @@ def from_main(text: str) -> str:
     return data.tobytes().rstrip(b"\0").decode(errors="ignore")
 
 
+def on_main(action: Callable[[], None]) -> None:
+    """Runs something on process 0; a ConfigError there is raised in all processes."""
+    problem = ""
+    if is_main():
+        try:
+            action()
+        except ConfigError as error:
+            problem = str(error)
+    problem = from_main(problem)
+    if problem:
+        raise ConfigError(problem)
+
+
 def to_global(tree: Any) -> Any:
     """Makes replicated arrays of this process global ones, which Orbax insists on."""
     if jax.process_count() == 1:

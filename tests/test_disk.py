@@ -5,14 +5,12 @@ import errno
 import json
 import os
 import resource
-import subprocess
-import time
 
 import jax
 import numpy as np
 import pytest
 from test_faults import Run
-from test_runs import contents, figures, flags, start
+from test_runs import contents, figures, flags
 
 from jaxdp import loop
 from jaxdp.config import ConfigError, write_whole
