@@ -1,8 +1,6 @@
-"""Checkpoints, by Orbax: written in the background, whole or not at all."""
+"""The checkpoints of a run: what is in them, what of it is whole, and reading it."""
 
-import dataclasses
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,16 +9,16 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
-from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from jaxdp import parallel
 from jaxdp.agreement import fingerprints
 from jaxdp.config import ConfigError, RunError
+from jaxdp.disk import first_line
 from jaxdp.methods import Sync
 from jaxdp.parallel import Replicas
+from jaxdp.saving import Saver
 
 FOLDER = "checkpoints"
-METRIC = "eval/loss"
 MARKS = "fingerprints"
 
 
@@ -51,10 +49,12 @@ class Checkpoints:
           report: is told in a line what is wrong with a checkpoint.
 
         Raises:
+          ConfigError: their folder can't be made.
           RunError: there are some, and all are damaged; nothing is moved.
         """
         self._replicas, self._method, self._report = replicas, method, report
         self._folder = _folder(workdir)
+        parallel.on_main(lambda: _make(self._folder))
         # Orbax opens a folder only if it can read the metrics of each checkpoint.
         steps = [path for path in self._folder.glob("*") if path.name.isdecimal()]
         damaged = [path for path in steps if not _readable(path / "metrics" / "metrics")]
@@ -63,12 +63,8 @@ class Checkpoints:
         for path in damaged:
             report(f"Checkpoint {path.name} is damaged (its metrics can't be read).")
         self._set_aside([int(path.name) for path in damaged])
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=_policy(config),
-            best_fn=_loss,  # Without it, metrics are not written to disk.
-            best_mode="min",
-        )
-        self._manager = ocp.CheckpointManager(self._folder, options=options)
+        self._saver = Saver(self._folder, config, report)
+        self._last: tuple[int, dict, float | None] | None = None
 
     def save(self, step: int, state: Any, extra: dict, eval_loss: float | None) -> None:
         """Starts to save; waits only for the one before and for a copy of the state.
@@ -79,16 +75,39 @@ class Checkpoints:
           extra: JSON.
           eval_loss: at this very step, where it was evaluated.
         """
+        self._last = (step, extra, eval_loss)
         tree = self._saved(state)
-        extra = extra | {"devices": self._replicas.device_count, MARKS: _marks(tree)}
-        args = ocp.args.Composite(
-            state=ocp.args.StandardSave(self._globally(parallel.to_global, tree)),
-            extra=ocp.args.JsonSave(extra),
-        )
-        # An infinite loss is the worst: such a checkpoint is kept only while it is new.
-        finite = eval_loss is not None and math.isfinite(eval_loss)
-        metrics = {METRIC: eval_loss if finite else math.inf}
-        self._manager.save(step, args=args, metrics=metrics, force=True)
+        if parallel.is_main():
+            extra = extra | {"devices": self._replicas.device_count, MARKS: _marks(tree)}
+            # Orbax refuses what is on the devices of one process of several.
+            tree = tree if jax.process_count() == 1 else jax.device_get(tree)
+            self._saver.start(step, tree, extra, eval_loss)
+
+    def check(self) -> None:
+        """Reports a save that failed in the background; doesn't wait for one under way."""
+        self._saver.check()
+
+    def finish(self, state: Any) -> str:
+        """Returns when the state that was last given to `save` is on disk.
+
+        Where it could not be saved, it is tried once more.
+
+        Args:
+          state: that very state.
+
+        Returns:
+          Nothing, or why it could not be saved and which the newest checkpoint is; process 0 knows.
+        """
+        self._saver.settle("trying once more")
+        if self._last is not None and parallel.from_main(self._saver.failure):
+            step, extra, eval_loss = self._last
+            self.save(step, state, extra, eval_loss)
+            self._saver.settle("")
+        if self._last is None or not self._saver.failure:
+            return ""
+        newest = self._manager.latest_step()
+        has = "there is no checkpoint" if newest is None else f"the newest is that of step {newest}"
+        return f"checkpoint {self._last[0]} could not be saved ({self._saver.failure}; {has})"
 
     def restore(
         self, state: Any, fit: Callable[[int, dict], bool] = lambda step, extra: True
@@ -109,14 +128,14 @@ class Checkpoints:
           RunError: there are some, and all are damaged; nothing is moved.
         """
         damaged = []
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        for step in self._steps():
             try:
                 extra = self._read_extra(step)
                 if not fit(step, extra):
                     continue
                 restored = self._read(step, state, extra)
             except Exception as error:  # Orbax and TensorStore raise whatever they like.
-                self._report(f"Checkpoint {step} is damaged ({_first_line(error)}).")
+                self._report(f"Checkpoint {step} is damaged ({first_line(error)}).")
                 damaged.append(step)
                 continue
             self._set_aside(damaged)
@@ -126,6 +145,18 @@ class Checkpoints:
         if damaged:
             raise self._all_damaged(damaged)
         return None
+
+    @property
+    def _manager(self) -> ocp.CheckpointManager:
+        return self._saver.manager
+
+    def _steps(self) -> list[int]:
+        """Of the checkpoints on disk, the newest first; process 0 has written them."""
+        self.wait()
+        parallel.barrier("checkpoints written")
+        if not parallel.is_main():
+            self._manager.reload()
+        return sorted(self._manager.all_steps(), reverse=True)
 
     def _read_extra(self, step: int) -> dict:
         args = ocp.args.Composite(extra=ocp.args.JsonRestore())
@@ -189,15 +220,15 @@ class Checkpoints:
         parallel.barrier("checkpoints set aside")
 
     def wait(self) -> None:
-        """Returns when all is on disk."""
-        self._manager.wait_until_finished()
+        """Returns when all is on disk, or could not be saved, which is reported."""
+        self._saver.settle()
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *_: object) -> None:
         """Waits, and frees threads."""
-        self._manager.close()
+        self._saver.close()
 
 
 def load_params(workdir: Path, params: Any) -> tuple[Any, int]:
@@ -265,9 +296,13 @@ def _readable(path: Path) -> bool:
 _fingerprints = jax.jit(fingerprints)
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"{folder} can't be made ({error.strerror}): make room, or use another --workdir"
+        ) from None
 
 
 def _folder(workdir: Path) -> Path:
@@ -282,30 +317,3 @@ def _shared(state: Any) -> dict:
 def _shapes(state: Any) -> Any:
     """Of the optimizer's state on one device that has it all."""
     return jax.eval_shape(state.tx.init, state.params)
-
-
-def _loss(metrics: dict) -> float:
-    return metrics[METRIC]
-
-
-def _policy(config: ConfigDict) -> preservation_policy.PreservationPolicy:
-    c = config.checkpoint
-    best = preservation_policy.BestN(
-        get_metric_fn=_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False
-    )
-    policies = [preservation_policy.LatestN(c.keep_last), best, _LatestScheduled(c.every)]
-    if c.keep_every:
-        policies.append(preservation_policy.EveryNSteps(c.keep_every))
-    return preservation_policy.AnyPreservationPolicy(policies)
-
-
-@dataclasses.dataclass
-class _LatestScheduled(preservation_policy.PreservationPolicy):
-    """Preserves the newest checkpoint that isn't due to an interruption."""
-
-    every: int
-
-    def should_preserve(self, checkpoints, *, context):
-        del context
-        scheduled = [c.step for c in checkpoints if c.step % self.every == 0]
-        return [c.step == max(scheduled, default=None) for c in checkpoints]

@@ -281,10 +281,20 @@ def save(config: ConfigDict, path: Path) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes or replaces a file; whoever reads it sees the old text or the new, never a part."""
+    """Writes or replaces a file; whoever reads it sees the old text or the new, never a part.
+
+    Raises:
+      ConfigError: the disk is full, say; the file is as it was.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise ConfigError(
+            f"{path} can't be written ({error.strerror}): make room, or use another --workdir"
+        ) from None
 
 
 def load(path: Path) -> ConfigDict:

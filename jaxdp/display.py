@@ -1,6 +1,8 @@
 """What a user sees of a run: a header, a progress bar or plain lines, a summary."""
 
+import contextlib
 import time
+from typing import Any
 
 from rich.console import Console
 from rich.panel import Panel
@@ -28,7 +30,12 @@ class Display:
 
     def line(self, text: str, style: str = "") -> None:
         """Prints a line, above the progress bar where there is one."""
-        self._console.print(Text(text, style=style))
+        self._print(Text(text, style=style))
+
+    def _print(self, text: Any) -> None:
+        # A log on a full disk has gaps; the run goes on.
+        with contextlib.suppress(OSError):
+            self._console.print(text)
 
     def table(self, title: str, rows: dict[str, str]) -> None:
         """Prints names and values in two columns."""
@@ -38,7 +45,7 @@ class Display:
             grid.add_column(overflow="fold")
             for name, value in rows.items():
                 grid.add_row(name, Text(value))
-            self._console.print(Panel(grid, title=title, title_align="left", expand=False))
+            self._print(Panel(grid, title=title, title_align="left", expand=False))
         else:
             width = max(map(len, rows))
             self.line(title)
@@ -48,7 +55,7 @@ class Display:
     def text(self, title: str, text: str) -> None:
         """Prints a longer text under a title."""
         if self._console.is_terminal:
-            self._console.print(Panel(Text(text), title=title, title_align="left"))
+            self._print(Panel(Text(text), title=title, title_align="left"))
         else:
             self.line(f"{title}\n{text}\n")
 

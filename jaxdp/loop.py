@@ -30,7 +30,7 @@ from jaxdp.model import ModelConfig, Transformer, flops_per_token, num_parameter
 from jaxdp.optimizer import get_optimizer, get_schedule
 from jaxdp.parallel import Replicas
 from jaxdp.program import Program
-from jaxdp.step import Transform, create_state, eval_step, plain
+from jaxdp.step import Transform, create_state, eval_step, plain, saved_shapes
 from jaxdp.watchdog import Watchdog
 
 
@@ -97,11 +97,12 @@ def _train(
     schedule = get_schedule(config)
     program = Program(config, replicas, schedule, _transform(config, cache))
     optimizer = get_optimizer(config, schedule)
+    shapes = saved_shapes(model, optimizer, program.method, replicas.device_count)
+    preflight.check_disk(workdir, shapes)
     first_state = functools.partial(
         create_state, model, optimizer, config.seed, replicas, program.method
     )
     state, judge = first_state(), Divergence(config)
-    preflight.check_disk(workdir, state)
     with Checkpoints(workdir, config, replicas, program.method, display.line) as checkpoints:
         start, found = 0, checkpoints.restore(state)
         if found is not None:
@@ -116,9 +117,7 @@ def _train(
             return Result(start, True, None, state)
         if found is not None:
             display.line(f"Going on after step {start:,}.")
-        if parallel.is_main():
-            configs.save(config, workdir / "config.json")
-            configs.write_whole(workdir / "tokenizer.json", cache.tokenizer.to_str(pretty=True))
+        parallel.on_main(functools.partial(_describe, config, workdir, cache))
         with MetricsWriter(workdir, config, start, active=parallel.is_main()) as writer, display:
             run = _Run(
                 config,
@@ -138,7 +137,7 @@ def _train(
             with contextlib.closing(program):
                 result = run.train(state, start, stop_requested)
             watchdog.beat("writing the last checkpoint", result.step, slow=True)
-            checkpoints.wait()
+            run.finish(result)
             watchdog.beat("summarising", result.step, slow=True)
             run.summarise(result)
             return result
@@ -207,6 +206,7 @@ class _Run:
             if self.program.trace(metrics):
                 self.throughput.start(steps=-steps)
             self.busy = dispatched - asked
+            self.checkpoints.check()
             first, done, pending = done, done + steps, (done, metrics, waited)
 
             evaluating, saving = self._due(done)
@@ -325,7 +325,6 @@ class _Run:
         if self.judge.rollbacks == c.max_rollbacks:
             raise self._diagnosis(trouble, state)
         self.watchdog.beat("going back", trouble.step, slow=True)
-        self.checkpoints.wait()
         found = self.checkpoints.restore(state, self._good)
         step, state = (found[0], found[2]) if found else (0, self.first_state())
         self.judge.roll_back()
@@ -389,6 +388,17 @@ class _Run:
         self.throughput.pause(time.perf_counter() - before)
         return evaluation
 
+    def finish(self, result: Result) -> None:
+        """Returns when all is on disk; raises RunError, in all processes, where it can't be."""
+        unsaved, unwritten = self.checkpoints.finish(result.state), self.writer.finish()
+        text = "; ".join(filter(None, (unsaved, unwritten)))
+        if text:
+            rest = ", and run again to go on from there" if unsaved else "; all else is saved"
+            text += f": make room in {self.workdir}{rest}"
+        text = parallel.from_main(text)
+        if text:
+            raise RunError(text)
+
     def summarise(self, result: Result) -> None:
         """Shows a sample of text, what was reached, and where everything lies."""
         self.display.stop()
@@ -426,6 +436,11 @@ def _transform(config: ConfigDict, cache: TokenCache) -> Transform:
     mask_id = tokenizer.mask_id(cache.tokenizer)
     assert mask_id is not None
     return functools.partial(losses.mask_tokens, mask_id=mask_id, vocab_size=cache.vocab_size)
+
+
+def _describe(config: ConfigDict, workdir: Path, cache: TokenCache) -> None:
+    configs.save(config, workdir / "config.json")
+    configs.write_whole(workdir / "tokenizer.json", cache.tokenizer.to_str(pretty=True))
 
 
 def _with_steps(config: ConfigDict, tokens: int) -> ConfigDict:

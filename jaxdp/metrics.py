@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 from tensorboardX import SummaryWriter
+from tensorboardX.record_writer import register_writer_factory
 
-from jaxdp.config import write_whole
+from jaxdp.disk import PatientFile, reason
 
 JSONL = "metrics.jsonl"
 
@@ -33,6 +35,7 @@ PEAK_FLOPS = {
 class MetricsWriter:
     """Writes what is logged at a step: one JSON object per line, and TensorBoard events.
 
+    What a full disk doesn't take is kept, and written when there is room.
     When a run goes on from a checkpoint, what was logged after that step is dropped first, so that
     each step stands in the file once, as if the run had never stopped.
     """
@@ -42,9 +45,10 @@ class MetricsWriter:
         self._active, self._wandb = active, None
         self._record: dict[str, Any] = {}
         if active:
-            self._path = workdir / JSONL
-            _drop_after(self._path, start_step)
-            logdir = str(workdir / "tensorboard")
+            _drop_after(workdir / JSONL, start_step)
+            self._jsonl = PatientFile(workdir / JSONL)
+            register_writer_factory(_PatientFiles.SCHEME, _PatientFiles())
+            logdir = f"{_PatientFiles.SCHEME}:{workdir / 'tensorboard'}"
             self._tensorboard = SummaryWriter(logdir, purge_step=start_step + 1)
             if config.wandb_project:
                 self._wandb = _start_wandb(workdir, config)
@@ -66,9 +70,19 @@ class MetricsWriter:
         """Writes the line of the last step; JSON has no infinity, so what isn't finite is null."""
         if self._record:
             line = {name: _finite(value) for name, value in self._record.items()}
-            with open(self._path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            self._jsonl.write((json.dumps(line) + "\n").encode())
             self._record = {}
+
+    def finish(self) -> str:
+        """Writes what is left; returns nothing, or what can't be written and why."""
+        if not self._active:
+            return ""
+        self.flush()
+        self._jsonl.flush()
+        if self._jsonl.error is None:
+            return ""
+        lines = self._jsonl.waiting()
+        return f"{lines} lines of {JSONL} could not be written ({reason(self._jsonl.error)})"
 
     def write_text(self, step: int, name: str, text: str) -> None:
         """Shows a text in TensorBoard."""
@@ -82,9 +96,25 @@ class MetricsWriter:
         """Flushes and closes everything."""
         if self._active:
             self.flush()
+            self._jsonl.close()
             self._tensorboard.close()
         if self._wandb:
             self._wandb.finish()
+
+
+class _PatientFiles:
+    """Lets TensorBoard's events wait; else its thread would die, and a full queue block the run.
+
+    tensorboardX chooses who opens a file by what its path has before the first colon.
+    """
+
+    SCHEME = "jaxdp"
+
+    def open(self, path: str) -> PatientFile:
+        return PatientFile(Path(path.removeprefix(f"{self.SCHEME}:")))
+
+    def directory_check(self, path: str) -> None:
+        """The file makes its folder."""
 
 
 def read_jsonl(workdir: str | Path) -> list[dict[str, Any]]:
@@ -99,9 +129,18 @@ def read_jsonl(workdir: str | Path) -> list[dict[str, Any]]:
 
 
 def _drop_after(path: Path, step: int) -> None:
-    if path.exists():
-        kept = [r for r in read_jsonl(path.parent) if r["step"] <= step]
-        write_whole(path, "".join(json.dumps(r) + "\n" for r in kept))
+    """Cuts off what comes after a step, or was itself cut off: no room is needed for that."""
+    if not path.exists():
+        return
+    size = 0
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                break
+        except ValueError:
+            break
+        size += len(line)
+    os.truncate(path, size)
 
 
 def _finite(value: float | None) -> float | None:

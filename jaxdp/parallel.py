@@ -230,6 +230,28 @@ def end(status: int, seconds: float = 5.0) -> None:
     os._exit(status)
 
 
+def from_main(text: str) -> str:
+    """The text of process 0, up to its first 1,000 bytes, on all processes; all have to call it."""
+    if jax.process_count() == 1:
+        return text
+    data = np.frombuffer(text.encode()[:1000].ljust(1000, b"\0"), np.uint8)
+    data = np.asarray(multihost_utils.broadcast_one_to_all(data), np.uint8)
+    return data.tobytes().rstrip(b"\0").decode(errors="ignore")
+
+
+def on_main(action: Callable[[], None]) -> None:
+    """Runs something on process 0; a ConfigError there is raised in all processes."""
+    problem = ""
+    if is_main():
+        try:
+            action()
+        except ConfigError as error:
+            problem = str(error)
+    problem = from_main(problem)
+    if problem:
+        raise ConfigError(problem)
+
+
 def to_global(tree: Any) -> Any:
     """Makes replicated arrays of this process global ones, which Orbax insists on."""
     if jax.process_count() == 1:

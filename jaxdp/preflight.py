@@ -12,7 +12,7 @@ import filelock
 import jax
 from ml_collections import ConfigDict
 
-from jaxdp import parallel, tokenizer
+from jaxdp import disk, parallel, tokenizer
 from jaxdp.config import ConfigError
 from jaxdp.data.cache import TokenCache
 from jaxdp.display import quantity
@@ -93,8 +93,13 @@ def locked(workdir: Path) -> Iterator[None]:
 
 
 def check_disk(workdir: Path, state: Any) -> None:
-    """Refuses a disk that hasn't room for a checkpoint; the old one stays while one is written."""
-    needed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    """Refuses a disk that hasn't room for a checkpoint; the old one stays while one is written.
+
+    Args:
+      workdir: exists.
+      state: what a checkpoint holds, or its shapes and dtypes.
+    """
+    needed = disk.num_bytes(state)
     free = shutil.disk_usage(workdir).free
     if free < needed:
         raise ConfigError(

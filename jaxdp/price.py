@@ -110,10 +110,14 @@ class Trace:
         self._began = time.perf_counter()
 
     def stop(self) -> float | None:
-        """Ends; returns the share of time, or None where the backend records no collectives."""
+        """Ends; returns the share of time, or None where the backend records no collectives.
+
+        Raises:
+          RuntimeError: the record can't be written; the disk is full, say.
+        """
         seconds = time.perf_counter() - self._began
-        jax.profiler.stop_trace()
         with self._folder:
+            jax.profiler.stop_trace()
             files = list(Path(self._folder.name).rglob("*.xplane.pb"))
             events = [e for file in files for e in _events(file) if e.name in self._names]
             spent = sum(event.duration_ns for event in events) / 1e9

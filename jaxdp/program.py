@@ -100,18 +100,22 @@ class Program:
         if self._calls == TRACED.start and self._trace is None:
             jax.block_until_ready(metrics)
             # JAX has one profiler: where the user has it on already, waiting is not measured.
-            with contextlib.suppress(RuntimeError):
+            # Neither is it where there's no room for the record.
+            with contextlib.suppress(RuntimeError, OSError):
                 self._trace = price.Trace(self.collectives, len(self._replicas.devices))
         elif self._calls == TRACED.stop and self._trace:
             jax.block_until_ready(metrics)
-            self.waiting, self._trace = self._trace.stop(), None
+            trace, self._trace = self._trace, None
+            with contextlib.suppress(RuntimeError, OSError):
+                self.waiting = trace.stop()
             return True
         return False
 
     def close(self) -> None:
         """Ends what a run that ends early, or goes on with another program, has left open."""
         if self._trace:
-            self._trace.stop()
+            with contextlib.suppress(RuntimeError, OSError):
+                self._trace.stop()
             self._trace = None
 
     def traffic(self, state: Any) -> list[Collective]:

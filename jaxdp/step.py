@@ -51,19 +51,39 @@ def create_state(
 ) -> State:
     """Draws the initial parameters and makes the optimizer's state for them, on all devices."""
 
-    def init() -> Any:
-        inputs = jnp.zeros((1, model.config.seq_len), jnp.int32)
-        return model.init(jax.random.key(seed), inputs)["params"]
-
     def state_of(params, _):
         opt_state, outer = method.init(optimizer, params)
         step = jnp.zeros((), jnp.int32)
         return State(step, model.apply, params, optimizer, opt_state, outer)
 
-    params = replicas.replicate(jax.jit(init)())
+    params = replicas.replicate(jax.jit(functools.partial(_initial_params, model, seed))())
     shapes = jax.eval_shape(lambda: State(0, model.apply, params, optimizer, (), ()))
     start = replicas.pmap(state_of, out_axes=state_axes(shapes, method))
     return start(params, replicas.shard(np.zeros(len(replicas.devices))))
+
+
+def saved_shapes(
+    model: Any, optimizer: optax.GradientTransformation, method: Sync, device_count: int
+) -> Any:
+    """Shapes and dtypes of all arrays of a checkpoint; nothing is computed."""
+    params = jax.eval_shape(lambda: _initial_params(model, 0))
+    like = jax.eval_shape(optimizer.init, params)
+
+    def outer(params, _):
+        return method.init(optimizer, params)[1]
+
+    on_devices = jax.vmap(outer, in_axes=(None, 0), out_axes=None, axis_name=parallel.AXIS)
+    return {
+        "step": jax.ShapeDtypeStruct((), jnp.int32),
+        "params": params,
+        "opt_state": method.saved_shapes(like, device_count),
+        "outer": jax.eval_shape(on_devices, params, np.zeros(device_count)),
+    }
+
+
+def _initial_params(model: Any, seed: int) -> Any:
+    inputs = jnp.zeros((1, model.config.seq_len), jnp.int32)
+    return model.init(jax.random.key(seed), inputs)["params"]
 
 
 def state_axes(state: State, method: Sync) -> State:

@@ -46,7 +46,11 @@ class Run:
 
     def kill(self, number=signal.SIGKILL):
         self.process.send_signal(number)
-        self.process.wait(60)
+        self.join()
+
+    def join(self, seconds=120):
+        """Waits for the end, and for all that was printed."""
+        self.process.wait(seconds)
         self._reader.join()
 
     def ended(self, seconds=120) -> int:

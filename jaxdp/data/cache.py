@@ -19,6 +19,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
+from jaxdp import disk
 from jaxdp import tokenizer as tokenizers
 from jaxdp.config import ConfigError
 from jaxdp.data.sources import Source, get_source
@@ -78,16 +79,35 @@ def open_cache(config: ConfigDict, report: Callable[[str], None] = print) -> Tok
         ) from None
     folder = root / _fingerprint(config, source)
     if not folder.exists():
-        with filelock.FileLock(f"{folder}.lock"):
-            if not folder.exists():
-                for abandoned in root.glob(f"{folder.name}.building-*"):
-                    shutil.rmtree(abandoned)
-                report(f"Tokenising {config.data.path} with tokenizer={config.tokenizer} ...")
-                temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.building-", dir=root))
-                _build(config, source, temporary)
-                temporary.chmod(0o755)  # mkdtemp's folders are for one user, caches may be shared.
-                temporary.rename(folder)
+        try:
+            _build_once(config, source, folder, report)
+        except OSError as error:
+            if error.errno not in disk.FULL:
+                raise
+            raise ConfigError(
+                f"data.cache_dir={str(root)!r} can't be written ({error.strerror}): make room, or "
+                "choose another folder"
+            ) from None
     return _load(folder)
+
+
+def _build_once(
+    config: ConfigDict, source: Source, folder: Path, report: Callable[[str], None]
+) -> None:
+    """Builds the cache unless another process has; nothing is left of one that fails."""
+    with filelock.FileLock(f"{folder}.lock"):
+        if folder.exists():
+            return
+        for abandoned in folder.parent.glob(f"{folder.name}.building-*"):
+            shutil.rmtree(abandoned)
+        report(f"Tokenising {config.data.path} with tokenizer={config.tokenizer} ...")
+        temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.building-", dir=folder.parent))
+        try:
+            _build(config, source, temporary)
+            temporary.chmod(0o755)  # mkdtemp's folders are for one user, caches may be shared.
+            temporary.rename(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _fingerprint(config: ConfigDict, source: Source) -> str:
@@ -122,7 +142,7 @@ def _build(config: ConfigDict, source: Source, folder: Path) -> None:
         digest.update(split.encode())
         meta[split] = {"tokens": tokens, "bytes": counter.bytes, "documents": counter.documents}
     meta["digest"] = digest.hexdigest()
-    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
 
 

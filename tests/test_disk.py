@@ -1,0 +1,165 @@
+"""Full disks: a limit on the size of files makes writes fail, until it is lifted."""
+
+import contextlib
+import errno
+import json
+import os
+import resource
+
+import jax
+import numpy as np
+import pytest
+from test_faults import Run
+from test_runs import contents, figures, flags
+
+from jaxdp import loop
+from jaxdp.config import ConfigError, write_whole
+from jaxdp.disk import PatientFile, reason
+
+FULL = 700  # Bytes: config.json and metrics.jsonl are larger, and so is each checkpoint's data.
+
+
+class FullDisk:
+    """A raw file on a disk that takes `room` bytes."""
+
+    room = 0
+
+    def __init__(self, path, mode):
+        self._file = open(path, mode, buffering=0)  # noqa: SIM115
+        self.tell, self.truncate, self.close = map(
+            self._file.__getattribute__, ("tell", "truncate", "close")
+        )
+
+    def write(self, data):
+        if not self.room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        taken = data[: self.room]
+        FullDisk.room -= len(taken)
+        return self._file.write(taken)
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    monkeypatch.setattr("jaxdp.disk.FileIO", FullDisk)
+    return FullDisk
+
+
+def test_what_has_no_room_is_written_later_at_the_very_byte(tmp_path, full_disk):
+    file = PatientFile(tmp_path / "folder" / "file")
+    for room, data in ((100, b"one\n"), (3, b"two, long\n"), (0, b"three\n"), (2, b"four\n")):
+        full_disk.room = room
+        file.write(data)
+    assert file.waiting() == 3 and file.error.errno == errno.ENOSPC
+    full_disk.room = 100
+    file.flush()
+    assert file.waiting() == 0 and file.error is None
+    assert (tmp_path / "folder" / "file").read_bytes() == b"one\ntwo, long\nthree\nfour\n"
+
+
+def test_a_part_that_stays_alone_is_removed_at_the_end(tmp_path, full_disk):
+    file = PatientFile(tmp_path / "file")
+    full_disk.room = 6
+    file.write(b"one\n")
+    file.write(b"two\n")
+    file.close()
+    assert (tmp_path / "file").read_bytes() == b"one\n"
+
+
+def test_reasons_are_the_systems():
+    inner = OSError(errno.EDQUOT, "Disk quota exceeded")
+    outer = RuntimeError("Failed")
+    outer.__cause__ = inner
+    assert reason(outer) == "Disk quota exceeded"
+    tensorstore = ValueError("RESOURCE_EXHAUSTED: Failed to write [os_error_code='28'] [...]")
+    assert reason(tensorstore) == "No space left on device"
+    assert reason(ValueError("something\nelse")) == "ValueError: something"
+
+
+@contextlib.contextmanager
+def limited(process, size):
+    """Files that a process writes end at `size` bytes."""
+    before = resource.prlimit(process, resource.RLIMIT_FSIZE)
+    resource.prlimit(process, resource.RLIMIT_FSIZE, (size, before[1]))
+    yield
+    with contextlib.suppress(ProcessLookupError):
+        resource.prlimit(process, resource.RLIMIT_FSIZE, before)
+
+
+def test_a_file_that_has_no_room_stays_as_it_was(tmp_path):
+    path = tmp_path / "config.json"
+    write_whole(path, "old")
+    with limited(0, 2), pytest.raises(ConfigError, match=r"config.json can't be written \(File "):
+        write_whole(path, "new and longer")
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def long(config):
+    config.update({"num_train_steps": 1200, "log_every": 10, "eval_every": 600})
+    config.checkpoint.update({"every": 100, "keep_last": 1})
+    config.model.dropout = 0.2
+    return config
+
+
+def whole(workdir):
+    """The checkpoints that are whole, and all that is in them."""
+    folders = [p for p in (workdir / "checkpoints").glob("*") if p.name.isdecimal()]
+    return {int(p.name): contents(p) for p in folders}
+
+
+def assert_same_run(one, other, config):
+    ends = [loop.train(config, workdir).state for workdir in (one, other)]
+    for a, b in zip(*map(jax.tree.leaves, ends), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    assert figures(one) == figures(other)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    return tmp_path_factory.mktemp("undisturbed")
+
+
+def finish(config, workdir):
+    run = Run(*flags(config, workdir))
+    run.join()
+    assert run.process.returncode == 0, run.printed
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_for_a_while_leaves_no_trace(config, tmp_path, undisturbed):
+    workdir = tmp_path / "run"
+    run = Run(*flags(long(config), workdir))
+    assert run.until(lambda: whole(workdir)), run.printed
+    with limited(run.process.pid, FULL):
+        assert run.until(lambda: "could not be saved" in run.printed), run.printed
+        before = whole(workdir)
+        assert run.until(lambda: run.printed.count("could not be saved") > 2), run.printed
+        assert whole(workdir) == before != {}
+    run.join()
+    assert run.process.returncode == 0, run.printed
+    assert "File too large): training goes on; the next try is at step" in run.printed
+    assert "Traceback" not in run.printed and "ERROR" not in run.printed
+    finish(config, undisturbed)
+    assert_same_run(workdir, undisturbed, config)
+
+
+@pytest.mark.slow
+def test_a_disk_that_stays_full_ends_the_run_with_a_line(config, tmp_path, undisturbed):
+    workdir = tmp_path / "run"
+    run = Run(*flags(long(config), workdir))
+    assert run.until(lambda: whole(workdir)), run.printed
+    with limited(run.process.pid, FULL):
+        run.join()
+    assert run.process.returncode == 1, run.printed
+    [line] = [x for x in run.printed.splitlines() if x.startswith("jaxdp: ")]
+    newest = max(whole(workdir))
+    assert len(list((workdir / "checkpoints").iterdir())) == len(whole(workdir))
+    saved = f"(File too large; the newest is that of step {newest})"
+    assert f"checkpoint 1200 could not be saved {saved}" in line
+    assert "lines of metrics.jsonl could not be written (File too large)" in line
+    assert "Traceback" not in run.printed and "ERROR" not in run.printed
+    for text in (workdir / "metrics.jsonl").read_text().splitlines():
+        json.loads(text)
+    finish(config, workdir)
+    if not (undisturbed / "checkpoints").exists():
+        finish(config, undisturbed)
+    assert_same_run(workdir, undisturbed, config)
