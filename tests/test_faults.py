@@ -57,12 +57,16 @@ class Run:
 
 
 @contextlib.contextmanager
-def group(config, workdir, processes=2):
-    """Runs a config on several processes of a device each; none outlives the block."""
+def group(config, workdir, *, processes=2, main_only=()):
+    """Runs a config on several processes of a device each; none outlives the block.
+
+    The first gets some more flags.
+    """
     runs = []
     try:
-        for identity in identities(processes):
-            runs.append(Run(*flags(config, workdir), *identity, devices=1))
+        for i, identity in enumerate(identities(processes)):
+            more = () if i else main_only
+            runs.append(Run(*flags(config, workdir), *more, *identity, devices=1))
         yield runs
     finally:
         for run in runs:
