@@ -7,6 +7,7 @@ import contextlib
 import os
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -21,6 +22,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxdp.config import ConfigError, RunError
 
 AXIS = "batch"
+WAITING = 20.0  # Seconds in which processes that were started together usually find each other.
+LATE = (
+    "jaxdp: still waiting for the other processes: check that every one was started and can reach "
+    "process 0; JAX ends this one when 300 s have passed"
+)
 
 
 class Replicas:
@@ -142,6 +148,10 @@ def initialize(
             f"--process_id={process_id} is out of range: number the processes from 0 to "
             f"num_processes - 1 = {(num_processes or 0) - 1}"
         )
+    # JAX waits for 300 s, and then aborts with a stack of its own.
+    late = threading.Timer(WAITING, print, [LATE], {"file": sys.stderr, "flush": True})
+    late.daemon = True
+    late.start()
     try:
         jax.distributed.initialize(coordinator_address, num_processes, process_id)
     except (RuntimeError, ValueError) as error:
@@ -149,6 +159,8 @@ def initialize(
             f"jax.distributed could not join the processes ({str(error).splitlines()[0]}): check "
             "that every process was started and can reach the coordinator"
         ) from error
+    finally:
+        late.cancel()
 
 
 def _scheduled() -> bool:

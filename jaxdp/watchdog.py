@@ -36,7 +36,8 @@ class Watchdog:
 
     Too long is `seconds`, or FACTOR times the longest that progress took until then. Where
     something is compiled or written it is SLOW times `seconds`. Time is counted in ticks of a
-    thread: while the process is stopped (Ctrl-Z) or the machine sleeps, none passes.
+    thread: while the process is stopped (Ctrl-Z) or the machine sleeps, none passes. (JAX counts
+    for itself: a process of several that is stopped for 100 s ends the run.)
 
     Each process tells the others where it is, by JAX's store of keys and values.
     """

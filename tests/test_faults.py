@@ -61,12 +61,16 @@ class Run:
 
 
 @contextlib.contextmanager
-def group(config, workdir, processes=2):
-    """Runs a config on several processes of a device each; none outlives the block."""
+def group(config, workdir, *, processes=2, main_only=()):
+    """Runs a config on several processes of a device each; none outlives the block.
+
+    The first gets some more flags.
+    """
     runs = []
     try:
-        for identity in identities(processes):
-            runs.append(Run(*flags(config, workdir), *identity, devices=1))
+        for i, identity in enumerate(identities(processes)):
+            more = () if i else main_only
+            runs.append(Run(*flags(config, workdir), *more, *identity, devices=1))
         yield runs
     finally:
         for run in runs:
@@ -119,14 +123,14 @@ def test_twenty_kills_leave_no_trace(config, tmp_path):
 
 def test_sigterm_to_one_process_stops_all_and_nothing_is_lost(config, tmp_path):
     """While compiling, evaluating and training: all save the same step and exit with 75."""
-    config.update({"num_train_steps": 200, "log_every": 10, "eval_every": 50})
+    config.update({"num_train_steps": 120, "log_every": 10, "eval_every": 40})
     config.checkpoint.every = 100
     config.model.dropout = 0.2
     # An evaluation begins when its step has been logged; its first batch has to be compiled.
     moments = {
         "compiling": "Compiling",
-        "evaluating": "\nstep     50/",
-        "training": "\nstep    110/",
+        "evaluating": "\nstep     40/",
+        "training": "\nstep     70/",
     }
     newest = 0
     for number, (moment, sign) in enumerate(moments.items()):

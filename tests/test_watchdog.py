@@ -179,6 +179,15 @@ def test_a_process_ends_when_another_hangs_or_dies(config, tmp_path, process, nu
 
 
 @pytest.mark.slow
+def test_a_process_that_fails_alone_ends_the_others(config, tmp_path):
+    """It must not wait for them at its exit, as JAX would have it do for minutes."""
+    with group(config, tmp_path, main_only=["--config.seq_len=1"]) as runs:
+        statuses = [run.ended(60) for run in runs]
+    assert statuses[0] == 2 and statuses[1] not in (0, 75)
+    assert runs[0].printed == "jaxdp: seq_len=1 is out of range: give a value at least 2\n"
+
+
+@pytest.mark.slow
 def test_a_process_that_was_stopped_goes_on(config, tmp_path):
     """Ctrl-Z and fg, for longer than the watchdog's patience."""
     config.update({"num_train_steps": 100_000, "eval_every": 100_000, "log_every": 50})
