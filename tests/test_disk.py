@@ -14,11 +14,18 @@ import numpy as np
 import pytest
 from test_faults import Run
 from test_runs import contents, figures, flags
+from test_step import VOCAB
+from test_step import start as begin
 
 from jaxdp import loop, preflight
+from jaxdp.checkpoint import Checkpoints
 from jaxdp.config import ConfigError, write_whole
 from jaxdp.data.cache import open_cache
-from jaxdp.disk import PatientFile, reason
+from jaxdp.disk import PatientFile, num_bytes, reason
+from jaxdp.methods import METHODS
+from jaxdp.model import ModelConfig, Transformer
+from jaxdp.optimizer import get_optimizer, get_schedule
+from jaxdp.step import saved_shapes
 
 FULL = 700  # Bytes: config.json and metrics.jsonl are larger, and so is each checkpoint's data.
 
@@ -124,8 +131,19 @@ def test_too_small_a_disk_is_refused_before_anything_is_computed(config, tmp_pat
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["lock"]
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_the_size_of_a_checkpoint_is_known_before(config, tmp_path, method):
+    config.sync.method = method
+    program, replicas, state = begin(config, 4)
+    model = Transformer(ModelConfig.from_config(config, VOCAB))
+    optimizer = get_optimizer(config, get_schedule(config))
+    shapes = saved_shapes(model, optimizer, program.method, 4)
+    with Checkpoints(tmp_path, config, replicas, program.method) as checkpoints:
+        assert num_bytes(checkpoints._saved(state)) == num_bytes(shapes)
+
+
 def long(config):
-    config.update({"num_train_steps": 1200, "log_every": 10, "eval_every": 600})
+    config.update({"num_train_steps": 900, "log_every": 10, "eval_every": 450})
     config.checkpoint.update({"every": 150, "keep_last": 1})
     config.model.dropout = 0.2
     return config
@@ -185,7 +203,7 @@ def test_a_disk_that_stays_full_ends_the_run_with_a_line(config, tmp_path, undis
     newest = max(whole(workdir))
     assert len(list((workdir / "checkpoints").iterdir())) == len(whole(workdir))
     saved = f"(File too large; the newest is that of step {newest})"
-    assert f"checkpoint 1200 could not be saved {saved}" in line
+    assert f"checkpoint 900 could not be saved {saved}" in line
     assert "lines of metrics.jsonl could not be written (File too large)" in line
     assert "Traceback" not in run.printed and "ERROR" not in run.printed
     for text in (workdir / "metrics.jsonl").read_text().splitlines():
@@ -200,7 +218,8 @@ def test_a_disk_that_stays_full_ends_the_run_with_a_line(config, tmp_path, undis
 def test_processes_that_find_the_disk_full_end_alike(config, tmp_path):
     """Only process 0 writes checkpoints; that it can't, all of them learn, and none waits."""
     long(config).sync.method = "sharded"
-    config.update({"num_train_steps": 300, "eval_every": 300})
+    config.update({"num_train_steps": 120, "eval_every": 120})
+    config.checkpoint.every = 40
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -214,7 +233,7 @@ def test_processes_that_find_the_disk_full_end_alike(config, tmp_path):
     lines = [x for run in runs for x in run.printed.splitlines() if x.startswith("jaxdp: ")]
     assert [run.process.returncode for run in runs] == [1, 1], [run.printed for run in runs]
     assert len(lines) == 2 and len(set(lines)) == 1
-    assert "checkpoint 300 could not be saved (File too large; the newest is that of" in lines[0]
+    assert "checkpoint 120 could not be saved (File too large; the newest is that of" in lines[0]
 
 
 @pytest.mark.slow
@@ -236,7 +255,7 @@ def test_a_file_system_that_is_full(config, tmp_path):
             ballast.truncate(0)
         run.join()
         assert run.process.returncode == 0, run.printed
-        assert max(whole(tmp_path / "run")) == 1200
-        assert [r["step"] for r in figures(tmp_path / "run")] == list(range(10, 1201, 10))
+        assert max(whole(tmp_path / "run")) == 900
+        assert [r["step"] for r in figures(tmp_path / "run")] == list(range(10, 901, 10))
     finally:
         subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
