@@ -140,7 +140,8 @@ def _quieten() -> None:
     before = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
+        # The latter where Python has ended before.
+        if str(unraisable.exc_value) not in ("Event loop is closed", "'__import__'"):
             before(unraisable)
 
     logging.get_absl_logger().addFilter(wanted)
