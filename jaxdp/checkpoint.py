@@ -1,6 +1,5 @@
 """Checkpoints, by Orbax: written in the background, whole or not at all."""
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -12,15 +11,12 @@ import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from jaxdp import parallel
-from jaxdp.agreement import fingerprints
-from jaxdp.config import ConfigError, RunError
+from jaxdp import parallel, whole
+from jaxdp.config import ConfigError
 from jaxdp.methods import Sync
 from jaxdp.parallel import Replicas
 
 FOLDER = "checkpoints"
-METRIC = "eval/loss"
-MARKS = "fingerprints"
 
 
 class Checkpoints:
@@ -54,10 +50,10 @@ class Checkpoints:
         self._replicas, self._method, self._report = replicas, method, report
         self._folder = _folder(workdir)
         # Orbax opens a folder only if it can read the metrics of each checkpoint.
-        steps = [path for path in self._folder.glob("*") if path.name.isdecimal()]
-        damaged = [path for path in steps if not _readable(path / "metrics" / "metrics")]
+        steps = whole.steps(self._folder)
+        damaged = [path for path in steps if not whole.readable(path)]
         if damaged and len(damaged) == len(steps):
-            raise self._all_damaged([int(path.name) for path in damaged])
+            raise whole.all_damaged(self._folder, [int(path.name) for path in damaged])
         for path in damaged:
             report(f"Checkpoint {path.name} is damaged (its metrics can't be read).")
         self._set_aside([int(path.name) for path in damaged])
@@ -78,51 +74,65 @@ class Checkpoints:
           eval_loss: at this very step, where it was evaluated.
         """
         tree = self._saved(state)
-        extra = extra | {"devices": self._replicas.device_count, MARKS: _marks(tree)}
+        extra = extra | {"devices": self._replicas.device_count, whole.MARKS: whole.marks(tree)}
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(self._globally(parallel.to_global, tree)),
             extra=ocp.args.JsonSave(extra),
         )
         # An infinite loss is the worst: such a checkpoint is kept only while it is new.
         finite = eval_loss is not None and math.isfinite(eval_loss)
-        metrics = {METRIC: eval_loss if finite else math.inf}
+        metrics = {whole.METRIC: eval_loss if finite else math.inf}
         self._manager.save(step, args=args, metrics=metrics, force=True)
 
-    def restore(self, state: Any) -> tuple[int, dict, Any] | None:
+    def restore(
+        self, state: Any, check: Callable[[dict], None] = lambda extra: None
+    ) -> tuple[int, dict, Any] | None:
         """Restores the newest checkpoint that is whole, written on however many devices.
 
         Newer ones that are damaged are reported and moved to checkpoints-damaged/.
 
         Args:
           state: on the devices, of the same shapes; its values are not used.
+          check: raises ConfigError where the JSON saved with it is of another run.
 
         Returns:
           The step, the JSON saved with it, and the state, on the devices; None where there is no
           checkpoint.
 
         Raises:
+          ConfigError: there are some, but of another run or model; nothing is moved.
           RunError: there are some, and all are damaged; nothing is moved.
         """
-        damaged = []
+        damaged, other = [], None
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                extra, restored = self._read(step, state)
+                extra, restored = self._read(step, state, check)
+            except ConfigError:
+                raise
             except Exception as error:  # Orbax and TensorStore raise whatever they like.
-                self._report(f"Checkpoint {step} is damaged ({_first_line(error)}).")
+                other = error if isinstance(error, whole.OtherModelError) else other
+                self._report(f"Checkpoint {step} is damaged ({whole.first_line(error)}).")
                 damaged.append(step)
                 continue
             self._set_aside(damaged)
             if damaged:
                 self._manager.reload()
             return step, extra, restored
+        if other is not None:
+            raise ConfigError(
+                f"this workdir holds a different run ({other}): use the config of that run, or "
+                "another --workdir"
+            )
         if damaged:
-            raise self._all_damaged(damaged)
+            raise whole.all_damaged(self._folder, damaged)
         return None
 
-    def _read(self, step: int, state: Any) -> tuple[dict, Any]:
+    def _read(self, step: int, state: Any, check: Callable[[dict], None]) -> tuple[dict, Any]:
         """The JSON and the state of a checkpoint; raises anything where it is damaged."""
         args = ocp.args.Composite(extra=ocp.args.JsonRestore())
         extra = self._manager.restore(step, args=args).extra
+        check(extra)
+        whole.check_shapes(self._folder / str(step), state.params)
         target = _shared(state)
         if self._method.own_opt_state:
             like = self._method.saved_shapes(_shapes(state), extra["devices"])
@@ -138,7 +148,9 @@ class Checkpoints:
         found = self._globally(
             parallel.to_local, dict(self._manager.restore(step, args=args).state)
         )
-        _check_marks(found, extra[MARKS])
+        whole.check_marks(found, extra[whole.MARKS])
+        if int(found["step"]) != step:
+            raise ValueError(f"it was saved after step {int(found['step'])}")
         own = {}
         if self._method.own_opt_state:
             saved = self._method.load(found.pop("opt_state"), self._replicas.device_count)
@@ -157,12 +169,6 @@ class Checkpoints:
         """Converts what is on devices; a method's own opt_state is on the host."""
         own = {name: tree[name] for name in ("opt_state",) if self._method.own_opt_state}
         return convert({name: x for name, x in tree.items() if name not in own}) | own
-
-    def _all_damaged(self, steps: list[int]) -> RunError:
-        return RunError(
-            f"all checkpoints in {self._folder} are damaged ({', '.join(map(str, steps))}): "
-            "restore them from a copy, or use another --workdir; nothing was changed"
-        )
 
     def _set_aside(self, steps: list[int]) -> None:
         if not steps:
@@ -190,74 +196,76 @@ class Checkpoints:
         self._manager.close()
 
 
-def load_params(workdir: Path, params: Any) -> tuple[Any, int]:
-    """Reads only the parameters of the newest checkpoint, on one device.
+def load_params(
+    workdir: Path,
+    params: Any,
+    said: dict[str, Any] | None = None,
+    report: Callable[[str], None] = print,
+) -> tuple[Any, int]:
+    """Reads only the parameters of the newest checkpoint that is whole, on one device.
 
     Args:
       workdir: of a run.
       params: a pytree of arrays or of their shapes and dtypes.
+      said: what the JSON saved with them says, if it says something of these keys.
+      report: is told in a line what is wrong with a checkpoint.
 
     Returns:
       The parameters, and the step they are of.
 
     Raises:
-      ConfigError: there is no checkpoint.
+      ConfigError: there is no checkpoint, or one of another model or tokenizer.
+      RunError: there are some, and all are damaged.
     """
     folder = _folder(workdir)
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} does not exist: --workdir must be that of a training run")
+    steps = sorted((int(path.name) for path in whole.steps(folder) if path.is_dir()), reverse=True)
+    if not steps:
+        raise ConfigError(f"{folder} holds no checkpoint: train first, with the same --workdir")
+    other, damage = None, []
+    for step in steps:
+        try:
+            found, extra = _read_params(folder / str(step), params)
+        except Exception as error:  # Orbax and TensorStore raise whatever they like.
+            other = error if isinstance(error, whole.OtherModelError) else other
+            damage.append(f"Checkpoint {step} is damaged ({whole.first_line(error)}).")
+            continue
+        for key, value in (said or {}).items():
+            if extra.get(key, value) != value:
+                raise ConfigError(
+                    f"{workdir}: the {key} is not the one that checkpoint {step} was trained "
+                    f"with: restore {key}.json from a copy"
+                )
+        for line in damage:
+            report(f"{line} That of step {step} is used.")
+        return found, step
+    if other is not None:
+        raise ConfigError(
+            f"{workdir} holds the files of different runs ({other}): restore config.json and "
+            "tokenizer.json from a copy"
+        )
+    raise whole.all_damaged(folder, steps)
+
+
+def _read_params(folder: Path, params: Any) -> tuple[Any, dict]:
+    """The parameters and the JSON of a checkpoint; raises anything where it is damaged."""
+    whole.check_shapes(folder, params)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), {"params": params}
     )
-    options = ocp.CheckpointManagerOptions(create=False)
-    if not folder.is_dir():
-        raise ConfigError(f"{folder} does not exist: --workdir must be that of a training run")
-    with ocp.CheckpointManager(folder, options=options) as manager:
-        step = manager.latest_step()
-        if step is None:
-            raise ConfigError(f"{folder} holds no checkpoint: train first, with the same --workdir")
-        restore = ocp.args.PyTreeRestore(
-            target,
-            restore_args=ocp.checkpoint_utils.construct_restore_args(target),
-            partial_restore=True,
+    restore = ocp.args.PyTreeRestore(
+        target,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+        partial_restore=True,
+    )
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        found = checkpointer.restore(
+            folder, args=ocp.args.Composite(state=restore, extra=ocp.args.JsonRestore())
         )
-        found = manager.restore(
-            step, args=ocp.args.Composite(state=restore, extra=ocp.args.JsonRestore())
-        )
-        _check_marks({"params": found.state["params"]}, found.extra[MARKS])
-        return found.state["params"], step
-
-
-def _marks(tree: Any) -> dict[str, int]:
-    """A fingerprint of each array, by path."""
-    leaves = jax.tree.leaves_with_path(tree)
-    on_devices = [x for _, x in leaves if isinstance(x, jax.Array)]
-    marks = iter(np.asarray(_fingerprints(on_devices)) if on_devices else ())
-    # What is on the host goes through a device array by array: it may be too large for one.
-    found = [next(marks) if isinstance(x, jax.Array) else _fingerprints([x])[0] for _, x in leaves]
-    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
-    return {name: int(mark) for name, mark in zip(names, found, strict=True)}
-
-
-def _check_marks(tree: Any, expected: dict[str, int]) -> None:
-    """Raises ValueError for an array that isn't as it was when it was saved."""
-    for name, mark in _marks(tree).items():
-        if expected[name] != mark:
-            raise ValueError(f"{name} is not what was saved")
-
-
-def _readable(path: Path) -> bool:
-    try:
-        return not path.exists() or isinstance(json.loads(path.read_bytes()), dict)
-    except ValueError:
-        return False
-
-
-_fingerprints = jax.jit(fingerprints)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+    whole.check_marks({"params": found.state["params"]}, found.extra[whole.MARKS])
+    return found.state["params"], found.extra
 
 
 def _folder(workdir: Path) -> Path:
@@ -275,7 +283,7 @@ def _shapes(state: Any) -> Any:
 
 
 def _loss(metrics: dict) -> float:
-    return metrics[METRIC]
+    return metrics[whole.METRIC]
 
 
 def _policy(config: ConfigDict) -> preservation_policy.PreservationPolicy:

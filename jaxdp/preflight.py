@@ -13,13 +13,16 @@ import jax
 from ml_collections import ConfigDict
 
 from jaxdp import parallel, tokenizer
-from jaxdp.config import ConfigError
+from jaxdp.config import BatchSizes, ConfigError, shown
 from jaxdp.data.cache import TokenCache
 from jaxdp.display import quantity
+from jaxdp.model import ModelConfig
 
 
 def check_data(config: ConfigDict, cache: TokenCache) -> None:
     """Refuses splits that hold not even one sequence, and a sample prompt that can't be read."""
+    import jaxdp.data.tensorflow  # noqa: F401  It refuses to share the accelerators.
+
     for split, tokens in (("training", cache.train), ("validation", cache.validation)):
         if len(tokens) <= config.seq_len:
             raise ConfigError(
@@ -36,13 +39,51 @@ def check_data(config: ConfigDict, cache: TokenCache) -> None:
             )
 
 
-def check_same_tokens(config: ConfigDict, cache: TokenCache, digest: str) -> None:
-    """Refuses other data than that of a checkpoint, of which `digest` is the token cache's."""
-    if cache.digest != digest:
+def check_same_tokens(config: ConfigDict, cache: TokenCache, saved: dict) -> None:
+    """Refuses other data than that of a checkpoint, whose JSON has the token cache's digest."""
+    if cache.digest != saved["digest"]:
         raise ConfigError(
             f"data.path={config.data.path!r} no longer gives the tokens that this workdir was "
             "trained on: restore the data, or use another --workdir"
         )
+
+
+def check_workdir(workdir: Path) -> None:
+    """Refuses a workdir in which something else has the name of what the run writes."""
+    kinds = {"checkpoints": Path.is_dir, "tensorboard": Path.is_dir}
+    kinds |= dict.fromkeys(("config.json", "tokenizer.json", "metrics.jsonl"), Path.is_file)
+    try:
+        for name, fits in kinds.items():
+            path = workdir / name
+            if (path.exists() or path.is_symlink()) and not fits(path):
+                kind = "folder" if fits is Path.is_dir else "file"
+                raise ConfigError(
+                    f"{path} is no {kind}, as a run needs it: move it away, or use another "
+                    "--workdir"
+                )
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"--workdir={shown(workdir, as_text=str)} can't be read "
+            f"({getattr(error, 'strerror', error)}): choose another folder"
+        ) from None
+
+
+def check_memory(config: ConfigDict, model: ModelConfig, sizes: BatchSizes) -> None:
+    """Refuses what can't fit whatever the compiler does.
+
+    At least parameters and gradients are held, the input of one layer, and the batch.
+    """
+    layer = 2 * model.embed_dim**2 + 2 * model.embed_dim * model.mlp_dim
+    parameters = 8 * (model.vocab_size * model.embed_dim + model.num_layers * layer)
+    batch = 4 * config.seq_len * (sizes.micro * model.embed_dim + 3 * sizes.per_device)
+    room = parallel.device_memory()
+    for key, needed in (("model", parameters), ("global_batch_size", parameters + batch)):
+        if needed > room:
+            raise ConfigError(
+                f"{key} is too large: model.num_layers={model.num_layers} and model.embed_dim="
+                f"{model.embed_dim} with {sizes.micro} sequences at once take at least "
+                f"{quantity(needed)}B and a device has {quantity(room)}B: make them smaller"
+            )
 
 
 def create_workdir(workdir: Path) -> None:
