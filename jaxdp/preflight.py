@@ -31,7 +31,10 @@ def check_data(config: ConfigDict, cache: TokenCache) -> None:
                 "smaller seq_len"
             )
     if config.objective == "causal" and config.sample.num_tokens:
-        [prompt] = tokenizer.encode(cache.tokenizer, [config.sample.prompt])
+        try:
+            [prompt] = tokenizer.encode(cache.tokenizer, [config.sample.prompt])
+        except ConfigError as error:
+            raise ConfigError(f"sample.prompt={config.sample.prompt!r}: {error}") from None
         if len(prompt) == 0:
             raise ConfigError(
                 f"sample.prompt={config.sample.prompt!r} is empty: give at least one character, or "

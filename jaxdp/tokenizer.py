@@ -153,9 +153,11 @@ def load_file(path: Path, way_out: str = "give one that the tokenizers library w
 
 
 def _check_ids(tokenizer: Tokenizer) -> None:
-    ids = tokenizer.get_vocab(with_added_tokens=True).values()
+    ids = list(tokenizer.get_vocab(with_added_tokens=True).values())
     if not ids:
         raise ValueError("it has no tokens")
+    if len(set(ids)) < len(ids):
+        raise ValueError("two of its tokens have the same id")
     if max(ids) >= LARGEST_VOCABULARY:
         raise ValueError(f"it has {len(ids)} tokens and one with the id {max(ids)}")
 
@@ -181,8 +183,9 @@ def vocab_size(tokenizer: Tokenizer) -> int:
 
 
 def digest(tokenizer: Tokenizer) -> str:
-    """SHA-256 of its tokenizer.json; equal digests, equal tokenizers."""
-    return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
+    """SHA-256 of its tokenizer.json as it is after one reading: equal digests, equal tokenizers."""
+    again = Tokenizer.from_str(tokenizer.to_str())
+    return hashlib.sha256(again.to_str().encode()).hexdigest()
 
 
 def encode(tokenizer: Tokenizer, texts: list[str], *, plain: bool = False) -> list[np.ndarray]:

@@ -143,7 +143,7 @@ def _fingerprint(config: ConfigDict, source: Source) -> str:
     tokenizer: list = [config.tokenizer, config.objective]
     path = os.path.expanduser(config.tokenizer)
     if os.path.isfile(path):
-        tokenizer[0] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        tokenizer[0] = _file_digest(Path(path))
     identity = json.dumps([FORMAT, tokenizer, source.identity()], sort_keys=True)
     return hashlib.sha256(identity.encode()).hexdigest()[:16]
 
@@ -171,9 +171,13 @@ def _build(config: ConfigDict, source: Source, folder: Path) -> None:
         meta[split] = {"tokens": tokens, "bytes": counter.bytes, "documents": counter.documents}
     meta["digest"] = digest.hexdigest()
     tokenizer.save(str(folder / "tokenizer.json"))
-    meta["tokenizer"] = tokenizers.digest(tokenizer)
+    meta["tokenizer"] = _file_digest(folder / "tokenizer.json")
     meta["checksum"] = _checksum(meta)
     (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+
+
+def _file_digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _checksum(meta: dict) -> str:
@@ -207,7 +211,7 @@ def _load(folder: Path) -> TokenCache:
         if not path.is_file() or path.stat().st_size != sizes[split]:
             raise DamagedError(f"{split}.bin is not of {sizes[split]} bytes")
     tokenizer = tokenizers.load_file(folder / "tokenizer.json")
-    if tokenizers.digest(tokenizer) != meta["tokenizer"]:
+    if _file_digest(folder / "tokenizer.json") != meta["tokenizer"]:
         raise DamagedError("tokenizer.json has changed")
     if tokenizers.vocab_size(tokenizer) != meta["vocab_size"]:
         raise DamagedError(f"tokenizer.json has no vocabulary of {meta['vocab_size']}")
