@@ -145,9 +145,9 @@ class Checkpoints:
             lambda x: ocp.utils.to_shape_dtype_struct(x) if isinstance(x, jax.Array) else x, target
         )
         args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
-        found = self._globally(
-            parallel.to_local, dict(self._manager.restore(step, args=args).state)
-        )
+        with whole.ending_reads():
+            found = dict(self._manager.restore(step, args=args).state)
+        found = self._globally(parallel.to_local, found)
         whole.check_marks(found, extra[whole.MARKS])
         if int(found["step"]) != step:
             raise ValueError(f"it was saved after step {int(found['step'])}")
@@ -260,7 +260,8 @@ def _read_params(folder: Path, params: Any) -> tuple[Any, dict]:
         restore_args=ocp.checkpoint_utils.construct_restore_args(target),
         partial_restore=True,
     )
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+    reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
+    with whole.ending_reads(), reader as checkpointer:
         found = checkpointer.restore(
             folder, args=ocp.args.Composite(state=restore, extra=ocp.args.JsonRestore())
         )

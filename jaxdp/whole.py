@@ -1,7 +1,10 @@
 """Whether a checkpoint is whole, and of the model that is asked for."""
 
+import asyncio
+import contextlib
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +19,42 @@ METRIC = "eval/loss"
 MARKS = "fingerprints"
 
 
+@contextlib.contextmanager
+def ending_reads() -> Iterator[None]:
+    """Lets Orbax end all reads of a checkpoint where one of them fails.
+
+    It would close the event loop under the others, which then print a traceback each, at any time.
+    """
+    before = asyncio.get_event_loop_policy()
+    asyncio.set_event_loop_policy(_PatientPolicy())
+    try:
+        yield
+    finally:
+        asyncio.set_event_loop_policy(before)
+
+
+class _PatientPolicy(asyncio.DefaultEventLoopPolicy):
+    def new_event_loop(self) -> asyncio.AbstractEventLoop:
+        return _PatientLoop()
+
+
+class _PatientLoop(asyncio.SelectorEventLoop):
+    def close(self) -> None:
+        tasks = () if self.is_closed() else asyncio.all_tasks(self)
+        if tasks:
+            self.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        super().close()
+
+
 class OtherModelError(ValueError):
     """A checkpoint holds other arrays than asked for."""
 
 
 def check_shapes(folder: Path, params: Any) -> None:
     """Raises OtherModelError where a checkpoint has parameters of other names or shapes."""
-    saved = ocp.PyTreeCheckpointHandler().metadata(folder / "state").tree["params"]
-    saved = _shapes_by_name(saved)
+    with ending_reads():
+        metadata = ocp.PyTreeCheckpointHandler().metadata(folder / "state")
+    saved = _shapes_by_name(metadata.tree["params"])
     wanted = _shapes_by_name(params)
     for name in sorted(saved.keys() | wanted.keys()):
         if saved.get(name) != wanted.get(name):
