@@ -49,6 +49,7 @@ class Checkpoints:
         """
         self._replicas, self._method, self._report = replicas, method, report
         self._folder = _folder(workdir)
+        self._moved: list[tuple[Path, int]] = []
         # Orbax opens a folder only if it can read the metrics of each checkpoint.
         steps = whole.steps(self._folder)
         damaged = [path for path in steps if not whole.readable(path)]
@@ -108,6 +109,7 @@ class Checkpoints:
             try:
                 extra, restored = self._read(step, state, check)
             except ConfigError:
+                self._put_back()
                 raise
             except Exception as error:  # Orbax and TensorStore raise whatever they like.
                 other = error if isinstance(error, whole.OtherModelError) else other
@@ -118,6 +120,7 @@ class Checkpoints:
             if damaged:
                 self._manager.reload()
             return step, extra, restored
+        self._put_back()
         if other is not None:
             raise ConfigError(
                 f"this workdir holds a different run ({other}): use the config of that run, or "
@@ -180,9 +183,18 @@ class Checkpoints:
             for step in steps:
                 number = sum(path.name.split(".")[0] == str(step) for path in aside.iterdir())
                 target = aside / (f"{step}.{number}" if number else str(step))
-                (self._folder / str(step)).rename(target)
+                self._moved.append(((self._folder / str(step)).rename(target), step))
                 self._report(f"It was moved to {target}.")
         parallel.barrier("checkpoints set aside")
+
+    def _put_back(self) -> None:
+        """Moves what was set aside back, for a run that can't go on changes nothing."""
+        for path, step in self._moved:
+            path.rename(self._folder / str(step))
+            self._report(f"{path} was moved back.")
+            if not any(path.parent.iterdir()):
+                path.parent.rmdir()
+        self._moved = []
 
     def wait(self) -> None:
         """Returns when all is on disk."""

@@ -46,7 +46,7 @@ def flatten(config: ConfigDict | dict, prefix: str = "") -> dict[str, Any]:
     """Returns {"group.key": value} of a nested config."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
-        if isinstance(value, ConfigDict | dict):
+        if isinstance(value, ConfigDict | dict) and len(value):
             flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
@@ -139,7 +139,7 @@ def shown(value: Any, length: int = 200, as_text: Callable[[Any], str] = repr) -
     ('0.5', "'a\\n'", 'an int')
     """
     try:
-        text = as_text(value)
+        text = as_text(value).strip().replace("\n", " ")
     except Exception:  # Python writes no int of more than 4300 digits.
         return f"an {type(value).__name__}"
     return text if len(text) <= length else f"{text[:length]}..."

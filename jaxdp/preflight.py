@@ -13,7 +13,7 @@ import jax
 from ml_collections import ConfigDict
 
 from jaxdp import parallel, tokenizer
-from jaxdp.config import BatchSizes, ConfigError, shown
+from jaxdp.config import BatchSizes, ConfigError, check_text, shown
 from jaxdp.data.cache import TokenCache
 from jaxdp.display import quantity
 from jaxdp.model import ModelConfig
@@ -53,6 +53,7 @@ def check_same_tokens(config: ConfigDict, cache: TokenCache, saved: dict) -> Non
 
 def check_workdir(workdir: Path) -> None:
     """Refuses a workdir in which something else has the name of what the run writes."""
+    check_text("--workdir", str(workdir))
     kinds = {"checkpoints": Path.is_dir, "tensorboard": Path.is_dir}
     kinds |= dict.fromkeys(("config.json", "tokenizer.json", "metrics.jsonl"), Path.is_file)
     try:
@@ -64,10 +65,10 @@ def check_workdir(workdir: Path) -> None:
                     f"{path} is no {kind}, as a run needs it: move it away, or use another "
                     "--workdir"
                 )
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise ConfigError(
-            f"--workdir={shown(workdir, as_text=str)} can't be read "
-            f"({getattr(error, 'strerror', error)}): choose another folder"
+            f"--workdir={shown(str(workdir))} can't be read ({error.strerror}): choose another "
+            "folder"
         ) from None
 
 

@@ -164,9 +164,10 @@ ODD_TEXTS = st.one_of(
 )
 NUMBERS = st.one_of(
     st.integers(),
-    st.sampled_from([10**30, -(10**30), 10**5000, 2**31, 2**63, -1, 0, 2**31 - 1, 1e308, 1e-320]),
+    st.sampled_from([10**30, -(10**30), 2**31, 2**63, -1, 0, 2**31 - 1, 1e308, 1e-320]),
     st.sampled_from([float("nan"), float("inf"), -float("inf"), -0.0]),
     st.floats(),
+    st.builds(lambda: 10**5000),  # Python doesn't print it, nor could a list of examples.
     st.sampled_from([border for borders in RANGES.values() for border in borders]),
 )
 OTHERS = st.sampled_from([None, True, b"x", [], [1], (1,), {}, {"a": 1}, set(), object(), len, 1j])
@@ -369,7 +370,8 @@ def harm(path: Path, how: str, where: float, noise: bytes) -> None:
     data = path.read_bytes()
     at = int(where * max(len(data) - 1, 0))
     flipped = data[:at] + bytes(b ^ (1 << at % 8) for b in data[at : at + 1]) + data[at + 1 :]
-    changed = {"truncate": data[:at], "flip": flipped, "append": data + noise}
+    # Half at most is left, and what is added is no space: JSON wouldn't be harmed.
+    changed = {"truncate": data[: at // 2], "flip": flipped, "append": data + noise + b"!"}
     changed |= {"empty": b"", "random": noise}
     path.unlink()
     if how in changed:
@@ -533,7 +535,9 @@ def test_caches_with_one_value_of_meta_replaced(number, value, cached):
     config, whole = cached
     before = contents(whole.folder)
     meta = whole.folder / "meta.json"
-    meta.write_text(replace_in(meta.read_text(), number, value))
+    text = replace_in(meta.read_text(), number, value)
+    assume(text != json.dumps(json.loads(meta.read_text())))
+    meta.write_text(text)
     assert_restored(config, whole, before)
 
 
@@ -643,9 +647,7 @@ NUMBER_TEXTS = st.sampled_from([*SMALL, *NO_NUMBERS, str(2**31 - 1), str(2**31)]
     number=NUMBER_TEXTS,
 )
 def test_prompts_and_flags_of_generate(prompt, flag, number, workdir):
-    assume(
-        flag != "num_tokens" or not number.isdecimal() or len(number) < 3 or int(number) >= 2**31
-    )
+    assume((flag, number) != ("num_tokens", str(2**31 - 1)))  # It would take days.
     before = contents(workdir)
     line = [f"--workdir={workdir}", "--num_tokens=3", f"--prompt={prompt}", f"--{flag}={number}"]
     status, out = run_command("prompts and flags", "generate", *line)
@@ -730,7 +732,9 @@ def test_a_workdir_with_something_else_in_a_files_place(name, trained, workdir, 
         path.mkdir()
     before = contents(workdir)
     kind = "file" if "." in name else "folder"
-    with pytest.raises(ConfigError, match=f"{path} is no {kind}, as a run needs it: move it away"):
+    with pytest.raises(
+        ConfigError, match=rf"\A{path} is no {kind}, as a run needs it: move it away"
+    ):
         train(configs.load(trained / "config.json"), workdir)
     assert contents(workdir) == before
 
@@ -917,10 +921,11 @@ def test_a_strangers_files_run_no_code(number, trained, two, tmp_path, config, n
         workdir = renewed(tmp_path / "harmed", two)
         (workdir / name).write_bytes(payload)
         check_checkpoints("payloads", workdir, config)
-    for name in ("checkpoint", "params.pkl", "state.npy", "treedef.pkl", "__init__.py"):
+    for name in ("params.pkl", "state.npy", "treedef.pkl", "__init__.py", "checkpoint"):
         for folder in ("checkpoints/5/state", "checkpoints/5", ""):
             (two / folder / name).write_bytes(payload)
-    assert check_checkpoints("payloads", two, config) == []
+        # Orbax takes a file of the last name for all of the state, in a format of its own.
+        assert bool(check_checkpoints("payloads", two, config)) == (name == "checkpoint")
     assert not marker.exists()
 
 
@@ -993,7 +998,9 @@ def test_said_before_anything_is_compiled(
 def test_a_workdir_that_cannot_be_written(place, config, tmp_path, no_compiling):
     TRIED["preflight"] += 1
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match=r"(?s)--workdir=.* can't be (written|read) \(.*: choose"):
+    with pytest.raises(
+        ConfigError, match=r"(?s)--workdir=.* (can't be (written|read) \(.*: choose|holds a NUL)"
+    ):
         train(config, place.format(tmp_path))
 
 
