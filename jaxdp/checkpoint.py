@@ -1,6 +1,5 @@
 """The checkpoints of a run: what is in them, what of it is whole, and reading it."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,16 +9,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
-from jaxdp import parallel
-from jaxdp.agreement import fingerprints
-from jaxdp.config import ConfigError, RunError
+from jaxdp import parallel, whole
+from jaxdp.config import ConfigError
 from jaxdp.disk import first_line
 from jaxdp.methods import Sync
 from jaxdp.parallel import Replicas
 from jaxdp.saving import Saver
 
 FOLDER = "checkpoints"
-MARKS = "fingerprints"
 
 
 class Checkpoints:
@@ -55,11 +52,12 @@ class Checkpoints:
         self._replicas, self._method, self._report = replicas, method, report
         self._folder = _folder(workdir)
         parallel.on_main(lambda: _make(self._folder))
+        self._moved: list[tuple[Path, int]] = []
         # Orbax opens a folder only if it can read the metrics of each checkpoint.
-        steps = [path for path in self._folder.glob("*") if path.name.isdecimal()]
-        damaged = [path for path in steps if not _readable(path / "metrics" / "metrics")]
+        steps = whole.steps(self._folder)
+        damaged = [path for path in steps if not whole.readable(path)]
         if damaged and len(damaged) == len(steps):
-            raise self._all_damaged([int(path.name) for path in damaged])
+            raise whole.all_damaged(self._folder, [int(path.name) for path in damaged])
         for path in damaged:
             report(f"Checkpoint {path.name} is damaged (its metrics can't be read).")
         self._set_aside([int(path.name) for path in damaged])
@@ -78,7 +76,7 @@ class Checkpoints:
         self._last = (step, extra, eval_loss)
         tree = self._saved(state)
         if parallel.is_main():
-            extra = extra | {"devices": self._replicas.device_count, MARKS: _marks(tree)}
+            extra = extra | {"devices": self._replicas.device_count, whole.MARKS: whole.marks(tree)}
             # Orbax refuses what is on the devices of one process of several.
             tree = tree if jax.process_count() == 1 else jax.device_get(tree)
             self._saver.start(step, tree, extra, eval_loss)
@@ -118,32 +116,45 @@ class Checkpoints:
 
         Args:
           state: on the devices, of the same shapes; its values are not used.
-          fit: (step, JSON saved with it) -> whether this checkpoint will do.
+          fit: (step, JSON saved with it) -> whether this checkpoint will do; raises ConfigError
+            where it is of another run.
 
         Returns:
           The step, the JSON saved with it, and the state, on the devices; None where there is no
           checkpoint that will do.
 
         Raises:
+          ConfigError: there are some, but of another run or model; nothing is moved.
           RunError: there are some, and all are damaged; nothing is moved.
         """
-        damaged = []
+        damaged, other = [], None
         for step in self._steps():
             try:
                 extra = self._read_extra(step)
                 if not fit(step, extra):
                     continue
                 restored = self._read(step, state, extra)
+            except ConfigError:
+                self._put_back()
+                raise
             except Exception as error:  # Orbax and TensorStore raise whatever they like.
+                other = error if isinstance(error, whole.OtherModelError) else other
                 self._report(f"Checkpoint {step} is damaged ({first_line(error)}).")
                 damaged.append(step)
                 continue
             self._set_aside(damaged)
+            self._moved = []
             if damaged:
                 self._manager.reload()
             return step, extra, restored
+        self._put_back()
+        if other is not None:
+            raise ConfigError(
+                f"this workdir holds a different run ({other}): use the config of that run, or "
+                "another --workdir"
+            )
         if damaged:
-            raise self._all_damaged(damaged)
+            raise whole.all_damaged(self._folder, damaged)
         return None
 
     @property
@@ -164,6 +175,7 @@ class Checkpoints:
 
     def _read(self, step: int, state: Any, extra: dict) -> Any:
         """The state of a checkpoint; raises anything where it is damaged."""
+        whole.check_shapes(self._folder / str(step), state.params)
         target = _shared(state)
         if self._method.own_opt_state:
             like = self._method.saved_shapes(_shapes(state), extra["devices"])
@@ -176,10 +188,12 @@ class Checkpoints:
             lambda x: ocp.utils.to_shape_dtype_struct(x) if isinstance(x, jax.Array) else x, target
         )
         args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
-        found = self._globally(
-            parallel.to_local, dict(self._manager.restore(step, args=args).state)
-        )
-        _check_marks(found, extra[MARKS])
+        with whole.ending_reads():
+            found = dict(self._manager.restore(step, args=args).state)
+        found = self._globally(parallel.to_local, found)
+        whole.check_marks(found, extra[whole.MARKS])
+        if int(found["step"]) != step:
+            raise ValueError(f"it was saved after step {int(found['step'])}")
         own = {}
         if self._method.own_opt_state:
             saved = self._method.load(found.pop("opt_state"), self._replicas.device_count)
@@ -199,12 +213,6 @@ class Checkpoints:
         own = {name: tree[name] for name in ("opt_state",) if self._method.own_opt_state}
         return convert({name: x for name, x in tree.items() if name not in own}) | own
 
-    def _all_damaged(self, steps: list[int]) -> RunError:
-        return RunError(
-            f"all checkpoints in {self._folder} are damaged ({', '.join(map(str, steps))}): "
-            "restore them from a copy, or use another --workdir; nothing was changed"
-        )
-
     def _set_aside(self, steps: list[int]) -> None:
         if not steps:
             return
@@ -215,9 +223,18 @@ class Checkpoints:
             for step in steps:
                 number = sum(path.name.split(".")[0] == str(step) for path in aside.iterdir())
                 target = aside / (f"{step}.{number}" if number else str(step))
-                (self._folder / str(step)).rename(target)
+                self._moved.append(((self._folder / str(step)).rename(target), step))
                 self._report(f"It was moved to {target}.")
         parallel.barrier("checkpoints set aside")
+
+    def _put_back(self) -> None:
+        """Moves what was set aside back, for a run that can't go on changes nothing."""
+        for path, step in self._moved:
+            path.rename(self._folder / str(step))
+            self._report(f"{path} was moved back.")
+            if not any(path.parent.iterdir()):
+                path.parent.rmdir()
+        self._moved = []
 
     def wait(self) -> None:
         """Returns when all is on disk, or could not be saved, which is reported."""
@@ -231,69 +248,77 @@ class Checkpoints:
         self._saver.close()
 
 
-def load_params(workdir: Path, params: Any) -> tuple[Any, int]:
-    """Reads only the parameters of the newest checkpoint, on one device.
+def load_params(
+    workdir: Path,
+    params: Any,
+    said: dict[str, Any] | None = None,
+    report: Callable[[str], None] = print,
+) -> tuple[Any, int]:
+    """Reads only the parameters of the newest checkpoint that is whole, on one device.
 
     Args:
       workdir: of a run.
       params: a pytree of arrays or of their shapes and dtypes.
+      said: what the JSON saved with them says, if it says something of these keys.
+      report: is told in a line what is wrong with a checkpoint.
 
     Returns:
       The parameters, and the step they are of.
 
     Raises:
-      ConfigError: there is no checkpoint.
+      ConfigError: there is no checkpoint, or one of another model or tokenizer.
+      RunError: there are some, and all are damaged.
     """
     folder = _folder(workdir)
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} does not exist: --workdir must be that of a training run")
+    steps = sorted((int(path.name) for path in whole.steps(folder) if path.is_dir()), reverse=True)
+    if not steps:
+        raise ConfigError(f"{folder} holds no checkpoint: train first, with the same --workdir")
+    other, damage = None, []
+    for step in steps:
+        try:
+            found, extra = _read_params(folder / str(step), params)
+        except Exception as error:  # Orbax and TensorStore raise whatever they like.
+            other = error if isinstance(error, whole.OtherModelError) else other
+            damage.append(f"Checkpoint {step} is damaged ({first_line(error)}).")
+            continue
+        for key, value in (said or {}).items():
+            if extra.get(key, value) != value:
+                raise ConfigError(
+                    f"{workdir}: the {key} is not the one that checkpoint {step} was trained "
+                    f"with: restore {key}.json from a copy"
+                )
+        for line in damage:
+            report(f"{line} That of step {step} is used.")
+        return found, step
+    if other is not None:
+        raise ConfigError(
+            f"{workdir} holds the files of different runs ({other}): restore config.json and "
+            "tokenizer.json from a copy"
+        )
+    raise whole.all_damaged(folder, steps)
+
+
+def _read_params(folder: Path, params: Any) -> tuple[Any, dict]:
+    """The parameters and the JSON of a checkpoint; raises anything where it is damaged."""
+    whole.check_shapes(folder, params)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), {"params": params}
     )
-    options = ocp.CheckpointManagerOptions(create=False)
-    if not folder.is_dir():
-        raise ConfigError(f"{folder} does not exist: --workdir must be that of a training run")
-    with ocp.CheckpointManager(folder, options=options) as manager:
-        step = manager.latest_step()
-        if step is None:
-            raise ConfigError(f"{folder} holds no checkpoint: train first, with the same --workdir")
-        restore = ocp.args.PyTreeRestore(
-            target,
-            restore_args=ocp.checkpoint_utils.construct_restore_args(target),
-            partial_restore=True,
+    restore = ocp.args.PyTreeRestore(
+        target,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+        partial_restore=True,
+    )
+    reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
+    with whole.ending_reads(), reader as checkpointer:
+        found = checkpointer.restore(
+            folder, args=ocp.args.Composite(state=restore, extra=ocp.args.JsonRestore())
         )
-        found = manager.restore(
-            step, args=ocp.args.Composite(state=restore, extra=ocp.args.JsonRestore())
-        )
-        _check_marks({"params": found.state["params"]}, found.extra[MARKS])
-        return found.state["params"], step
-
-
-def _marks(tree: Any) -> dict[str, int]:
-    """A fingerprint of each array, by path."""
-    leaves = jax.tree.leaves_with_path(tree)
-    on_devices = [x for _, x in leaves if isinstance(x, jax.Array)]
-    marks = iter(np.asarray(_fingerprints(on_devices)) if on_devices else ())
-    # What is on the host goes through a device array by array: it may be too large for one.
-    found = [next(marks) if isinstance(x, jax.Array) else _fingerprints([x])[0] for _, x in leaves]
-    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
-    return {name: int(mark) for name, mark in zip(names, found, strict=True)}
-
-
-def _check_marks(tree: Any, expected: dict[str, int]) -> None:
-    """Raises ValueError for an array that isn't as it was when it was saved."""
-    for name, mark in _marks(tree).items():
-        if expected[name] != mark:
-            raise ValueError(f"{name} is not what was saved")
-
-
-def _readable(path: Path) -> bool:
-    try:
-        return not path.exists() or isinstance(json.loads(path.read_bytes()), dict)
-    except ValueError:
-        return False
-
-
-_fingerprints = jax.jit(fingerprints)
+    whole.check_marks({"params": found.state["params"]}, found.extra[whole.MARKS])
+    return found.state["params"], found.extra
 
 
 def _make(folder: Path) -> None:

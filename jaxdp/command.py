@@ -9,8 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from absl import flags, logging
+from ml_collections import ConfigDict
 
-from jaxdp.config import ConfigError, RunError, check_known
+from jaxdp.config import ConfigError, RunError, check_known, shown
 
 WRONG_INPUT = 2
 FAULT = 1
@@ -44,22 +45,45 @@ def run(main: Callable[[], int], check_arguments: Callable[[list[str]], None] | 
 
 def check_overrides(argv: list[str]) -> None:
     """Refuses --config.KEY=VALUE of an unknown key, which config_flags does with a traceback."""
-    overrides = (re.match(r"--?config\.([^=]+)=?(.*)", argument) for argument in argv)
+    overrides = (re.match(r"--?config\.([^=]*)=?(.*)", argument, re.DOTALL) for argument in argv)
     check_known({match[1]: match[2] for match in overrides if match})
 
 
 def _parse_flags() -> None:
     try:
         rest = flags.FLAGS(sys.argv)[1:]
-    except flags.Error as error:
-        raise ConfigError(str(error)) from None
-    except Exception as error:  # Parsing --config runs the config file, which can raise anything.
+    except (Exception, SystemExit) as error:
+        # Parsing --config runs the config file, which can raise anything; some of it comes as a
+        # flag's error that ends with a traceback.
+        said, _, traceback = str(error).partition("Traceback (most recent call last)")
+        if isinstance(error, flags.Error) and not traceback:
+            more = ": see configs/default.py for what it takes" if "--config." in said else ""
+            raise ConfigError(f"{shown(said, as_text=str)}{more}") from None
+        reason = (
+            traceback.strip().splitlines()[-1] if traceback else f"{type(error).__name__}: {said}"
+        )
         raise ConfigError(
-            f"--config can't be read ({type(error).__name__}: {error}): give a Python file with a "
+            f"--config can't be read ({shown(reason, as_text=str)}): give a Python file with a "
             "get_config() like those in configs/"
         ) from error
     if rest:
         raise ConfigError(f"{rest[0]!r} is not understood: flags look like --name=value")
+
+
+def given_config(flag: flags.FlagHolder) -> ConfigDict:
+    """The value of --config.
+
+    Raises:
+      ConfigError: there is none, or the file gives something else.
+    """
+    if not flag.present:
+        raise ConfigError("--config is missing: give a config file, such as configs/quickstart.py")
+    if not isinstance(flag.value, ConfigDict):
+        raise ConfigError(
+            f"--config gives {shown(flag.value)}, no ConfigDict: let its get_config() return one, "
+            "like those in configs/"
+        )
+    return flag.value
 
 
 def prepare_jax() -> None:

@@ -9,67 +9,14 @@ import difflib
 import importlib.util
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from jaxdp.configs import default
-
-CHOICES = {
-    "objective": ("causal", "masked"),
-    "model.positions": ("learned", "rotary"),
-    "model.norm": ("layernorm", "rmsnorm"),
-    "model.activation": ("gelu", "swiglu"),
-    "model.dtype": ("float32", "bfloat16"),
-    "optimizer.name": ("adamw", "lion", "sgd", "muon"),
-    "optimizer.schedule": ("cosine", "linear", "wsd", "constant"),
-    "sync.method": ("gradient_mean", "parameter_mean", "diloco", "sharded", "fixed_order"),
-    "sync.dtype": ("float32", "bfloat16"),
-}
-
-# Key -> (lowest, highest) value allowed, both included.
-RANGES = {
-    "seed": (0, 2**31 - 1),
-    "num_train_steps": (1, 2**31 - 1),
-    "num_epochs": (0, math.inf),
-    "global_batch_size": (1, math.inf),
-    "grad_accum_steps": (1, math.inf),
-    "seq_len": (2, math.inf),
-    "log_every": (1, math.inf),
-    "eval_every": (1, math.inf),
-    "eval_max_batches": (0, math.inf),
-    "hang_seconds": (0, math.inf),
-    "data.eval_fraction": (1e-6, 0.99),
-    "model.num_layers": (1, math.inf),
-    "model.num_heads": (1, math.inf),
-    "model.num_kv_heads": (0, math.inf),
-    "model.embed_dim": (1, math.inf),
-    "model.mlp_dim": (0, math.inf),
-    "model.dropout": (0, 0.99),
-    "model.vocab_multiple": (1, math.inf),
-    "optimizer.learning_rate": (0, 1e6),
-    "optimizer.warmup_steps": (0, math.inf),
-    "optimizer.final_fraction": (0, 1),
-    "optimizer.decay_fraction": (0, 1),
-    "optimizer.weight_decay": (0, 1e6),
-    "optimizer.b1": (0, 0.999999),
-    "optimizer.b2": (0, 0.999999),
-    "optimizer.clip_norm": (0, 1e30),
-    "sync.every": (1, math.inf),
-    "sync.after": (0, math.inf),
-    "sync.outer_learning_rate": (0, 1e6),
-    "sync.outer_momentum": (0, 0.999999),
-    "sync.virtual_replicas": (1, math.inf),
-    "sync.check_every": (0, math.inf),
-    "divergence.max_bad_steps": (1, math.inf),
-    "divergence.spike_threshold": (0, math.inf),
-    "divergence.max_rollbacks": (0, math.inf),
-    "checkpoint.every": (1, math.inf),
-    "checkpoint.keep_last": (1, math.inf),
-    "checkpoint.keep_every": (0, math.inf),
-    "sample.num_tokens": (0, math.inf),
-}
+from jaxdp.limits import CHOICES, RANGES
 
 # A checkpoint is of no use to a run that differs in one of these.
 IDENTITY = ("tokenizer", "objective", "seq_len", "seed", "model", "optimizer.name")
@@ -99,10 +46,10 @@ def flatten(config: ConfigDict | dict, prefix: str = "") -> dict[str, Any]:
     """Returns {"group.key": value} of a nested config."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
-        if isinstance(value, ConfigDict | dict):
+        if isinstance(value, ConfigDict | dict) and len(value):
             flat |= flatten(value, f"{prefix}{key}.")
         else:
-            flat[prefix + key] = value
+            flat[f"{prefix}{key}"] = value
     return flat
 
 
@@ -114,14 +61,7 @@ def validate(config: ConfigDict) -> None:
     """
     flat = flatten(config)
     check_known(flat)
-    _check_types(flat)
-    for key, choices in CHOICES.items():
-        if flat[key] not in choices:
-            raise ConfigError(f"{key}={flat[key]!r} is unknown: choose one of {', '.join(choices)}")
-    for key, (low, high) in RANGES.items():
-        if not low <= flat[key] <= high:
-            limit = f"at least {low}" if high == math.inf else f"from {low} to {high}"
-            raise ConfigError(f"{key}={flat[key]} is out of range: give a value {limit}")
+    _check_values(flatten(default.get_config()), flat)
     if not config.data.path:
         raise ConfigError(
             "data.path='' names no data: give --config.data.path=FILE.txt, text:GLOB or tfds:NAME"
@@ -152,11 +92,26 @@ def check_known(flat: dict[str, Any]) -> None:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]}?" if near else "see configs/default.py for all keys"
-            raise ConfigError(f"{key}={value!r} is no key of the config: {hint}")
+            raise ConfigError(f"{key}={shown(value)} is no key of the config: {hint}")
 
 
-def _check_types(flat: dict[str, Any]) -> None:
-    known = flatten(default.get_config())
+def _check_values(known: dict[str, Any], flat: dict[str, Any]) -> None:
+    """Checks those keys of `flat` that are in `known`, which has their defaults."""
+    _check_types(known, flat)
+    for key in [key for key in CHOICES if key in known]:
+        if flat[key] not in CHOICES[key]:
+            raise ConfigError(
+                f"{key}={shown(flat[key])} is unknown: choose one of {', '.join(CHOICES[key])}"
+            )
+    for key in [key for key in RANGES if key in known]:
+        low, high = RANGES[key]
+        if not low <= flat[key] <= high:
+            raise ConfigError(
+                f"{key}={shown(flat[key])} is out of range: give a value from {low} to {high}"
+            )
+
+
+def _check_types(known: dict[str, Any], flat: dict[str, Any]) -> None:
     for key, standard in known.items():
         if key not in flat:
             raise ConfigError(f"{key} is missing: start from configs/default.py, which sets it")
@@ -164,7 +119,30 @@ def _check_types(flat: dict[str, Any]) -> None:
         # An int serves as a float; a bool, though Python calls it an int, serves as neither.
         fits = type(value) is kind or (kind is float and type(value) is int)
         if not fits or (kind is float and not math.isfinite(value)):
-            raise ConfigError(f"{key}={value!r} has the wrong type: give a {kind.__name__}")
+            raise ConfigError(f"{key}={shown(value)} has the wrong type: give a {kind.__name__}")
+        if kind is str:
+            check_text(key, value)
+
+
+def check_text(key: str, text: str) -> None:
+    """Raises ConfigError for a text that is no Unicode, or no name that the system takes."""
+    if not text.isascii() and text != text.encode(errors="ignore").decode():
+        raise ConfigError(f"{key}={shown(text)} is not UTF-8: write it in UTF-8")
+    if "\0" in text and "prompt" not in key:
+        raise ConfigError(f"{key}={shown(text)} holds a NUL character: leave it out")
+
+
+def shown(value: Any, length: int = 200, as_text: Callable[[Any], str] = repr) -> str:
+    r"""A value as a message shows it: not too long, and whatever it is.
+
+    >>> shown(0.5), shown("a\n"), shown(10**5000)
+    ('0.5', "'a\\n'", 'an int')
+    """
+    try:
+        text = as_text(value).strip().replace("\n", " ")
+    except Exception:  # Python writes no int of more than 4300 digits.
+        return f"an {type(value).__name__}"
+    return text if len(text) <= length else f"{text[:length]}..."
 
 
 def _check_model(config: ConfigDict) -> None:
@@ -258,11 +236,9 @@ def check_same_run(config: ConfigDict, saved: ConfigDict) -> None:
     """
     new, old = flatten(config), flatten(saved)
     differing = [
-        f"{key}={new.get(key)!r} (was {old.get(key)!r})"
-        for key in sorted(new.keys() | old.keys())
-        if any(key == name or key.startswith(f"{name}.") for name in IDENTITY)
-        and key not in NOT_IDENTITY
-        and new.get(key) != old.get(key)
+        f"{key}={new.get(key)!r} (was {shown(old.get(key))})"
+        for key in sorted(_identity(new | old))
+        if key not in NOT_IDENTITY and new.get(key) != old.get(key)
     ]
     # The other methods' states are the same; DiLoCo has an outer one, and moments per device.
     methods = [flat.get("sync.method", "gradient_mean") for flat in (new, old)]
@@ -307,10 +283,30 @@ def load(path: Path) -> ConfigDict:
         values = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise TypeError("no JSON object")
-        return ConfigDict(values)
+        config = ConfigDict(values)
+        _check_saved(config)
+        return config
     except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(
             f"{path} does not exist: --workdir must be that of a training run"
         ) from None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError, OSError) as error:
         raise ConfigError(f"{path} is damaged ({error}): restore it from a copy") from None
+
+
+def _check_saved(config: ConfigDict) -> None:
+    """Of a saved config only what says which model it is, so that another version can read it."""
+    flat, known = _identity(flatten(config)), _identity(flatten(default.get_config()))
+    unknown = flat.keys() - known.keys()
+    if unknown:
+        raise ConfigError(f"{min(unknown)} is unknown to this version")
+    _check_values(known, flat)
+    _check_model(config)
+
+
+def _identity(flat: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: value
+        for key, value in flat.items()
+        if any(key == name or key.startswith(f"{name}.") for name in IDENTITY)
+    }

@@ -3,26 +3,29 @@
 The newest checkpoint is used. Give --prompt several times for several texts in one batch.
 """
 
+import math
+import os
 import sys
 from pathlib import Path
 
 import jax
 from absl import flags
 
-from jaxdp import checkpoint, command, sampling, tokenizer
+from jaxdp import checkpoint, command, preflight, sampling, tokenizer
 from jaxdp import config as configs
 from jaxdp.config import ConfigError
+from jaxdp.limits import MOST
 from jaxdp.model import ModelConfig, Transformer
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.")
 PROMPT = flags.DEFINE_multi_string("prompt", [], "Text to continue; may be given several times.")
-NUM_TOKENS = flags.DEFINE_integer("num_tokens", 200, "Tokens to add to each prompt.", 1)
+NUM_TOKENS = flags.DEFINE_integer("num_tokens", 200, "Tokens to add to each prompt.", 1, MOST)
 TEMPERATURE = flags.DEFINE_float(
     "temperature", sampling.TEMPERATURE, "0 takes the likeliest token always.", 0.0
 )
 TOP_K = flags.DEFINE_integer("top_k", 0, "Draw from the k likeliest tokens only; 0: from all.", 0)
 TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw from the likeliest tokens that reach p.", 1e-6, 1.0)
-SEED = flags.DEFINE_integer("seed", 0, "Of the draws; same seed, same text.", 0)
+SEED = flags.DEFINE_integer("seed", 0, "Of the draws; same seed, same text.", 0, MOST)
 
 
 def main() -> int:
@@ -31,9 +34,13 @@ def main() -> int:
         raise ConfigError("--workdir is missing: give the folder of a training run")
     if not PROMPT.value:
         raise ConfigError("--prompt is missing: give a text to continue")
+    for flag in (TEMPERATURE, TOP_P):
+        if not math.isfinite(flag.value):
+            raise ConfigError(f"--{flag.name}={flag.value} is no finite number: give another")
     command.prepare_jax()
+    preflight.check_devices()
     texts = generate(
-        WORKDIR.value,
+        os.path.expanduser(WORKDIR.value),
         PROMPT.value,
         num_tokens=NUM_TOKENS.value,
         temperature=TEMPERATURE.value,
@@ -61,6 +68,7 @@ def generate(workdir: str | Path, prompts: list[str], **options) -> list[str]:
 
     Raises:
       ConfigError: there is no trained causal model, or a prompt can't be used.
+      RunError: all checkpoints are damaged.
     """
     workdir = Path(workdir)
     config = configs.load(workdir / "config.json")
@@ -68,7 +76,9 @@ def generate(workdir: str | Path, prompts: list[str], **options) -> list[str]:
         raise ConfigError(
             f"objective={config.objective!r} can't continue text: use a model trained with 'causal'"
         )
-    words = tokenizer.load_file(workdir / "tokenizer.json")
+    for prompt in prompts:
+        configs.check_text("--prompt", prompt)
+    words = tokenizer.load_file(workdir / "tokenizer.json", "restore it from a copy")
     ids = tokenizer.encode(words, prompts)
     for prompt, tokens in zip(prompts, ids, strict=True):
         if len(tokens) == 0:
@@ -77,13 +87,18 @@ def generate(workdir: str | Path, prompts: list[str], **options) -> list[str]:
     model = Transformer(ModelConfig.from_config(config, vocab_size))
     inputs = jax.ShapeDtypeStruct((1, config.seq_len), "int32")
     shapes = jax.eval_shape(model.init, jax.random.key(0), inputs)["params"]
-    params, _ = checkpoint.load_params(workdir, shapes)
+    said = {"tokenizer": tokenizer.digest(words)}
+    params, _ = checkpoint.load_params(workdir, shapes, said, _warn)
     drawn = sampling.sample(model, params, ids, vocab_size=vocab_size, **options)
     end = tokenizer.end_id(words)
     return [
         prompt + words.decode(_until(list(tokens), end), skip_special_tokens=False)
         for prompt, tokens in zip(prompts, drawn, strict=True)
     ]
+
+
+def _warn(line: str) -> None:
+    print(f"jaxdp: {line}", file=sys.stderr)
 
 
 def _until(tokens: list[int], end: int | None) -> list[int]:

@@ -18,13 +18,14 @@ from jaxdp import config as configs
 from jaxdp import divergence, losses, parallel, preflight, report, sampling, tokenizer
 from jaxdp.agreement import ReplicaCheck
 from jaxdp.checkpoint import Checkpoints
-from jaxdp.config import BatchSizes, RunError
+from jaxdp.config import BatchSizes, ConfigError, RunError
 from jaxdp.data import pipeline
 from jaxdp.data.cache import TokenCache, open_cache
 from jaxdp.data.feed import Feed
 from jaxdp.display import Display
 from jaxdp.divergence import Divergence
 from jaxdp.evaluate import Evaluation, evaluate
+from jaxdp.limits import MOST
 from jaxdp.metrics import MetricsWriter, Throughput, load_balance
 from jaxdp.model import ModelConfig, Transformer, flops_per_token, num_parameters
 from jaxdp.optimizer import get_optimizer, get_schedule
@@ -72,11 +73,13 @@ def train(
     configs.validate(config)
     workdir, replicas, display = Path(workdir), Replicas(devices), Display(not parallel.is_main())
     sizes = configs.batch_sizes(config, jax.process_count(), replicas.device_count)
+    preflight.check_workdir(workdir)
     if (workdir / "config.json").exists():
         configs.check_same_run(config, configs.load(workdir / "config.json"))
     cache = open_cache(config, display.line)
     preflight.check_data(config, cache)
     config = _with_steps(config, len(cache.train))
+    preflight.check_memory(config, ModelConfig.from_config(config, cache.vocab_size), sizes)
     preflight.create_workdir(workdir)
     watchdog = Watchdog(config.hang_seconds)
     with preflight.locked(workdir), parallel.others_needed(), watchdog:
@@ -104,10 +107,10 @@ def _train(
     )
     state, judge = first_state(), Divergence(config)
     with Checkpoints(workdir, config, replicas, program.method, display.line) as checkpoints:
-        start, found = 0, checkpoints.restore(state)
+        same = functools.partial(preflight.same_tokens, config, cache)
+        start, found = 0, checkpoints.restore(state, same)
         if found is not None:
             start, extra, state = found
-            preflight.check_same_tokens(config, cache, extra["digest"])
             judge.load(extra["divergence"])
         traffic = report.traffic(config, program.traffic(state), replicas.device_count)
         header = report.header(config, workdir, replicas, sizes, cache, state.params)
@@ -170,6 +173,7 @@ class _Run:
         )
         self.p_eval_step = self.replicas.pmap(step)
         self.feed = Feed(self.config, self.cache)
+        self.tokenizer_digest = tokenizer.digest(self.cache.tokenizer)
         self.replica_check = ReplicaCheck(self.replicas)
         self.busy = 0.0  # Seconds that this process was last busy with a step, not with waiting.
 
@@ -229,7 +233,11 @@ class _Run:
                 self.watchdog.beat("saving", done, slow=True)
                 self.writer.flush()
                 loss = evaluation.loss if evaluation else None
-                extra = {"digest": self.cache.digest, "divergence": self.judge.to_json()}
+                extra = {
+                    "digest": self.cache.digest,
+                    "tokenizer": self.tokenizer_digest,
+                    "divergence": self.judge.to_json(),
+                }
                 self.checkpoints.save(done, state, extra, loss)
         return Result(done, done == total, evaluation, state)
 
@@ -451,5 +459,10 @@ def _with_steps(config: ConfigDict, tokens: int) -> ConfigDict:
     config.num_train_steps = pipeline.steps_in(
         config.num_epochs, tokens, config.seq_len, config.global_batch_size
     )
+    if config.num_train_steps > MOST:
+        raise ConfigError(
+            f"num_epochs={config.num_epochs} are {config.num_train_steps} steps, too many: give a "
+            "smaller number, or more sequences to a step by global_batch_size"
+        )
     configs.validate(config)
     return config

@@ -118,13 +118,15 @@ class _PatientFiles:
 
 
 def read_jsonl(workdir: str | Path) -> list[dict[str, Any]]:
-    """Reads a run's metrics.jsonl; a last line that was cut off is left out."""
+    """Reads a run's metrics.jsonl; a line that was cut off, or is damaged, is left out."""
     records = []
-    for line in (Path(workdir) / JSONL).read_text().splitlines():
+    for line in (Path(workdir) / JSONL).read_bytes().split(b"\n"):
         try:
-            records.append(json.loads(line))
-        except ValueError:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(record, dict) and type(record.get("step")) is int:
+            records.append(record)
     return records
 
 

@@ -278,3 +278,10 @@ def to_local(tree: Any) -> Any:
         return tree
     mesh = Mesh(np.array(jax.devices()), (AXIS,))
     return multihost_utils.global_array_to_host_local_array(tree, mesh, PartitionSpec())
+
+
+def device_memory() -> int:
+    """Bytes of a device; where the backend doesn't tell, its share of the host's."""
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return limit or host // jax.local_device_count()

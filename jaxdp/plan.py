@@ -15,7 +15,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from jaxdp import command, prediction, price
+from jaxdp import command, parallel, prediction, price
 from jaxdp import config as configs
 from jaxdp.config import ConfigError
 from jaxdp.data.cache import open_cache
@@ -37,11 +37,9 @@ CHECK = flags.DEFINE_bool("check", False, "Also compile the step, and compare XL
 
 def main() -> int:
     """Prints the plan; returns the exit status."""
-    if CONFIG.value is None:
-        raise ConfigError("--config is missing: give a config file, such as configs/quickstart.py")
+    config, display = command.given_config(CONFIG), Display()
     if PNG.value and importlib.util.find_spec("matplotlib") is None:
         raise ConfigError(f"--png={PNG.value!r} needs the package matplotlib: pip install it")
-    config, display = CONFIG.value, Display()
     vocab = vocabulary(config, VOCAB_SIZE.value, display.line)
     count = DEVICES.value or jax.local_device_count()
     if CHECK.value and count > jax.local_device_count():
@@ -89,7 +87,7 @@ def memory_rows(config: ConfigDict, vocab: int, count: int) -> dict[str, str]:
         for on in (False, True)
     }
     predicted = remat[prediction.remat_saves(config)]
-    limit = int(MEMORY.value * 2**30) if MEMORY.value else prediction.device_memory()
+    limit = int(MEMORY.value * 2**30) if MEMORY.value else parallel.device_memory()
     batch = prediction.largest_batch(prediction.effective(config), vocab, count, limit)
     parameters = predicted.parameters // 4  # float32
     useless = not prediction.remat_saves(prediction.changed(config, "model.remat", True))

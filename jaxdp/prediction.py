@@ -5,7 +5,6 @@ Shapes only: nothing is allocated but for a matrix product that `measure_rate` t
 
 import dataclasses
 import functools
-import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -148,13 +147,6 @@ def changed(config: ConfigDict, key: str, value: Any) -> ConfigDict:
     config = ConfigDict(config.to_dict())
     config.update_from_flattened_dict({key: value})
     return config
-
-
-def device_memory() -> int:
-    """Bytes of a device; where the backend doesn't tell, its share of the host's."""
-    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return limit or host // jax.local_device_count()
 
 
 def splits(config: ConfigDict, count: int) -> bool:

@@ -13,13 +13,16 @@ import jax
 from ml_collections import ConfigDict
 
 from jaxdp import disk, parallel, tokenizer
-from jaxdp.config import ConfigError
+from jaxdp.config import BatchSizes, ConfigError, check_text, shown
 from jaxdp.data.cache import TokenCache
 from jaxdp.display import quantity
+from jaxdp.model import ModelConfig
 
 
 def check_data(config: ConfigDict, cache: TokenCache) -> None:
     """Refuses splits that hold not even one sequence, and a sample prompt that can't be read."""
+    import jaxdp.data.tensorflow  # noqa: F401  It refuses to share the accelerators.
+
     for split, tokens in (("training", cache.train), ("validation", cache.validation)):
         if len(tokens) <= config.seq_len:
             raise ConfigError(
@@ -28,7 +31,10 @@ def check_data(config: ConfigDict, cache: TokenCache) -> None:
                 "smaller seq_len"
             )
     if config.objective == "causal" and config.sample.num_tokens:
-        [prompt] = tokenizer.encode(cache.tokenizer, [config.sample.prompt])
+        try:
+            [prompt] = tokenizer.encode(cache.tokenizer, [config.sample.prompt])
+        except ConfigError as error:
+            raise ConfigError(f"sample.prompt={config.sample.prompt!r}: {error}") from None
         if len(prompt) == 0:
             raise ConfigError(
                 f"sample.prompt={config.sample.prompt!r} is empty: give at least one character, or "
@@ -36,13 +42,54 @@ def check_data(config: ConfigDict, cache: TokenCache) -> None:
             )
 
 
-def check_same_tokens(config: ConfigDict, cache: TokenCache, digest: str) -> None:
-    """Refuses other data than that of a checkpoint, of which `digest` is the token cache's."""
-    if cache.digest != digest:
+def same_tokens(config: ConfigDict, cache: TokenCache, step: int, saved: dict) -> bool:
+    """True; refuses other data than that of a checkpoint, whose JSON has the cache's digest."""
+    del step
+    if cache.digest != saved["digest"]:
         raise ConfigError(
             f"data.path={config.data.path!r} no longer gives the tokens that this workdir was "
             "trained on: restore the data, or use another --workdir"
         )
+    return True
+
+
+def check_workdir(workdir: Path) -> None:
+    """Refuses a workdir in which something else has the name of what the run writes."""
+    check_text("--workdir", str(workdir))
+    kinds = {"checkpoints": Path.is_dir, "tensorboard": Path.is_dir}
+    kinds |= dict.fromkeys(("config.json", "tokenizer.json", "metrics.jsonl"), Path.is_file)
+    try:
+        for name, fits in kinds.items():
+            path = workdir / name
+            if (path.exists() or path.is_symlink()) and not fits(path):
+                kind = "folder" if fits is Path.is_dir else "file"
+                raise ConfigError(
+                    f"{path} is no {kind}, as a run needs it: move it away, or use another "
+                    "--workdir"
+                )
+    except OSError as error:
+        raise ConfigError(
+            f"--workdir={shown(str(workdir))} can't be read ({error.strerror}): choose another "
+            "folder"
+        ) from None
+
+
+def check_memory(config: ConfigDict, model: ModelConfig, sizes: BatchSizes) -> None:
+    """Refuses what can't fit whatever the compiler does.
+
+    At least parameters and gradients are held, the input of one layer, and the batch.
+    """
+    layer = 2 * model.embed_dim**2 + 2 * model.embed_dim * model.mlp_dim
+    parameters = 8 * (model.vocab_size * model.embed_dim + model.num_layers * layer)
+    batch = 4 * config.seq_len * (sizes.micro * model.embed_dim + 3 * sizes.per_device)
+    room = parallel.device_memory()
+    for key, needed in (("model", parameters), ("global_batch_size", parameters + batch)):
+        if needed > room:
+            raise ConfigError(
+                f"{key} is too large: model.num_layers={model.num_layers} and model.embed_dim="
+                f"{model.embed_dim} with {sizes.micro} sequences at once take at least "
+                f"{quantity(needed)}B and a device has {quantity(room)}B: make them smaller"
+            )
 
 
 def create_workdir(workdir: Path) -> None:

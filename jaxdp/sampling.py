@@ -61,7 +61,17 @@ def sample(
             row[: len(window)] = window
         drawn = np.array([len(h) - n for h, n in zip(histories, lengths, strict=True)], np.int32)
         filled = np.asarray(
-            run(params, tokens, starts, drawn, count, temperature, top_k or vocab_size, top_p, seed)
+            run(
+                params,
+                tokens,
+                starts,
+                drawn,
+                count,
+                temperature,
+                min(top_k or vocab_size, vocab_size),
+                top_p,
+                seed,
+            )
         )
         histories = [
             np.concatenate([history, row[start : start + count]])
@@ -115,8 +125,9 @@ def filter_logits(
     Returns:
       [R, V] float32.
     """
-    top_k = jnp.where(temperature > 0, top_k, 1)
-    logits = logits / jnp.where(temperature > 0, temperature, 1.0)
+    warm = temperature > 1e-6  # Less would overflow.
+    top_k = jnp.where(warm, top_k, 1)
+    logits = logits / jnp.where(warm, temperature, 1.0)
     falling = jnp.sort(logits, axis=-1, descending=True)
     probabilities = jax.nn.softmax(falling)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities

@@ -4,17 +4,20 @@ Characters and bytes are BPE models without merges, so that every run, whatever 
 has one `tokenizer.json` that other programs can read.
 """
 
+import hashlib
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from jaxdp.config import ConfigError
+from jaxdp.config import ConfigError, shown
 
 END_OF_TEXT = "<|endoftext|>"
 # What well-known tokenizers call the token that ends a document, the likeliest first.
 END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
+LARGEST_VOCABULARY = 2**24  # Well-known ones have up to 2**18.
 MASK_NAMES = ("[MASK]", "<mask>", "<|mask|>")
 
 
@@ -108,7 +111,7 @@ def _load(spec: str) -> Tokenizer:
         if spec.startswith("hf:"):
             tokenizer = Tokenizer.from_pretrained(spec.removeprefix("hf:"))
         else:
-            tokenizer = load_file(Path(spec).expanduser())
+            tokenizer = load_file(Path(os.path.expanduser(spec)))
     except ConfigError:
         raise
     except Exception as error:  # The library raises bare Exceptions, for network trouble too.
@@ -122,24 +125,41 @@ def _load(spec: str) -> Tokenizer:
     return tokenizer
 
 
-def load_file(path: Path) -> Tokenizer:
+def load_file(path: Path, way_out: str = "give one that the tokenizers library wrote") -> Tokenizer:
     """Reads a tokenizer.json.
+
+    Args:
+      path: of the file.
+      way_out: what a message says to do where it is damaged.
 
     Raises:
       ConfigError: there is no such file, or it is no tokenizer.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ConfigError(
-            f"tokenizer={str(path)!r} is no file: use char, byte, train:bpe:SIZE, hf:NAME or the "
-            "path of a tokenizer.json"
+            f"tokenizer={shown(str(path))} is no file: use char, byte, train:bpe:SIZE, hf:NAME or "
+            "the path of a tokenizer.json"
         )
     try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # The library raises bare Exceptions.
+        tokenizer = Tokenizer.from_file(str(path))
+        _check_ids(tokenizer)
+    except BaseException as error:  # Bare Exceptions; and a panic of Rust's is no Exception.
+        if isinstance(error, KeyboardInterrupt):
+            raise
         raise ConfigError(
-            f"tokenizer={str(path)!r} can't be read ({error}): give a tokenizer.json as the "
-            "tokenizers library writes it"
+            f"tokenizer={str(path)!r} can't be read ({shown(error, as_text=str)}): {way_out}"
         ) from None
+    return tokenizer
+
+
+def _check_ids(tokenizer: Tokenizer) -> None:
+    ids = list(tokenizer.get_vocab(with_added_tokens=True).values())
+    if not ids:
+        raise ValueError("it has no tokens")
+    if len(set(ids)) < len(ids):
+        raise ValueError("two of its tokens have the same id")
+    if max(ids) >= LARGEST_VOCABULARY:
+        raise ValueError(f"it has {len(ids)} tokens and one with the id {max(ids)}")
 
 
 def end_id(tokenizer: Tokenizer) -> int | None:
@@ -160,6 +180,12 @@ def _first_id(tokenizer: Tokenizer, names: Iterable[str]) -> int | None:
 def vocab_size(tokenizer: Tokenizer) -> int:
     """One more than the highest id: vocabularies may have holes."""
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+
+def digest(tokenizer: Tokenizer) -> str:
+    """SHA-256 of its tokenizer.json as it is after one reading: equal digests, equal tokenizers."""
+    again = Tokenizer.from_str(tokenizer.to_str())
+    return hashlib.sha256(again.to_str().encode()).hexdigest()
 
 
 def encode(tokenizer: Tokenizer, texts: list[str], *, plain: bool = False) -> list[np.ndarray]:
@@ -185,7 +211,13 @@ def encode(tokenizer: Tokenizer, texts: list[str], *, plain: bool = False) -> li
                 "out, or train with tokenizer='byte'"
             )
     tokenizer.encode_special_tokens = plain
-    encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    try:
+        encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    except Exception as error:  # Of the library's own, such as that it lacks an unknown token.
+        raise ConfigError(
+            f"the tokenizer can't read the text ({shown(error, as_text=str)}): use another one, "
+            "such as tokenizer='byte'"
+        ) from None
     return [np.asarray(encoding.ids, np.int64) for encoding in encodings]
 
 

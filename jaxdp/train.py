@@ -4,6 +4,7 @@ Exit status: 0 finished; 2 the config or the input is wrong; 75 stopped on reque
 SIGINT) with everything saved, run again to go on; anything else is a fault.
 """
 
+import os
 import sys
 import threading
 
@@ -24,8 +25,7 @@ STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again.
 
 def main() -> int:
     """Trains as the flags say; returns the exit status."""
-    if CONFIG.value is None:
-        raise ConfigError("--config is missing: give a config file, such as configs/quickstart.py")
+    config = command.given_config(CONFIG)
     if not WORKDIR.value:
         raise ConfigError("--workdir is missing: give a folder for the run, new or to go on with")
     command.prepare_jax()
@@ -33,7 +33,7 @@ def main() -> int:
     preflight.check_devices()
     stop = threading.Event()
     command.on_stop_signal(stop.set)
-    result = loop.train(CONFIG.value, WORKDIR.value, stop_requested=stop.is_set)
+    result = loop.train(config, os.path.expanduser(WORKDIR.value), stop_requested=stop.is_set)
     return 0 if result.finished else STOPPED
 
 

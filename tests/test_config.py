@@ -68,7 +68,7 @@ def test_the_test_config_is_valid(config):
     [
         ("seed", -1, "from 0 to"),
         ("num_train_steps", 0, "from 1 to"),
-        ("seq_len", 1, "at least 2"),
+        ("seq_len", 1, "from 2 to"),
         ("seq_len", "16", "give a int"),
         ("data.path", "", "data.path=FILE.txt"),
         ("data.eval_fraction", 1.0, "to 0.99"),

@@ -2,7 +2,8 @@
 
 A cache is a folder, named by a fingerprint of all that it depends on, with `train.bin`,
 `validation.bin` (little-endian uint16 or uint32), `tokenizer.json` and `meta.json`. It appears
-under its name by one rename, whole; whoever finds it there can use it without asking.
+under its name by one rename, whole. Whoever opens it looks whether it still is: at the sizes of
+its files, and up to WHOLE bytes at all that is in them. One that is damaged is built anew.
 """
 
 import dataclasses
@@ -21,11 +22,12 @@ from tokenizers import Tokenizer
 
 from jaxdp import disk
 from jaxdp import tokenizer as tokenizers
-from jaxdp.config import ConfigError
+from jaxdp.config import ConfigError, shown
 from jaxdp.data.sources import Source, get_source
 
-FORMAT = 1  # Raise it when the same config would give other tokens than before.
+FORMAT = 2  # Raise it when the same config would give other tokens than before.
 SPLITS = ("train", "validation")
+WHOLE = 2**30  # To read so much takes a second or two.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +62,7 @@ def open_cache(config: ConfigDict, report: Callable[[str], None] = print) -> Tok
     """Opens the token cache for a config and builds it first if it isn't there.
 
     Processes that start at once wait for the one that builds. One that dies while it builds
-    leaves an unnamed folder that the next one removes.
+    leaves an unnamed folder that the next one removes. A damaged cache is reported and replaced.
 
     Args:
       config: a valid config.
@@ -70,7 +72,7 @@ def open_cache(config: ConfigDict, report: Callable[[str], None] = print) -> Tok
       ConfigError: there is no such data or tokenizer.
     """
     source = get_source(config)
-    root = Path(config.data.cache_dir or "~/.cache/jaxdp/tokens").expanduser()
+    root = Path(os.path.expanduser(config.data.cache_dir or "~/.cache/jaxdp/tokens"))
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -78,44 +80,89 @@ def open_cache(config: ConfigDict, report: Callable[[str], None] = print) -> Tok
             f"data.cache_dir={str(root)!r} can't be made ({error.strerror}): choose another folder"
         ) from None
     folder = root / _fingerprint(config, source)
-    if not folder.exists():
-        try:
-            _build_once(config, source, folder, report)
-        except OSError as error:
-            if error.errno not in disk.FULL:
-                raise
-            raise ConfigError(
-                f"data.cache_dir={str(root)!r} can't be written ({error.strerror}): make room, or "
-                "choose another folder"
-            ) from None
-    return _load(folder)
+    try:
+        if (cache := _find(folder)) is not None:
+            return cache
+    except DamagedError:
+        pass
+    try:
+        with filelock.FileLock(_lock(folder)):
+            return _build_once(config, source, folder, report)
+    except OSError as error:
+        if error.errno not in disk.FULL:
+            raise
+        raise ConfigError(
+            f"data.cache_dir={str(root)!r} can't be written ({error.strerror}): make room, or "
+            "choose another folder"
+        ) from None
 
 
 def _build_once(
     config: ConfigDict, source: Source, folder: Path, report: Callable[[str], None]
-) -> None:
+) -> TokenCache:
     """Builds the cache unless another process has; nothing is left of one that fails."""
-    with filelock.FileLock(f"{folder}.lock"):
-        if folder.exists():
-            return
-        for abandoned in folder.parent.glob(f"{folder.name}.building-*"):
-            shutil.rmtree(abandoned)
-        report(f"Tokenising {config.data.path} with tokenizer={config.tokenizer} ...")
-        temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.building-", dir=folder.parent))
-        try:
-            _build(config, source, temporary)
-            temporary.chmod(0o755)  # mkdtemp's folders are for one user, caches may be shared.
-            temporary.rename(folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        if (cache := _find(folder)) is not None:
+            return cache
+    except DamagedError as error:
+        report(f"The token cache {folder} is damaged ({error}); it is made anew.")
+        _put_away(folder)
+    for abandoned in folder.parent.glob(f"{folder.name}.building-*"):
+        shutil.rmtree(abandoned)
+    report(f"Tokenising {config.data.path} with tokenizer={config.tokenizer} ...")
+    temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.building-", dir=folder.parent))
+    try:
+        _build(config, source, temporary)
+        temporary.chmod(0o755)  # mkdtemp's folders are for one user, caches may be shared.
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return _load(folder)
+
+
+class DamagedError(ValueError):
+    """A token cache isn't as it was made."""
+
+
+def _find(folder: Path) -> TokenCache | None:
+    """Loads a cache; None where there is none; raises DamagedError."""
+    if not os.path.lexists(folder):
+        return None
+    try:
+        return _load(folder)
+    except DamagedError:
+        raise
+    except Exception as error:  # There are as many kinds of rubbish as there are errors.
+        raise DamagedError(f"{type(error).__name__}: {shown(error, as_text=str)}") from None
+
+
+def _lock(folder: Path) -> str:
+    path = f"{folder}.lock"
+    if os.path.isdir(path):
+        raise ConfigError(f"data.cache_dir: {path} is no file: remove it")
+    return path
+
+
+def _put_away(folder: Path) -> None:
+    """Gives a damaged cache a name under which it is removed; other processes may yet read it."""
+    try:
+        if folder.is_dir() and not folder.is_symlink():
+            folder.rename(tempfile.mkdtemp(prefix=f"{folder.name}.building-", dir=folder.parent))
+        else:
+            folder.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"data.cache_dir: {folder} is damaged and can't be removed ({error.strerror}): remove "
+            "it, or choose another folder"
+        ) from None
 
 
 def _fingerprint(config: ConfigDict, source: Source) -> str:
     """Names the cache by everything its content depends on."""
     tokenizer: list = [config.tokenizer, config.objective]
-    path = Path(config.tokenizer).expanduser()
-    if path.is_file():
-        tokenizer[0] = hashlib.sha256(path.read_bytes()).hexdigest()
+    path = os.path.expanduser(config.tokenizer)
+    if os.path.isfile(path):
+        tokenizer[0] = _file_digest(Path(path))
     identity = json.dumps([FORMAT, tokenizer, source.identity()], sort_keys=True)
     return hashlib.sha256(identity.encode()).hexdigest()[:16]
 
@@ -143,7 +190,18 @@ def _build(config: ConfigDict, source: Source, folder: Path) -> None:
         meta[split] = {"tokens": tokens, "bytes": counter.bytes, "documents": counter.documents}
     meta["digest"] = digest.hexdigest()
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+    meta["tokenizer"] = _file_digest(folder / "tokenizer.json")
+    meta["checksum"] = _checksum(meta)
     (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+
+
+def _file_digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _checksum(meta: dict) -> str:
+    rest = {key: value for key, value in meta.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 class _Counter:
@@ -163,19 +221,47 @@ class _Counter:
 
 def _load(folder: Path) -> TokenCache:
     meta = json.loads((folder / "meta.json").read_text())
+    if meta["checksum"] != _checksum(meta):
+        raise DamagedError("meta.json has changed")
+    dtype = np.dtype(meta["dtype"])
+    sizes = {split: meta[split]["tokens"] * dtype.itemsize for split in SPLITS}
+    for split in SPLITS:
+        path = folder / f"{split}.bin"
+        if not path.is_file() or path.stat().st_size != sizes[split]:
+            raise DamagedError(f"{split}.bin is not of {sizes[split]} bytes")
+    tokenizer = tokenizers.load_file(folder / "tokenizer.json")
+    if _file_digest(folder / "tokenizer.json") != meta["tokenizer"]:
+        raise DamagedError("tokenizer.json has changed")
+    if tokenizers.vocab_size(tokenizer) != meta["vocab_size"]:
+        raise DamagedError(f"tokenizer.json has no vocabulary of {meta['vocab_size']}")
+    if sum(sizes.values()) <= WHOLE and _digest(folder, dtype, meta) != meta["digest"]:
+        raise DamagedError("the tokens have changed")
 
     def tokens(split: str) -> np.ndarray:
         # numpy can't map an empty file.
-        if meta[split]["tokens"] == 0:
-            return np.zeros(0, meta["dtype"])
-        return np.memmap(folder / f"{split}.bin", meta["dtype"], "r")
+        if sizes[split] == 0:
+            return np.zeros(0, dtype)
+        return np.memmap(folder / f"{split}.bin", dtype, "r")
 
     return TokenCache(
         folder=folder,
         train=tokens("train"),
         validation=tokens("validation"),
-        tokenizer=tokenizers.load_file(folder / "tokenizer.json"),
+        tokenizer=tokenizer,
         vocab_size=meta["vocab_size"],
         validation_bytes=meta["validation"]["bytes"],
         digest=meta["digest"],
     )
+
+
+def _digest(folder: Path, dtype: np.dtype, meta: dict) -> str:
+    """Of the tokens on disk; raises DamagedError for ids beyond the vocabulary."""
+    digest = hashlib.sha256()
+    for split in SPLITS:
+        with open(folder / f"{split}.bin", "rb") as file:
+            while piece := file.read(2**24):
+                digest.update(piece)
+                if np.frombuffer(piece, dtype).max() >= meta["vocab_size"]:
+                    raise DamagedError(f"{split}.bin has ids beyond the vocabulary")
+        digest.update(split.encode())
+    return digest.hexdigest()

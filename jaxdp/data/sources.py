@@ -77,6 +77,11 @@ class TextSource:
     def _read(path: Path) -> str:
         try:
             return path.read_bytes().decode("utf-8")
+        except OSError as error:
+            raise ConfigError(
+                f"data.path: {path} can't be read ({error.strerror}): see to its permissions, or "
+                "leave it out"
+            ) from None
         except UnicodeDecodeError as error:
             raise ConfigError(
                 f"data.path: {path} is not UTF-8 text (byte {error.start}): convert it, for "
@@ -98,13 +103,15 @@ class TfdsSource:
         self.splits = {"train": config.data.train_split, "validation": config.data.eval_split}
         self.text_key = config.data.text_key
         self.path = config.data.path
-        data_dir = str(Path(config.data.data_dir).expanduser()) if config.data.data_dir else None
+        data_dir = os.path.expanduser(config.data.data_dir) or None
         try:
             if name == "python_stdlib":
                 self.builder = python_stdlib.PythonStdlib(data_dir=data_dir)
             else:
                 self.builder = tfds.builder(name, data_dir=data_dir)
-        except (tfds.core.DatasetNotFoundError, ValueError, TypeError, AssertionError) as error:
+        except (
+            Exception
+        ) as error:  # Of every kind, for what a name, a version, an option has wrong.
             raise ConfigError(
                 f"data.path={self.path!r} is not known to TFDS ({_first_line(error)}): see "
                 "tensorflow.org/datasets/catalog for names, or check data.data_dir"

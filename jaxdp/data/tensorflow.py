@@ -9,6 +9,8 @@ import sys
 import tempfile
 from collections.abc import Iterator
 
+from jaxdp.config import ConfigError
+
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 
@@ -33,12 +35,27 @@ def _quiet() -> Iterator[None]:
             os.close(saved)
 
 
+def hide_accelerators() -> None:
+    """Leaves every accelerator to JAX.
+
+    Raises:
+      ConfigError: TensorFlow has started in this process with one; its memory can't be had back.
+    """
+    try:
+        tf.config.set_visible_devices([], "GPU")
+        tf.config.set_visible_devices([], "TPU")
+    except RuntimeError as error:
+        raise ConfigError(
+            f"TensorFlow holds this process's accelerators already ({error}): restart it, and run "
+            "tf.config.set_visible_devices([], 'GPU') before anything else of TensorFlow"
+        ) from None
+
+
 with _quiet():
     import tensorflow as tf
     import tensorflow_datasets as tfds
 
-    tf.config.set_visible_devices([], "GPU")
-    tf.config.set_visible_devices([], "TPU")
+    hide_accelerators()
     tf.constant(0)  # Starts the runtime, which has something to say, too.
 
 __all__ = ["tf", "tfds"]
