@@ -146,7 +146,7 @@ def train_step(
         good = jnp.isfinite(figures["loss"]) & jnp.isfinite(figures["grad_norm"])
         figures["skipped"] = jnp.where(good, 0.0, 1.0)
         updated, skipped = method.update(state, grads), at_step(state, state.step + 1)
-        return jax.tree.map(lambda x, y: jnp.where(good, x, y), updated, skipped), figures
+        return _choose(good, updated, skipped), figures
 
     steps = len(batch["inputs"])
     if steps == 1:
@@ -158,6 +158,22 @@ def train_step(
     after, figures = method.agree(state, after, figures)
     figures["loss"] /= jnp.maximum(figures["tokens"].sum(1), 1)
     return after, figures | {"learning_rate": rates}
+
+
+def _choose(first: jax.Array, one: State, other: State) -> State:
+    """One state or the other, of which one was made from the other, in the memory of the other.
+
+    The new moments may take the place of the old only when the new parameters, made from the old
+    ones, are there. XLA copies the moments rather than wait, unless the moments need something of
+    the parameters: here whether their first numbers are NaN, which says nothing new.
+    """
+
+    def pick(first, one, other):
+        return jax.tree.map(lambda x, y: jnp.where(first, x, y), one, other)
+
+    params = pick(first, one.params, other.params)
+    sample = sum(x[(0,) * x.ndim] for x in jax.tree.leaves(params))
+    return pick(first | jnp.isnan(sample), one, other).replace(params=params)
 
 
 def at_step(state: State, step: Any) -> State:

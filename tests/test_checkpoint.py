@@ -55,7 +55,7 @@ def test_restores_bit_by_bit_on_other_devices(tmp_path, config, before, after):
 
 def test_keeps_the_newest_the_best_and_the_milestones(tmp_path, config):
     """Also across a restart, which must not forget which one was the best."""
-    config.checkpoint.update({"keep_last": 2, "keep_every": 4})
+    config.checkpoint.update({"keep_last": 2, "keep_every": 4, "every": 100})
     state = state_of(0)
     with open_checkpoints(tmp_path, config) as checkpoints:
         for step, loss in enumerate([5.0, 3.0, 1.0, 4.0, None, 6.0, 7.0], 1):
@@ -68,11 +68,23 @@ def test_keeps_the_newest_the_best_and_the_milestones(tmp_path, config):
 
 
 def test_a_later_best_replaces_the_best(tmp_path, config):
-    config.checkpoint.keep_last = 1
+    config.checkpoint.update({"keep_last": 1, "every": 100})
     with open_checkpoints(tmp_path, config) as checkpoints:
         for step, loss in enumerate([2.0, 1.0, float("nan"), 3.0], 1):
             checkpoints.save(step, state_of(0), {}, loss)
     assert saved_steps(tmp_path) == [2, 4]
+
+
+def test_interruptions_leave_the_newest_that_was_due(tmp_path, config):
+    """To which a run goes back where it diverges, however often it was stopped since."""
+    config.checkpoint.update({"keep_last": 1, "every": 4})
+    with open_checkpoints(tmp_path, config) as checkpoints:
+        for step, loss in ((3, 1.0), (4, 2.0), (5, None), (6, None), (7, None)):
+            checkpoints.save(step, state_of(step), {}, loss)
+    assert saved_steps(tmp_path) == [3, 4, 7]
+    with open_checkpoints(tmp_path, config) as checkpoints:
+        found = checkpoints.restore(state_of(0), lambda step, extra: step % 4 == 0)
+        assert found[0] == 4
 
 
 def test_parameters_alone(tmp_path, config):
