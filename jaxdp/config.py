@@ -68,7 +68,7 @@ def validate(config: ConfigDict) -> None:
         )
     if config.wandb_project and importlib.util.find_spec("wandb") is None:
         raise ConfigError(
-            f"wandb_project={config.wandb_project!r} needs the package wandb: pip install "
+            f"wandb_project={shown(config.wandb_project)} needs the package wandb: pip install "
             "'jaxdp[wandb]', or leave it empty"
         )
     _check_model(config)
@@ -118,7 +118,7 @@ def _check_types(known: dict[str, Any], flat: dict[str, Any]) -> None:
         value, kind = flat[key], type(standard)
         # An int serves as a float; a bool, though Python calls it an int, serves as neither.
         fits = type(value) is kind or (kind is float and type(value) is int)
-        if not fits or (kind is float and not math.isfinite(value)):
+        if not fits or (type(value) is float and not math.isfinite(value)):
             raise ConfigError(f"{key}={shown(value)} has the wrong type: give a {kind.__name__}")
         if kind is str:
             check_text(key, value)
