@@ -59,9 +59,7 @@ def validate(config: ConfigDict) -> None:
     Raises:
       ConfigError: for an unknown or missing key, a wrong type, or an impossible value.
     """
-    flat = flatten(config)
-    check_known(flat)
-    _check_values(flatten(default.get_config()), flat)
+    check_values(config)
     if not config.data.path:
         raise ConfigError(
             "data.path='' names no data: give --config.data.path=FILE.txt, text:GLOB or tfds:NAME"
@@ -79,6 +77,17 @@ def validate(config: ConfigDict) -> None:
             f"optimizer.warmup_steps={optimizer.warmup_steps} leaves no step to train: make it "
             f"smaller than num_train_steps={config.num_train_steps}"
         )
+
+
+def check_values(config: ConfigDict) -> None:
+    """Checks each key alone: that it is known, of the right type, and within its range.
+
+    Raises:
+      ConfigError: it isn't.
+    """
+    flat = flatten(config)
+    check_known(flat)
+    _check_values(flatten(default.get_config()), flat)
 
 
 def check_known(flat: dict[str, Any]) -> None:
