@@ -1,5 +1,6 @@
 """What the commands share: flags, errors, signals, and JAX's settings."""
 
+import math
 import os
 import re
 import signal
@@ -84,6 +85,13 @@ def given_config(flag: flags.FlagHolder) -> ConfigDict:
             "like those in configs/"
         )
     return flag.value
+
+
+def check_finite(*given: flags.FlagHolder) -> None:
+    """Refuses infinity and NaN, which a flag's bounds let pass; None is no number and passes."""
+    for flag in given:
+        if flag.value is not None and not math.isfinite(flag.value):
+            raise ConfigError(f"--{flag.name}={flag.value} is no finite number: give another")
 
 
 def prepare_jax() -> None:

@@ -59,16 +59,14 @@ def validate(config: ConfigDict) -> None:
     Raises:
       ConfigError: for an unknown or missing key, a wrong type, or an impossible value.
     """
-    flat = flatten(config)
-    check_known(flat)
-    _check_values(flatten(default.get_config()), flat)
+    check_values(config)
     if not config.data.path:
         raise ConfigError(
             "data.path='' names no data: give --config.data.path=FILE.txt, text:GLOB or tfds:NAME"
         )
     if config.wandb_project and importlib.util.find_spec("wandb") is None:
         raise ConfigError(
-            f"wandb_project={config.wandb_project!r} needs the package wandb: pip install "
+            f"wandb_project={shown(config.wandb_project)} needs the package wandb: pip install "
             "'jaxdp[wandb]', or leave it empty"
         )
     _check_model(config)
@@ -79,6 +77,17 @@ def validate(config: ConfigDict) -> None:
             f"optimizer.warmup_steps={optimizer.warmup_steps} leaves no step to train: make it "
             f"smaller than num_train_steps={config.num_train_steps}"
         )
+
+
+def check_values(config: ConfigDict) -> None:
+    """Checks each key alone: that it is known, of the right type, and within its range.
+
+    Raises:
+      ConfigError: it isn't.
+    """
+    flat = flatten(config)
+    check_known(flat)
+    _check_values(flatten(default.get_config()), flat)
 
 
 def check_known(flat: dict[str, Any]) -> None:
@@ -118,7 +127,7 @@ def _check_types(known: dict[str, Any], flat: dict[str, Any]) -> None:
         value, kind = flat[key], type(standard)
         # An int serves as a float; a bool, though Python calls it an int, serves as neither.
         fits = type(value) is kind or (kind is float and type(value) is int)
-        if not fits or (kind is float and not math.isfinite(value)):
+        if not fits or (type(value) is float and not math.isfinite(value)):
             raise ConfigError(f"{key}={shown(value)} has the wrong type: give a {kind.__name__}")
         if kind is str:
             check_text(key, value)

@@ -3,7 +3,6 @@
 The newest checkpoint is used. Give --prompt several times for several texts in one batch.
 """
 
-import math
 import os
 import sys
 from pathlib import Path
@@ -34,9 +33,7 @@ def main() -> int:
         raise ConfigError("--workdir is missing: give the folder of a training run")
     if not PROMPT.value:
         raise ConfigError("--prompt is missing: give a text to continue")
-    for flag in (TEMPERATURE, TOP_P):
-        if not math.isfinite(flag.value):
-            raise ConfigError(f"--{flag.name}={flag.value} is no finite number: give another")
+    command.check_finite(TEMPERATURE, TOP_P)
     command.prepare_jax()
     preflight.check_devices()
     texts = generate(

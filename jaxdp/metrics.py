@@ -119,30 +119,28 @@ class _PatientFiles:
 
 def read_jsonl(workdir: str | Path) -> list[dict[str, Any]]:
     """Reads a run's metrics.jsonl; a line that was cut off, or is damaged, is left out."""
-    records = []
-    for line in (Path(workdir) / JSONL).read_bytes().split(b"\n"):
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(record, dict) and type(record.get("step")) is int:
-            records.append(record)
-    return records
+    lines = (Path(workdir) / JSONL).read_bytes().split(b"\n")
+    return [record for line in lines if (record := _parse(line))]
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and type(record.get("step")) is int else None
 
 
 def _drop_after(path: Path, step: int) -> None:
-    """Cuts off what comes after a step, or was itself cut off: no room is needed for that."""
+    """Leaves out what comes after a step, was cut off, or is damaged."""
     if not path.exists():
         return
-    size = 0
-    for line in path.read_bytes().splitlines(keepends=True):
-        try:
-            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
-                break
-        except ValueError:
-            break
-        size += len(line)
-    os.truncate(path, size)
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = [x for x in lines if x.endswith(b"\n") and (r := _parse(x)) and r["step"] <= step]
+    if kept == lines[: len(kept)]:
+        os.truncate(path, sum(map(len, kept)))  # On a full disk there is room for this.
+    else:
+        write_whole(path, b"".join(kept).decode())
 
 
 def _finite(value: float | None) -> float | None:

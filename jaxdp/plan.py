@@ -20,17 +20,22 @@ from jaxdp import config as configs
 from jaxdp.config import ConfigError
 from jaxdp.data.cache import open_cache
 from jaxdp.display import Display, quantity
+from jaxdp.limits import MOST
 from jaxdp.model import ModelConfig, Transformer
 from jaxdp.prediction import COUNTS
 from jaxdp.price import Collective
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config().")
-DEVICES = flags.DEFINE_integer("devices", None, "Devices of the run; by default this host's.", 1)
+DEVICES = flags.DEFINE_integer(
+    "devices", None, "Devices of the run; by default this host's.", 1, MOST
+)
 BANDWIDTH = flags.DEFINE_float("bandwidth_gbps", 100.0, "Gbit/s that a device can send.", 1e-6)
 LATENCY = flags.DEFINE_float("latency_us", 10.0, "Microseconds that a message takes.", 0.0)
 TFLOPS = flags.DEFINE_float("tflops", None, "10^12 FLOP/s that a device reaches; or timed.", 1e-6)
 MEMORY = flags.DEFINE_float("memory_gib", None, "GiB of a device; or this host's devices'.", 1e-6)
-VOCAB_SIZE = flags.DEFINE_integer("vocab_size", None, "If the tokenizer need not be asked.", 1)
+VOCAB_SIZE = flags.DEFINE_integer(
+    "vocab_size", None, "If the tokenizer need not be asked.", 1, MOST
+)
 PNG = flags.DEFINE_string("png", None, "File for a plot of efficiency over devices.")
 CHECK = flags.DEFINE_bool("check", False, "Also compile the step, and compare XLA's figures.")
 
@@ -38,6 +43,7 @@ CHECK = flags.DEFINE_bool("check", False, "Also compile the step, and compare XL
 def main() -> int:
     """Prints the plan; returns the exit status."""
     config, display = command.given_config(CONFIG), Display()
+    command.check_finite(BANDWIDTH, LATENCY, TFLOPS, MEMORY)
     if PNG.value and importlib.util.find_spec("matplotlib") is None:
         raise ConfigError(f"--png={PNG.value!r} needs the package matplotlib: pip install it")
     vocab = vocabulary(config, VOCAB_SIZE.value, display.line)
@@ -68,6 +74,7 @@ def vocabulary(config: ConfigDict, given: int | None, report: Callable[[str], No
     Raises:
       ConfigError: the config is wrong, or the tokenizer has to be made and can't be.
     """
+    configs.check_values(config)
     size = re.fullmatch(r"train:bpe:(\d{3,7})", config.tokenizer)
     if size:
         given = given or int(size[1])

@@ -49,7 +49,7 @@ def get_tokenizer(
         tokenizer = _load(spec)
     if objective == "masked" and mask_id(tokenizer) is None:
         raise ConfigError(
-            f"tokenizer={spec!r} has no mask token ({', '.join(MASK_NAMES)}), which "
+            f"tokenizer={shown(spec)} has no mask token ({', '.join(MASK_NAMES)}), which "
             "objective='masked' needs: use another tokenizer, or objective='causal'"
         )
     return tokenizer
@@ -86,7 +86,7 @@ def _bpe_size(spec: str) -> int:
     kind, _, size = spec.removeprefix("train:").partition(":")
     if kind != "bpe" or not size.isdecimal() or len(size) > 7 or int(size) < 258:
         raise ConfigError(
-            f"tokenizer={spec!r} can't be trained: write train:bpe:SIZE with SIZE from 258 "
+            f"tokenizer={shown(spec)} can't be trained: write train:bpe:SIZE with SIZE from 258 "
             "(256 bytes and two special tokens) to 9999999"
         )
     return int(size)
@@ -117,8 +117,8 @@ def _load(spec: str) -> Tokenizer:
     except Exception as error:  # The library raises bare Exceptions, for network trouble too.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
         raise ConfigError(
-            f"tokenizer={spec!r} can't be had ({reason}): download its tokenizer.json and give "
-            "that file's path"
+            f"tokenizer={shown(spec)} can't be had ({reason}): download its tokenizer.json and "
+            "give that file's path"
         ) from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -147,7 +147,7 @@ def load_file(path: Path, way_out: str = "give one that the tokenizers library w
         if isinstance(error, KeyboardInterrupt):
             raise
         raise ConfigError(
-            f"tokenizer={str(path)!r} can't be read ({shown(error, as_text=str)}): {way_out}"
+            f"tokenizer={shown(str(path))} can't be read ({shown(error, as_text=str)}): {way_out}"
         ) from None
     return tokenizer
 

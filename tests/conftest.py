@@ -13,10 +13,12 @@ USER_XLA_FLAGS = os.environ.get("XLA_FLAGS", "")
 # Nearly all of a small test's time is compilation; the commands get no such flag.
 os.environ["XLA_FLAGS"] = f"{USER_XLA_FLAGS} --xla_backend_optimization_level=0"
 
+import bad_input
 import jax
 import pytest
 from ml_collections import ConfigDict
 
+from jaxdp import loop
 from jaxdp.configs import default
 
 REPOSITORY = Path(__file__).parent.parent
@@ -94,3 +96,42 @@ def command(cache_dir, tmp_path):
         return process
 
     return run
+
+
+@pytest.fixture
+def no_compiling(monkeypatch, tmp_path):
+    """Ends a training where it would begin to compile, in a folder and a home of the test's own."""
+
+    def reached(*args):
+        raise bad_input.Reached
+
+    monkeypatch.setattr(loop, "create_state", reached)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, text_file, cache_dir) -> Path:
+    """A finished run with two checkpoints."""
+    c = default.get_config()
+    c.data.path, c.data.cache_dir, c.tokenizer = str(text_file), str(cache_dir), "char"
+    c.num_train_steps, c.global_batch_size, c.seq_len, c.eval_every = 4, 4, 16, 4
+    c.model.num_layers, c.model.num_heads, c.model.embed_dim = 1, 1, 8
+    c.optimizer.warmup_steps, c.checkpoint.every, c.sample.num_tokens = 1, 2, 0
+    workdir = tmp_path_factory.mktemp("trained") / "run"
+    bad_input.train(c, workdir)
+    return workdir
+
+
+@pytest.fixture
+def workdir(trained, tmp_path) -> Path:
+    """A copy of it; `renewed` makes another."""
+    return bad_input.renewed(tmp_path / "run", trained)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Says how many bad inputs there were."""
+    if bad_input.TRIED:
+        count, kinds = bad_input.TRIED.total(), dict(bad_input.TRIED)
+        terminalreporter.write_line(f"{count} bad inputs tried: {kinds}")

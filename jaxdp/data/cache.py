@@ -77,7 +77,8 @@ def open_cache(config: ConfigDict, report: Callable[[str], None] = print) -> Tok
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
-            f"data.cache_dir={str(root)!r} can't be made ({error.strerror}): choose another folder"
+            f"data.cache_dir={shown(str(root))} can't be made ({error.strerror}): choose another "
+            "folder"
         ) from None
     folder = root / _fingerprint(config, source)
     try:

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from ml_collections import ConfigDict
 
-from jaxdp.config import ConfigError
+from jaxdp.config import ConfigError, shown
 
 
 class Source(Protocol):
@@ -46,8 +46,8 @@ class TextSource:
         self.eval_fraction = config.data.eval_fraction
         if not self.paths:
             raise ConfigError(
-                f"data.path={config.data.path!r} matches no file: give the path of a text file, "
-                "a quoted glob, or tfds:NAME"
+                f"data.path={shown(config.data.path)} matches no file: give the path of a text "
+                "file, a quoted glob, or tfds:NAME"
             )
 
     def identity(self) -> dict:
@@ -113,7 +113,7 @@ class TfdsSource:
             Exception
         ) as error:  # Of every kind, for what a name, a version, an option has wrong.
             raise ConfigError(
-                f"data.path={self.path!r} is not known to TFDS ({_first_line(error)}): see "
+                f"data.path={shown(self.path)} is not known to TFDS ({_first_line(error)}): see "
                 "tensorflow.org/datasets/catalog for names, or check data.data_dir"
             ) from None
 
@@ -131,23 +131,23 @@ class TfdsSource:
         except (ValueError, KeyError) as error:
             key = "data.train_split" if split == "train" else "data.eval_split"
             raise ConfigError(
-                f"{key}={spec!r} is no split of {self.path} ({_first_line(error)}): "
+                f"{key}={shown(spec)} is no split of {self.path} ({_first_line(error)}): "
                 f"it has {', '.join(self.builder.info.splits)}"
             ) from None
         text = self._tf.TensorSpec((), self._tf.string)
         texts = [name for name, feature in dataset.element_spec.items() if feature == text]
         if self.text_key not in texts:
             raise ConfigError(
-                f"data.text_key={self.text_key!r} is no text feature of {self.path}: choose one of "
-                f"{', '.join(texts)}"
+                f"data.text_key={shown(self.text_key)} is no text feature of {self.path}: choose "
+                f"one of {', '.join(texts)}"
             )
         for example in self._tfds.as_numpy(dataset.map(lambda e: e[self.text_key])):
             try:
                 document = example.decode("utf-8")
             except UnicodeDecodeError:
                 raise ConfigError(
-                    f"data.text_key={self.text_key!r} of {self.path} is not UTF-8 text in split "
-                    f"{spec!r}: choose another feature or dataset"
+                    f"data.text_key={shown(self.text_key)} of {self.path} is not UTF-8 text in "
+                    f"split {spec!r}: choose another feature or dataset"
                 ) from None
             yield document
 
@@ -156,8 +156,8 @@ class TfdsSource:
             self.builder.download_and_prepare()
         except Exception as error:  # Downloads fail in as many ways as there are servers.
             raise ConfigError(
-                f"data.path={self.path!r} can't be prepared ({_first_line(error)}): download it "
-                "where there is a network and point data.data_dir there"
+                f"data.path={shown(self.path)} can't be prepared ({_first_line(error)}): "
+                "download it where there is a network and point data.data_dir there"
             ) from error
 
 
