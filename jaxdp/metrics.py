@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from tensorboardX import SummaryWriter
 from tensorboardX.record_writer import register_writer_factory
 
+from jaxdp.config import write_whole
 from jaxdp.disk import PatientFile, reason
 
 JSONL = "metrics.jsonl"
@@ -125,7 +126,7 @@ def read_jsonl(workdir: str | Path) -> list[dict[str, Any]]:
 
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
-        record = json.loads(line)
+        record = json.loads(line.decode())
     except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) and type(record.get("step")) is int else None
