@@ -1,6 +1,7 @@
 """Does a run still learn? Updates that were skipped, losses that leap, and why."""
 
 import dataclasses
+import functools
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from jaxdp.data.feed import Feed
+from jaxdp.parallel import Replicas
 from jaxdp.step import Batch, State, Transform, gradients
 
 WINDOW = 100  # Losses that a spike is measured against.
@@ -93,6 +96,44 @@ class Divergence:
         self.skipped, self.in_a_row = saved["skipped"], saved["in_a_row"]
         self.rollbacks = saved["rollbacks"]
         self._losses.extend(saved["losses"])
+
+
+def diagnose(
+    config: ConfigDict,
+    replicas: Replicas,
+    feed: Feed,
+    transform: Transform,
+    trouble: Trouble,
+    state: State,
+) -> dict[str, Any]:
+    """What is known of the step of some trouble.
+
+    Args:
+      config: of the run.
+      replicas: its devices.
+      feed: its data.
+      transform: of its batches.
+      trouble: what has been seen.
+      state: after it.
+
+    Returns:
+      step, reason, loss (nats per token), sequences_begin_at_tokens (of the whole global batch, in
+      the training split), and norms {layer: {"parameters": norm, "gradient": norm}}.
+    """
+    step = trouble.step - 1  # Counted from 0, as the state and the data count.
+    of_batch = functools.partial(
+        norms, grad_accum_steps=config.grad_accum_steps, seed=config.seed, transform=transform
+    )
+    batch = replicas.shard(next(feed.train(step)))
+    bare = replicas.replicate(state.replace(step=np.int32(step), opt_state=(), outer=()))
+    found = jax.device_get(replicas.pmap(of_batch)(bare, batch))
+    return {
+        "step": trouble.step,
+        "reason": trouble.reason,
+        "loss": found["loss"].item(),
+        "sequences_begin_at_tokens": feed.positions(step),
+        "norms": by_layer(found),
+    }
 
 
 def norms(

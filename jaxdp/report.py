@@ -121,16 +121,15 @@ def agreement(program: Program, state: Any, count: int) -> dict[str, str]:
     return rows
 
 
-def diagnosis(
-    step: int, loss: float, positions: list[int], norms: dict[str, dict[str, float]]
-) -> dict[str, str]:
-    """What is known of a step at which a run diverges; see `divergence.norms`."""
+def diagnosis(found: dict[str, Any]) -> dict[str, str]:
+    """What is known of a step at which a run diverges; see `divergence.diagnose`."""
+    positions = found["sequences_begin_at_tokens"]
     first = ", ".join(f"{position:,}" for position in positions[:8])
     more = f", and {len(positions) - 8} more" if len(positions) > 8 else ""
     rows = {
-        "step": f"{step:,}, loss {loss:.4g}",
+        "step": f"{found['step']:,}, loss {found['loss']:.4g}",
         "batch": f"sequences from tokens {first}{more} of the training split",
     }
-    for layer, norm in norms.items():
+    for layer, norm in found["norms"].items():
         rows[layer] = f"parameters {norm['parameters']:.4g}, gradient {norm['gradient']:.4g}"
     return rows
