@@ -90,7 +90,7 @@ class Timed:
         self._state = create_state(
             model, get_optimizer(config, schedule), 0, self._replicas, self._program.method
         )
-        self._done, self._steps = 0, config.sync.every
+        self._steps = config.sync.every
         batches = Feed(config, cache).train(0)
         zero = np.zeros(config.global_batch_size, np.float32)
         batches = [
@@ -109,7 +109,7 @@ class Timed:
         """Seconds per step, over sync.every steps."""
         began = time.perf_counter()
         for batch in self._rounds:
-            self._state, metrics = self._program(self._done, self._state, batch)
+            self._state, metrics = self._program(0, self._state, batch)
             jax.block_until_ready(metrics)
         return (time.perf_counter() - began) / self._steps
 

@@ -169,7 +169,7 @@ def undisturbed(tmp_path_factory):
 
 def finish(config, workdir):
     run = Run(*flags(config, workdir))
-    run.join()
+    run.ended()
     assert run.process.returncode == 0, run.printed
 
 
@@ -183,7 +183,7 @@ def test_a_disk_that_is_full_for_a_while_leaves_no_trace(config, tmp_path, undis
         before = whole(workdir)
         assert run.until(lambda: run.printed.count("could not be saved") > 1), run.printed
         assert whole(workdir) == before != {}
-    run.join()
+    run.ended()
     assert run.process.returncode == 0, run.printed
     assert "File too large): training goes on; the next try is at step" in run.printed
     assert "Traceback" not in run.printed and "ERROR" not in run.printed
@@ -197,7 +197,7 @@ def test_a_disk_that_stays_full_ends_the_run_with_a_line(config, tmp_path, undis
     run = Run(*flags(long(config), workdir))
     assert run.until(lambda: whole(workdir)), run.printed
     with limited(run.process.pid, FULL):
-        run.join()
+        run.ended()
     assert run.process.returncode == 1, run.printed
     [line] = [x for x in run.printed.splitlines() if x.startswith("jaxdp: ")]
     newest = max(whole(workdir))
@@ -230,7 +230,7 @@ def test_processes_that_find_the_disk_full_end_alike(config, tmp_path):
     assert runs[0].until(lambda: whole(tmp_path)), runs[0].printed
     with limited(runs[0].process.pid, FULL):
         for run in runs:
-            run.join()
+            run.ended()
     lines = [x for run in runs for x in run.printed.splitlines() if x.startswith("jaxdp: ")]
     assert [run.process.returncode for run in runs] == [1, 1], [run.printed for run in runs]
     assert len(lines) == 2 and len(set(lines)) == 1
@@ -254,7 +254,7 @@ def test_a_file_system_that_is_full(config, tmp_path):
                 run.printed
             )
             ballast.truncate(0)
-        run.join()
+        run.ended()
         assert run.process.returncode == 0, run.printed
         assert max(whole(tmp_path / "run")) == 900
         assert [r["step"] for r in figures(tmp_path / "run")] == list(range(10, 901, 10))

@@ -305,6 +305,17 @@ def test_two_processes_are_one(config, tmp_path, command):
     assert result.finished and result.step == config.num_train_steps
 
 
+def test_many_steps_on_eight_devices_come_to_an_end(config, tmp_path, command):
+    """CPU devices wait for each other for ever, until XLA aborts, where too many are in flight."""
+    out = command(
+        "train",
+        *flags(config, tmp_path, num_train_steps=500, log_every=100, eval_every=250),
+        "--config.checkpoint.every=250",
+        devices=8,
+    ).stdout
+    assert "500 of 500" in out
+
+
 def test_masked_language_model(config, tmp_path):
     config.objective = "masked"
     config.tokenizer = "byte"
