@@ -127,8 +127,8 @@ def test_kills_leave_no_trace(config, tmp_path, optimizer):
 
 def fingerprints(workdir):
     """Of all arrays of the last state, moments too, as its checkpoint has them."""
-    [path] = (workdir / "checkpoints" / "3000" / "extra").iterdir()
-    found = json.loads(path.read_text())["fingerprints"]
+    extra = workdir / "checkpoints" / "3000" / "extra" / "metadata"
+    found = json.loads(extra.read_text())["fingerprints"]
     assert any(name.startswith("opt_state") for name in found)
     return found
 
