@@ -130,6 +130,18 @@ def workdir(trained, tmp_path) -> Path:
     return bad_input.renewed(tmp_path / "run", trained)
 
 
+def pytest_sessionfinish(session):
+    """A worker of pytest-xdist tells how many bad inputs it has tried."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["bad inputs"] = dict(bad_input.TRIED)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    """Adds what a worker has tried."""
+    bad_input.TRIED.update(getattr(node, "workeroutput", {}).get("bad inputs", {}))
+
+
 def pytest_terminal_summary(terminalreporter):
     """Says how many bad inputs there were."""
     if bad_input.TRIED:
