@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_runs import figures, flags
+from test_faults import group
+from test_runs import figures
 from test_step import batches, start
 
 from jaxdp import loop
@@ -211,13 +212,16 @@ def test_a_run_that_goes_back_too_often_ends_with_a_diagnosis(diverging, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_learning_rate_that_is_far_too_high(config, tmp_path, command):
-    """As a user meets it: an exit status, one line, a table."""
+def test_a_learning_rate_that_is_far_too_high(config, tmp_path):
+    """As users of two processes meet it: all go back together, and end; a line, and a table."""
     config.num_train_steps = 100
     config.checkpoint.every = 10
     config.optimizer.update({"name": "sgd", "learning_rate": 1e6, "clip_norm": 0.0})
-    process = command("train", *flags(config, tmp_path / "run"), check=1)
-    assert process.stderr.count("\n") == 1 and "Traceback" not in process.stderr
-    assert "lower optimizer.learning_rate" in process.stderr
-    assert "roll-back 3 of at most 3" in process.stdout
-    assert "layer_1" in process.stdout
+    with group(config, tmp_path / "run") as runs:
+        assert [run.ended() for run in runs] == [1, 1], runs[0].printed
+    for run in runs:
+        assert run.printed.count("lower optimizer.learning_rate") == 1
+        assert "Traceback" not in run.printed
+    assert "roll-back 3 of at most 3" in runs[0].printed
+    assert "layer_1" in runs[0].printed
+    assert (tmp_path / "run" / "diagnosis.json").exists()
