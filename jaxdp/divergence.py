@@ -60,7 +60,8 @@ class Divergence:
             self.in_a_row = self.in_a_row + 1 if skip else 0
             reason = None if skip else self._spike(step, loss)
             if self.in_a_row >= self._config.max_bad_steps:
-                reason = f"no finite loss or gradient in {self.in_a_row} steps in a row"
+                last = f"{self.in_a_row} steps in a row" if self.in_a_row > 1 else "a step"
+                reason = f"no finite loss or gradient in {last}"
             if reason:
                 self.trouble = Trouble(end, reason)
                 return
