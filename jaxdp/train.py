@@ -12,6 +12,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from jaxdp import command, loop, parallel, preflight
+from jaxdp import config as configs
 from jaxdp.config import ConfigError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config().")
@@ -30,6 +31,8 @@ def main() -> int:
         raise ConfigError("--workdir is missing: give a folder for the run, new or to go on with")
     command.prepare_jax()
     parallel.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    configs.validate(config)
+    parallel.share_cpu(config)
     preflight.check_devices()
     stop = threading.Event()
     command.on_stop_signal(stop.set)

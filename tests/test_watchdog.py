@@ -184,7 +184,9 @@ def test_a_process_that_fails_alone_ends_the_others(config, tmp_path):
     with group(config, tmp_path, main_only=["--config.seq_len=1"]) as runs:
         statuses = [run.ended(60) for run in runs]
     assert statuses[0] == 2 and statuses[1] not in (0, 75)
-    assert runs[0].printed == "jaxdp: seq_len=1 is out of range: give a value from 2 to 2147483647\n"
+    assert (
+        runs[0].printed == "jaxdp: seq_len=1 is out of range: give a value from 2 to 2147483647\n"
+    )
 
 
 @pytest.mark.slow
