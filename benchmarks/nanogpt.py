@@ -16,10 +16,10 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
+import turns
 from absl import flags
 from ml_collections import config_flags
 
@@ -156,11 +156,7 @@ def serve(config, devices: int) -> int:
         jax.device_get(before)
 
     steps(3)
-    print("ready", flush=True)
-    for line in sys.stdin:
-        began = time.perf_counter()
-        steps(int(line))
-        print(time.perf_counter() - began, flush=True)
+    turns.serve(steps)
     return 0
 
 

@@ -8,10 +8,10 @@ train.py: batch, forward, backward, clip, AdamW; the loss is read every 10 steps
 
 import json
 import sys
-import time
 
 import numpy as np
 import torch
+import turns
 
 settings = json.loads(sys.argv[1])
 sys.path.insert(0, settings["nanogpt"])
@@ -53,8 +53,4 @@ def steps(count):
 
 model.train()
 steps(3)
-print("ready", flush=True)
-for line in sys.stdin:
-    began = time.perf_counter()
-    steps(int(line))
-    print(time.perf_counter() - began, flush=True)
+turns.serve(steps)

@@ -148,7 +148,7 @@ def _steps(run: Run, state: Any, start: int) -> Result:
         dispatched = time.perf_counter()
         if pending is not None:
             stop = run.log(*pending)
-        if run.program.fresh:
+        if new:
             jax.block_until_ready(metrics)
             run.display.line(f"Compiled: {report.collectives(run.program)}.")
             # The time of this round is that of compilation.

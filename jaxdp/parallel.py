@@ -138,7 +138,7 @@ def share_cpu(config: ConfigDict) -> None:
     said = jax.config.values["jax_num_cpu_devices"] > 0 or "device_count" in os.environ.get(
         "XLA_FLAGS", ""
     )
-    alone = distributed.global_state.client is None
+    alone = _client() is None
     equal = config.sync.method in ("gradient_mean", "sharded", "fixed_order")
     parts = [config.global_batch_size // config.grad_accum_steps]
     if config.sync.method == "fixed_order":

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from jaxdp import config as configs
 from jaxdp import losses, memory, methods, parallel
 from jaxdp.config import ConfigError
+from jaxdp.disk import num_bytes
 from jaxdp.model import ModelConfig, Transformer, flops_per_token, num_parameters
 from jaxdp.optimizer import get_optimizer, get_schedule
 from jaxdp.parallel import Replicas
@@ -89,11 +90,6 @@ def parameter_shapes(model: Transformer) -> Any:
     """The pytree of parameters, as shapes."""
     inputs = shape((1, model.config.seq_len), "int32")
     return jax.eval_shape(model.init, jax.random.key(0), inputs)["params"]
-
-
-def num_bytes(tree: Any) -> int:
-    """Of all leaves."""
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def remat_saves(config: ConfigDict) -> bool:

@@ -25,7 +25,6 @@ class Program:
     Attributes:
       method: how replicas agree (after the first sync.after steps).
       collectives: of the program compiled last, by instruction; None before.
-      fresh: whether the last call had to compile first.
       drift: of the replicas before they agreed last, where they drift; see `sync.drift`.
       waiting: share of the devices' time that goes into collectives; None where not measured.
     """
@@ -46,7 +45,6 @@ class Program:
         )
         self._p_steps: dict[tuple[Sync, int], Any] = {}
         self.collectives: dict[str, Collective] | None = None
-        self.fresh = False
         self.drift: float | None = None
         self.waiting: float | None = None
         self._calls = 0
@@ -63,9 +61,9 @@ class Program:
 
     def __call__(self, done: int, state: Any, batch: Any) -> tuple[Any, dict[str, jax.Array]]:
         """One round, from a state that has done so many steps; see `step.train_step`."""
-        method, steps = self._method(done), batch["inputs"].shape[1]
-        self.fresh = (method, steps) not in self._p_steps
-        if self.fresh:
+        method, steps = self._method(done), self.round_length(done)
+        assert batch["inputs"].shape[1] == steps
+        if self.is_new(done):
             axes = state_axes(state, method)
             p_step = self._replicas.pmap(
                 functools.partial(self._step, method=method),

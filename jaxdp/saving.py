@@ -19,8 +19,8 @@ from ml_collections import ConfigDict
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from jaxdp import disk, parallel
+from jaxdp.whole import METRIC
 
-METRIC = "eval/loss"
 LEFTOVERS = "*.orbax-checkpoint-tmp*"
 
 
@@ -39,14 +39,14 @@ class Saver:
         """Opens a folder, which exists, and removes what a save that was cut off has left there."""
         self._folder, self._config, self._report = folder, config, report
         _quieten()
-        self.failure, self._step = "", 0
+        self.failure, self._step, self._under_way = "", 0, False
         self._error: Exception | None = None
         self.manager = self._open()
 
     def start(self, step: int, tree: Any, extra: dict, eval_loss: float | None) -> None:
         """Starts to save, on process 0; a failure is for `check` and `settle` to find."""
         self.settle()
-        self._step, self.failure = step, ""
+        self._step, self.failure, self._under_way = step, "", True
         args = ocp.args.Composite(state=ocp.args.StandardSave(tree), extra=ocp.args.JsonSave(extra))
         # An infinite loss is the worst: such a checkpoint is kept only while it is new.
         finite = eval_loss is not None and math.isfinite(eval_loss)
@@ -59,7 +59,7 @@ class Saver:
 
     def check(self) -> None:
         """Reports, without waiting, a save that has failed."""
-        if parallel.is_main() and (self._error or not self.manager.is_saving_in_progress()):
+        if self._under_way and (self._error or not self.manager.is_saving_in_progress()):
             self.settle()
 
     def settle(self, then: str | None = None) -> None:
@@ -70,6 +70,7 @@ class Saver:
         """
         if not parallel.is_main():
             return
+        self._under_way = False
         try:
             if self._error:
                 raise self._error

@@ -165,11 +165,17 @@ def harm(path: Path, how: str, where: float, noise: bytes) -> None:
     path.unlink()
     if how in changed:
         path.write_bytes(changed[how])
-    elif how == "folder":
+    else:
+        plant(path, how)
+
+
+def plant(path: Path, kind: str) -> None:
+    """Puts what is no file in a file's place, or nothing."""
+    if kind == "folder":
         path.mkdir()
-    elif how == "link":
+    elif kind == "link":
         path.symlink_to("/no/such/file")
-    elif how == "loop":
+    elif kind == "loop":
         path.symlink_to(path)
 
 

@@ -24,6 +24,7 @@ from bad_input import (
     assert_clear,
     contents,
     harm,
+    plant,
     renewed,
     replace_in,
     run_command,
@@ -236,20 +237,16 @@ def test_harmed_checkpoints(harms, strays, two, tmp_path, config):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", ["", "state", "extra", "metrics", "state/d", "state/_METADATA"])
-@pytest.mark.parametrize("how", ["delete", "file", "folder", "dangling", "loop", "moved"])
+@pytest.mark.parametrize("how", ["delete", "file", "folder", "link", "loop", "moved"])
 def test_parts_of_a_checkpoint_replaced(part, how, two, tmp_path, config):
     path = two / "checkpoints" / "5" / part
     path.rename(tmp_path / "moved")
     if how == "file":
         path.write_text("x")
-    elif how == "folder":
-        path.mkdir()
-    elif how == "dangling":
-        path.symlink_to("/no/such")
-    elif how == "loop":
-        path.symlink_to(path)
     elif how == "moved":  # A link to what was there is as good.
         path.symlink_to(tmp_path / "moved")
+    else:
+        plant(path, how)
     reports = check_checkpoints("checkpoints", two, config)
     if how == "moved":
         assert reports == []

@@ -6,13 +6,10 @@ import json
 import os
 import resource
 import shutil
-import socket
 import subprocess
 
-import jax
-import numpy as np
 import pytest
-from test_faults import Run
+from test_faults import Run, assert_same_end, group
 from test_runs import contents, figures, flags
 from test_step import VOCAB
 from test_step import start as begin
@@ -155,13 +152,6 @@ def whole(workdir):
     return {int(p.name): contents(p) for p in folders}
 
 
-def assert_same_run(one, other, config):
-    ends = [loop.train(config, workdir).state for workdir in (one, other)]
-    for a, b in zip(*map(jax.tree.leaves, ends), strict=True):
-        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
-    assert figures(one) == figures(other)
-
-
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     return tmp_path_factory.mktemp("undisturbed")
@@ -169,15 +159,20 @@ def undisturbed(tmp_path_factory):
 
 def finish(config, workdir):
     run = Run(*flags(config, workdir))
-    run.ended()
-    assert run.process.returncode == 0, run.printed
+    assert run.ended() == 0, run.printed
+
+
+def until_saved(config, workdir):
+    """A run that has saved its first checkpoint."""
+    run = Run(*flags(long(config), workdir))
+    assert run.until(lambda: whole(workdir)), run.printed
+    return run
 
 
 @pytest.mark.slow
 def test_a_disk_that_is_full_for_a_while_leaves_no_trace(config, tmp_path, undisturbed):
     workdir = tmp_path / "run"
-    run = Run(*flags(long(config), workdir))
-    assert run.until(lambda: whole(workdir)), run.printed
+    run = until_saved(config, workdir)
     with limited(run.process.pid, FULL):
         assert run.until(lambda: "could not be saved" in run.printed), run.printed
         before = whole(workdir)
@@ -188,14 +183,13 @@ def test_a_disk_that_is_full_for_a_while_leaves_no_trace(config, tmp_path, undis
     assert "File too large): training goes on; the next try is at step" in run.printed
     assert "Traceback" not in run.printed and "ERROR" not in run.printed
     finish(config, undisturbed)
-    assert_same_run(workdir, undisturbed, config)
+    assert_same_end(config, workdir, undisturbed)
 
 
 @pytest.mark.slow
 def test_a_disk_that_stays_full_ends_the_run_with_a_line(config, tmp_path, undisturbed):
     workdir = tmp_path / "run"
-    run = Run(*flags(long(config), workdir))
-    assert run.until(lambda: whole(workdir)), run.printed
+    run = until_saved(config, workdir)
     with limited(run.process.pid, FULL):
         run.ended()
     assert run.process.returncode == 1, run.printed
@@ -212,7 +206,7 @@ def test_a_disk_that_stays_full_ends_the_run_with_a_line(config, tmp_path, undis
     finish(config, workdir)
     if not (undisturbed / "checkpoints").exists():
         finish(config, undisturbed)
-    assert_same_run(workdir, undisturbed, config)
+    assert_same_end(config, workdir, undisturbed)
 
 
 @pytest.mark.slow
@@ -221,16 +215,11 @@ def test_processes_that_find_the_disk_full_end_alike(config, tmp_path):
     long(config).sync.method = "sharded"
     config.update({"num_train_steps": 120, "eval_every": 120})
     config.checkpoint.every = 40
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    group = [f"--coordinator_address=127.0.0.1:{port}", "--num_processes=2"]
-    arguments = flags(config, tmp_path) + group
-    runs = [Run(*arguments, f"--process_id={i}", devices=1) for i in range(2)]
-    assert runs[0].until(lambda: whole(tmp_path)), runs[0].printed
-    with limited(runs[0].process.pid, FULL):
-        for run in runs:
-            run.ended()
+    with group(config, tmp_path) as runs:
+        assert runs[0].until(lambda: whole(tmp_path)), runs[0].printed
+        with limited(runs[0].process.pid, FULL):
+            for run in runs:
+                run.ended()
     lines = [x for run in runs for x in run.printed.splitlines() if x.startswith("jaxdp: ")]
     assert [run.process.returncode for run in runs] == [1, 1], [run.printed for run in runs]
     assert len(lines) == 2 and len(set(lines)) == 1
@@ -244,8 +233,7 @@ def test_a_file_system_that_is_full(config, tmp_path):
     if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounting is not allowed")
     try:
-        run = Run(*flags(long(config), tmp_path / "run"))
-        assert run.until(lambda: whole(tmp_path / "run")), run.printed
+        run = until_saved(config, tmp_path / "run")
         with open(tmp_path / "ballast", "wb", buffering=0) as ballast:
             with contextlib.suppress(OSError):
                 while True:
