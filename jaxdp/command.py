@@ -18,7 +18,11 @@ WRONG_INPUT = 2
 FAULT = 1
 
 
-def run(main: Callable[[], int], check_arguments: Callable[[list[str]], None] | None = None) -> int:
+def run(
+    main: Callable[..., int],
+    check_arguments: Callable[[list[str]], None] | None = None,
+    operands: bool = False,
+) -> int:
     """Parses the flags and runs a command.
 
     What the user did wrong becomes one line on stderr, an unexpected exception its traceback.
@@ -26,6 +30,7 @@ def run(main: Callable[[], int], check_arguments: Callable[[list[str]], None] | 
     Args:
       main: the command; returns its exit status.
       check_arguments: raises ConfigError for what the flags' own errors explain badly.
+      operands: whether main takes a list of the arguments that are no flags; else there are none.
 
     Returns:
       The exit status.
@@ -34,7 +39,11 @@ def run(main: Callable[[], int], check_arguments: Callable[[list[str]], None] | 
     try:
         if check_arguments:
             check_arguments(sys.argv[1:])
-        _parse_flags()
+        rest = _parse_flags()
+        if operands:
+            return main(rest)
+        if rest:
+            raise ConfigError(f"{rest[0]!r} is not understood: flags look like --name=value")
         return main()
     except (ConfigError, RunError) as error:
         print(f"jaxdp: {' '.join(str(error).split())}", file=sys.stderr)
@@ -50,9 +59,10 @@ def check_overrides(argv: list[str]) -> None:
     check_known({match[1]: match[2] for match in overrides if match})
 
 
-def _parse_flags() -> None:
+def _parse_flags() -> list[str]:
+    """Returns the arguments that are no flags."""
     try:
-        rest = flags.FLAGS(sys.argv)[1:]
+        return flags.FLAGS(sys.argv)[1:]
     except (Exception, SystemExit) as error:
         # Parsing --config runs the config file, which can raise anything; some of it comes as a
         # flag's error that ends with a traceback.
@@ -67,8 +77,6 @@ def _parse_flags() -> None:
             f"--config can't be read ({shown(reason, as_text=str)}): give a Python file with a "
             "get_config() like those in configs/"
         ) from error
-    if rest:
-        raise ConfigError(f"{rest[0]!r} is not understood: flags look like --name=value")
 
 
 def given_config(flag: flags.FlagHolder) -> ConfigDict:

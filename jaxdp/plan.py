@@ -6,7 +6,6 @@ a matrix product that is timed, unless --tflops says what devices do.
 Exit status: 0; 2 the config or a flag is wrong; anything else is a fault.
 """
 
-import importlib.util
 import re
 import sys
 from collections.abc import Callable
@@ -15,7 +14,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from jaxdp import command, parallel, prediction, price
+from jaxdp import command, drawing, parallel, prediction, price
 from jaxdp import config as configs
 from jaxdp.config import ConfigError
 from jaxdp.data.cache import open_cache
@@ -44,8 +43,8 @@ def main() -> int:
     """Prints the plan; returns the exit status."""
     config, display = command.given_config(CONFIG), Display()
     command.check_finite(BANDWIDTH, LATENCY, TFLOPS, MEMORY)
-    if PNG.value and importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError(f"--png={PNG.value!r} needs the package matplotlib: pip install it")
+    if PNG.value:
+        drawing.check(PNG.name, PNG.value)
     vocab = vocabulary(config, VOCAB_SIZE.value, display.line)
     count = DEVICES.value or jax.local_device_count()
     if CHECK.value and count > jax.local_device_count():
@@ -170,11 +169,7 @@ def plot(table: dict[str, dict[int, float]], path: str) -> None:
     Raises:
       ConfigError: the file can't be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = drawing.new(7, 4.5)
     axes = figure.subplots()
     # Small on top of large, for gradient_mean and sharded send the same.
     styles = zip(table.items(), "os^Dv", (10, 6, 6, 6, 6), strict=True)
@@ -190,12 +185,7 @@ def plot(table: dict[str, dict[int, float]], path: str) -> None:
     axes.set_title(f"Predicted: {BANDWIDTH.value:g} Gbit/s, {LATENCY.value:g} us, no overlap")
     axes.grid(alpha=0.3)
     axes.legend(title="sync.method", frameon=False)
-    try:
-        figure.savefig(path, format="png", dpi=150)
-    except OSError as error:
-        raise ConfigError(
-            f"--png={path!r} can't be written ({error.strerror}): choose another file"
-        ) from None
+    drawing.save(figure, PNG.name, path)
 
 
 if __name__ == "__main__":
