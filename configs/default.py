@@ -98,6 +98,11 @@ def get_config() -> ConfigDict:
     c.divergence.spike_threshold = 0.0
     c.divergence.max_rollbacks = 3  # Then the run ends, with what it knows of the cause.
 
+    # Early stopping: the run ends, as finished, when the validation loss no longer improves.
+    c.stop = ConfigDict()
+    c.stop.patience = 0  # Evaluations in a row without improvement that end it; 0: never.
+    c.stop.min_delta = 0.0  # What counts as improvement: a loss lower by this, nats per token.
+
     # Checkpoints.
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 500  # Steps between checkpoints; there is always one at the end.

@@ -51,6 +51,8 @@ RANGES = {
     "divergence.max_bad_steps": (1, MOST),
     "divergence.spike_threshold": (0, 1e6),
     "divergence.max_rollbacks": (0, MOST),
+    "stop.patience": (0, MOST),
+    "stop.min_delta": (0, 1e6),
     "checkpoint.every": (1, MOST),
     "checkpoint.keep_last": (1, MOST),
     "checkpoint.keep_every": (0, MOST),

@@ -26,6 +26,7 @@ from jaxdp.parallel import Replicas
 from jaxdp.program import Program
 from jaxdp.run import Result, Run
 from jaxdp.step import Transform, create_state, plain, saved_shapes
+from jaxdp.stopping import Stopping
 from jaxdp.watchdog import Watchdog
 
 
@@ -83,18 +84,19 @@ def _train(
     first_state = functools.partial(
         create_state, model, optimizer, config.seed, replicas, program.method
     )
-    state, judge = first_state(), Divergence(config)
+    state, judge, stopping = first_state(), Divergence(config), Stopping(config)
     with Checkpoints(workdir, config, replicas, program.method, display.line) as checkpoints:
         same = functools.partial(preflight.same_tokens, config, cache)
         start, found = 0, checkpoints.restore(state, same)
         if found is not None:
             start, extra, state = found
             judge.load(extra["divergence"])
+            stopping.load(extra.get("stopping", {}))
         traffic = report.traffic(config, program.traffic(state), replicas.device_count)
         header = report.header(config, workdir, replicas, sizes, cache, state.params)
         display.table("jaxdp", header | traffic)
-        if start >= config.num_train_steps:
-            display.line(report.already_finished(start))
+        if start >= config.num_train_steps or stopping.over:
+            display.line(report.already_finished(start, stopping))
             return Result(start, True, None, state)
         if found is not None:
             display.line(f"Going on after step {start:,}.")
@@ -110,6 +112,7 @@ def _train(
                 first_state,
                 program,
                 judge,
+                stopping,
                 display,
                 checkpoints,
                 writer,
@@ -132,9 +135,9 @@ def _steps(run: Run, state: Any, start: int) -> Result:
     rounds = run.rounds(start)
     run.start_clock(state)
     run.display.line("Compiling the training step ...")
-    done, pending, evaluation, stop = start, None, None, False
+    done, pending, evaluation, stop, finished = start, None, None, False, False
 
-    while done < total and not stop:
+    while not stop:
         run.watchdog.beat("waiting for data", done)
         asked = time.perf_counter()
         batch = next(rounds)
@@ -172,14 +175,15 @@ def _steps(run: Run, state: Any, start: int) -> Result:
             run.throughput.pause(time.perf_counter() - before)
             rounds, pending = run.rounds(done), None
             evaluating, saving = run.due(done)
+        evaluation = run.evaluate(done, state) if evaluating else None
+        finished = done == total or run.stopping.over
+        stop = stop or finished
         if run.check_is_due(first, done) or stop or saving:
             run.check_replicas(done, state)
-        evaluation = run.evaluate(done, state) if evaluating else None
         # Parameters in doubt don't take the place of good ones.
-        saving = saving and (run.judge.in_a_row == 0 or done == total)
-        if stop or saving:
+        if stop or (saving and run.judge.in_a_row == 0):
             run.save(done, state, evaluation)
-    return Result(done, done == total, evaluation, state)
+    return Result(done, finished, evaluation, state)
 
 
 def _transform(config: ConfigDict, cache: TokenCache) -> Transform:

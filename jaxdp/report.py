@@ -16,6 +16,7 @@ from jaxdp.model import ModelConfig, flops_per_token, num_parameters
 from jaxdp.parallel import Replicas
 from jaxdp.price import Collective
 from jaxdp.program import Program
+from jaxdp.stopping import Stopping
 
 
 def header(
@@ -55,8 +56,13 @@ def in_words(evaluation: Evaluation, bits_per_byte: float) -> str:
     )
 
 
-def already_finished(step: int) -> str:
+def already_finished(step: int, stopping: Stopping) -> str:
     """What to say where there is nothing to do."""
+    if stopping.over:
+        return (
+            f"Already finished: stopped early after step {step:,}, for {stopping.reason()}. To "
+            "train on, raise stop.patience, or set it to 0."
+        )
     return f"Already finished: all {step:,} steps are done. To train on, raise num_train_steps."
 
 

@@ -32,6 +32,7 @@ from jaxdp.model import Transformer, flops_per_token, num_parameters
 from jaxdp.parallel import Replicas
 from jaxdp.program import Program
 from jaxdp.step import Transform, eval_step
+from jaxdp.stopping import Stopping
 from jaxdp.watchdog import Watchdog
 
 
@@ -41,7 +42,8 @@ class Result:
 
     Attributes:
       step: optimizer steps done in all.
-      finished: whether these are all; if not, the run was asked to stop, and has saved.
+      finished: whether these are all, or it stopped early; if not, it was asked to stop, and has
+        saved.
       evaluation: of the last step, where this call evaluated it.
       state: the last one, replicated over the devices.
     """
@@ -65,6 +67,7 @@ class Run:
     first_state: Callable[[], Any]
     program: Program
     judge: Divergence
+    stopping: Stopping
     display: Display
     checkpoints: Checkpoints
     writer: MetricsWriter
@@ -180,7 +183,8 @@ class Run:
             raise self._diagnosis(trouble, state)
         self.watchdog.beat("going back", trouble.step, slow=True)
         found = self.checkpoints.restore(state, self._good)
-        step, state = (found[0], found[2]) if found else (0, self.first_state())
+        step, extra, state = found or (0, {}, self.first_state())
+        self.stopping.load(extra.get("stopping", {}))  # Evaluations since were of what is given up.
         self.judge.roll_back()
         self.display.line(
             f"step {trouble.step}: {trouble.reason}. Back to the parameters of step {step}; the "
@@ -227,6 +231,7 @@ class Run:
         self.writer.write(done, values)
         words = report.in_words(evaluation, bits_per_byte)
         self.display.line(f"evaluation at step {done}: {words}", "bold")
+        self.stopping.add(done, evaluation.loss)
         self.throughput.pause(time.perf_counter() - before)
         return evaluation
 
@@ -238,6 +243,7 @@ class Run:
             "digest": self.cache.digest,
             "tokenizer": self.tokenizer_digest,
             "divergence": self.judge.to_json(),
+            "stopping": self.stopping.to_json(),
         }
         self.checkpoints.save(done, state, extra, evaluation.loss if evaluation else None)
 
@@ -262,6 +268,8 @@ class Run:
             self.writer.write_text(result.step, "sample", text)
         rows = report.summary(self.config, self.workdir, self.cache, result, self.display.seconds())
         rows |= report.agreement(self.program, result.state, self.replicas.device_count)
+        if result.finished and result.step < self.config.num_train_steps:
+            rows["stopped early"] = self.stopping.reason()
         if self.judge.skipped or self.judge.rollbacks:
             rows["diverged"] = (
                 f"{self.judge.skipped:,} updates skipped, {self.judge.rollbacks} roll-backs"
