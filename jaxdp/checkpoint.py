@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
 from jaxdp import parallel, whole
-from jaxdp.config import ConfigError
+from jaxdp.config import ConfigError, RunError
 from jaxdp.disk import first_line
 from jaxdp.methods import Sync
 from jaxdp.parallel import Replicas
@@ -253,21 +253,26 @@ def load_params(
     params: Any,
     said: dict[str, Any] | None = None,
     report: Callable[[str], None] = print,
+    *,
+    which: str = "newest",
+    check: Callable[[int, dict], Any] = lambda step, extra: None,
 ) -> tuple[Any, int]:
-    """Reads only the parameters of the newest checkpoint that is whole, on one device.
+    """Reads only the parameters of a checkpoint, on one device.
 
     Args:
       workdir: of a run.
       params: a pytree of arrays or of their shapes and dtypes.
       said: what the JSON saved with them says, if it says something of these keys.
       report: is told in a line what is wrong with a checkpoint.
+      which: "newest" of those that are whole, "best" by validation loss, or the steps done.
+      check: (step, JSON saved with it); raises ConfigError where it is of another run.
 
     Returns:
       The parameters, and the step they are of.
 
     Raises:
       ConfigError: there is no checkpoint, or one of another model or tokenizer.
-      RunError: there are some, and all are damaged.
+      RunError: there are some, and those that would do are damaged.
     """
     folder = _folder(workdir)
     if not folder.is_dir():
@@ -275,10 +280,15 @@ def load_params(
     steps = sorted((int(path.name) for path in whole.steps(folder) if path.is_dir()), reverse=True)
     if not steps:
         raise ConfigError(f"{folder} holds no checkpoint: train first, with the same --workdir")
+    if which != "newest":
+        steps = [whole.chosen(folder, steps, which)]
     other, damage = None, []
     for step in steps:
         try:
             found, extra = _read_params(folder / str(step), params)
+            check(step, extra)
+        except ConfigError:
+            raise
         except Exception as error:  # Orbax and TensorStore raise whatever they like.
             other = error if isinstance(error, whole.OtherModelError) else other
             damage.append(f"Checkpoint {step} is damaged ({first_line(error)}).")
@@ -297,6 +307,8 @@ def load_params(
             f"{workdir} holds the files of different runs ({other}): restore config.json and "
             "tokenizer.json from a copy"
         )
+    if which != "newest":
+        raise RunError(f"{damage[0]} Restore it from a copy, or choose another: see {folder}")
     raise whole.all_damaged(folder, steps)
 
 

@@ -95,6 +95,11 @@ def given_config(flag: flags.FlagHolder) -> ConfigDict:
     return flag.value
 
 
+def warn(line: str) -> None:
+    """Prints a line that is no result."""
+    print(f"jaxdp: {line}", file=sys.stderr)
+
+
 def check_finite(*given: flags.FlagHolder) -> None:
     """Refuses infinity and NaN, which a flag's bounds let pass; None is no number and passes."""
     for flag in given:

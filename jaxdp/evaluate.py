@@ -1,61 +1,53 @@
-"""One exact pass over a validation split."""
+"""The command `python -m jaxdp.evaluate --workdir=DIR [--step=newest|best|N] [--config.key=value]`.
 
-import dataclasses
-import math
-from collections.abc import Callable, Iterable
-from typing import Any
+Evaluates a checkpoint of a run on its validation split, or on other data: a line in words, and the
+line of metrics.jsonl, which on the same devices is what the run logged at that step, to the bit.
+The workdir stays as it is, and may be that of a run under way.
 
-import jax
-import numpy as np
+Exit status: 0; 2 a flag, the workdir or the data is wrong; anything else is a fault.
+"""
 
-from jaxdp.parallel import Replicas, prefetch
+import os
+import re
+import sys
+from pathlib import Path
 
+from absl import flags
+from ml_collections import config_flags
 
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """The result of a pass.
+from jaxdp import command, parallel, preflight, report
+from jaxdp import config as configs
+from jaxdp.config import ConfigError, shown
+from jaxdp.configs import default
+from jaxdp.evaluation import completed, evaluate_checkpoint
+from jaxdp.metrics import to_json
 
-    Attributes:
-      loss: mean over tokens, nats.
-      tokens: how many there were.
-    """
-
-    loss: float
-    tokens: int
-
-    @property
-    def perplexity(self) -> float:
-        """exp(loss), infinite where that is beyond a float."""
-        return math.exp(self.loss) if self.loss < 700 else math.inf
-
-    def bits_per_byte(self, tokens_per_byte: float) -> float:
-        """The loss in bits per byte of text, comparable between tokenizers."""
-        return self.loss / math.log(2) * tokens_per_byte
+CONFIG = config_flags.DEFINE_config_dict(
+    "config", default.get_config(), "Keys to change, such as --config.data.path=FILE.txt."
+)
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.")
+STEP = flags.DEFINE_string("step", "newest", "Which checkpoint: newest, best, or steps done.")
 
 
-def evaluate(
-    p_eval_step: Callable, params: Any, batches: Iterable[dict[str, np.ndarray]], replicas: Replicas
-) -> Evaluation:
-    """Sums losses and weights over all batches and divides once.
-
-    Args:
-      p_eval_step: the pmapped `step.eval_step`.
-      params: replicated.
-      batches: this process's part; equally many on every process.
-      replicas: the devices.
-    """
-    # The sums of one batch are read after the next is dispatched: the devices never wait, and
-    # never more than two steps are in flight (more can deadlock on CPU devices).
-    total = np.zeros(2)
-    previous = (0.0, 0.0)
-    for batch in prefetch(_numbered(batches), replicas.shard):
-        sums = p_eval_step(params, batch)
-        total += jax.device_get(previous)
-        previous = sums
-    loss_sum, weight_sum = total + jax.device_get(previous)
-    return Evaluation(float(loss_sum / max(weight_sum, 1)), round(weight_sum))
+def main() -> int:
+    """Prints the evaluation; returns the exit status."""
+    if not WORKDIR.value:
+        raise ConfigError("--workdir is missing: give the folder of a training run")
+    if not re.fullmatch("newest|best|[0-9]{1,10}", STEP.value):
+        raise ConfigError(f"--step={shown(STEP.value)} is none: give newest, best, or a number")
+    command.prepare_jax()
+    workdir = Path(os.path.expanduser(WORKDIR.value))
+    changes = config_flags.get_override_values(flags.FLAGS[CONFIG.name])
+    config = completed(configs.load(workdir / "config.json"), changes)
+    parallel.share_cpu(config)
+    preflight.check_devices()
+    step, result, tokens_per_byte = evaluate_checkpoint(
+        workdir, STEP.value, changes, say=command.warn
+    )
+    print(report.evaluated(step, result, tokens_per_byte))
+    print(to_json({"step": step, **result.figures(tokens_per_byte)}))
+    return 0
 
 
-def _numbered(batches: Iterable[dict[str, np.ndarray]]) -> Iterable[dict[str, np.ndarray]]:
-    for number, batch in enumerate(batches):
-        yield batch | {"number": np.full(len(batch["inputs"]), number, np.int32)}
+if __name__ == "__main__":
+    sys.exit(command.run(main, command.check_overrides))

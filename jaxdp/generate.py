@@ -85,17 +85,13 @@ def generate(workdir: str | Path, prompts: list[str], **options) -> list[str]:
     inputs = jax.ShapeDtypeStruct((1, config.seq_len), "int32")
     shapes = jax.eval_shape(model.init, jax.random.key(0), inputs)["params"]
     said = {"tokenizer": tokenizer.digest(words)}
-    params, _ = checkpoint.load_params(workdir, shapes, said, _warn)
+    params, _ = checkpoint.load_params(workdir, shapes, said, command.warn)
     drawn = sampling.sample(model, params, ids, vocab_size=vocab_size, **options)
     end = tokenizer.end_id(words)
     return [
         prompt + words.decode(_until(list(tokens), end), skip_special_tokens=False)
         for prompt, tokens in zip(prompts, drawn, strict=True)
     ]
-
-
-def _warn(line: str) -> None:
-    print(f"jaxdp: {line}", file=sys.stderr)
 
 
 def _until(tokens: list[int], end: int | None) -> list[int]:

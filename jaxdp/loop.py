@@ -11,7 +11,7 @@ import jax
 from ml_collections import ConfigDict
 
 from jaxdp import config as configs
-from jaxdp import losses, parallel, preflight, report, tokenizer
+from jaxdp import parallel, preflight, report
 from jaxdp.checkpoint import Checkpoints
 from jaxdp.config import BatchSizes, ConfigError
 from jaxdp.data import pipeline
@@ -25,7 +25,7 @@ from jaxdp.optimizer import get_optimizer, get_schedule
 from jaxdp.parallel import Replicas
 from jaxdp.program import Program
 from jaxdp.run import Result, Run
-from jaxdp.step import Transform, create_state, plain, saved_shapes
+from jaxdp.step import create_state, get_transform, saved_shapes
 from jaxdp.stopping import Stopping
 from jaxdp.watchdog import Watchdog
 
@@ -76,7 +76,7 @@ def _train(
 ) -> Result:
     model = Transformer(ModelConfig.from_config(config, cache.vocab_size))
     schedule = get_schedule(config)
-    transform = _transform(config, cache)
+    transform = get_transform(config, cache)
     program = Program(config, replicas, schedule, transform)
     optimizer = get_optimizer(config, schedule)
     shapes = saved_shapes(model, optimizer, program.method, replicas.device_count)
@@ -184,14 +184,6 @@ def _steps(run: Run, state: Any, start: int) -> Result:
         if stop or (saving and run.judge.in_a_row == 0):
             run.save(done, state, evaluation)
     return Result(done, finished, evaluation, state)
-
-
-def _transform(config: ConfigDict, cache: TokenCache) -> Transform:
-    if config.objective == "causal":
-        return plain
-    mask_id = tokenizer.mask_id(cache.tokenizer)
-    assert mask_id is not None
-    return functools.partial(losses.mask_tokens, mask_id=mask_id, vocab_size=cache.vocab_size)
 
 
 def _describe(config: ConfigDict, workdir: Path, cache: TokenCache) -> None:

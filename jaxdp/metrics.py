@@ -68,10 +68,9 @@ class MetricsWriter:
             self._wandb.log(given, step=step)
 
     def flush(self) -> None:
-        """Writes the line of the last step; JSON has no infinity, so what isn't finite is null."""
+        """Writes the line of the last step."""
         if self._record:
-            line = {name: _finite(value) for name, value in self._record.items()}
-            self._jsonl.write((json.dumps(line) + "\n").encode())
+            self._jsonl.write((to_json(self._record) + "\n").encode())
             self._record = {}
 
     def finish(self) -> str:
@@ -116,6 +115,11 @@ class _PatientFiles:
 
     def directory_check(self, path: str) -> None:
         """The file makes its folder."""
+
+
+def to_json(record: Mapping[str, float | None]) -> str:
+    """A line of metrics.jsonl; JSON has no infinity, so what isn't finite is null."""
+    return json.dumps({name: _finite(value) for name, value in record.items()})
 
 
 def read_jsonl(workdir: str | Path) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import filelock
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from jaxdp import disk, parallel, tokenizer
@@ -23,13 +24,8 @@ def check_data(config: ConfigDict, cache: TokenCache) -> None:
     """Refuses splits that hold not even one sequence, and a sample prompt that can't be read."""
     import jaxdp.data.tensorflow  # noqa: F401  It refuses to share the accelerators.
 
-    for split, tokens in (("training", cache.train), ("validation", cache.validation)):
-        if len(tokens) <= config.seq_len:
-            raise ConfigError(
-                f"data.path={config.data.path!r} gives {len(tokens)} {split} tokens, too few for "
-                f"one sequence of seq_len={config.seq_len} and a next token: give more text, or a "
-                "smaller seq_len"
-            )
+    check_split(config, "training", cache.train)
+    check_split(config, "validation", cache.validation)
     if config.objective == "causal" and config.sample.num_tokens:
         try:
             [prompt] = tokenizer.encode(cache.tokenizer, [config.sample.prompt])
@@ -40,6 +36,16 @@ def check_data(config: ConfigDict, cache: TokenCache) -> None:
                 f"sample.prompt={config.sample.prompt!r} is empty: give at least one character, or "
                 "sample.num_tokens=0"
             )
+
+
+def check_split(config: ConfigDict, split: str, tokens: np.ndarray) -> None:
+    """Refuses a split, tokens [tokens], that holds not even one sequence."""
+    if len(tokens) <= config.seq_len:
+        raise ConfigError(
+            f"data.path={config.data.path!r} gives {len(tokens)} {split} tokens, too few for "
+            f"one sequence of seq_len={config.seq_len} and a next token: give more text, or a "
+            "smaller seq_len"
+        )
 
 
 def same_tokens(config: ConfigDict, cache: TokenCache, step: int, saved: dict) -> bool:

@@ -11,7 +11,7 @@ from jaxdp import price
 from jaxdp.config import BatchSizes
 from jaxdp.data.cache import TokenCache
 from jaxdp.display import duration, quantity
-from jaxdp.evaluate import Evaluation
+from jaxdp.evaluation import Evaluation
 from jaxdp.model import ModelConfig, flops_per_token, num_parameters
 from jaxdp.parallel import Replicas
 from jaxdp.price import Collective
@@ -48,12 +48,17 @@ def header(
     }
 
 
-def in_words(evaluation: Evaluation, bits_per_byte: float) -> str:
-    """An evaluation in a line."""
+def in_words(evaluation: Evaluation, tokens_per_byte: float) -> str:
+    """An evaluation in short."""
     return (
         f"loss {evaluation.loss:.4f}  perplexity {evaluation.perplexity:.2f}  "
-        f"bits/byte {bits_per_byte:.4f}  ({evaluation.tokens:,} tokens)"
+        f"bits/byte {evaluation.bits_per_byte(tokens_per_byte):.4f}  ({evaluation.tokens:,} tokens)"
     )
+
+
+def evaluated(step: int, evaluation: Evaluation, tokens_per_byte: float) -> str:
+    """An evaluation in a line."""
+    return f"evaluation at step {step}: {in_words(evaluation, tokens_per_byte)}"
 
 
 def already_finished(step: int, stopping: Stopping) -> str:
@@ -77,8 +82,7 @@ def summary(
         "curves": f"tensorboard --logdir {workdir}",
     }
     if result.evaluation is not None:
-        bits_per_byte = result.evaluation.bits_per_byte(cache.tokens_per_byte)
-        rows["validation"] = in_words(result.evaluation, bits_per_byte)
+        rows["validation"] = in_words(result.evaluation, cache.tokens_per_byte)
     if config.objective == "causal":
         rows["more text"] = f"python -m jaxdp.generate --workdir={workdir} --prompt=TEXT"
     return rows

@@ -4,7 +4,6 @@ The loop itself is in `loop`.
 """
 
 import dataclasses
-import functools
 import itertools
 import json
 import time
@@ -26,12 +25,12 @@ from jaxdp.data.cache import TokenCache
 from jaxdp.data.feed import Feed
 from jaxdp.display import Display
 from jaxdp.divergence import Divergence, Trouble
-from jaxdp.evaluate import Evaluation, evaluate
+from jaxdp.evaluation import Evaluation, compiled, evaluate
 from jaxdp.metrics import MetricsWriter, Throughput, load_balance
 from jaxdp.model import Transformer, flops_per_token, num_parameters
 from jaxdp.parallel import Replicas
 from jaxdp.program import Program
-from jaxdp.step import Transform, eval_step
+from jaxdp.step import Transform
 from jaxdp.stopping import Stopping
 from jaxdp.watchdog import Watchdog
 
@@ -76,13 +75,7 @@ class Run:
     stop_requested: Callable[[], bool]
 
     def __post_init__(self) -> None:
-        step = functools.partial(
-            eval_step,
-            apply_fn=self.model.apply,
-            seed=self.config.seed,
-            transform=self.transform,
-        )
-        self.p_eval_step = self.replicas.pmap(step)
+        self.p_eval_step = compiled(self.model, self.config.seed, self.transform, self.replicas)
         self.feed = Feed(self.config, self.cache)
         self.tokenizer_digest = tokenizer.digest(self.cache.tokenizer)
         self.replica_check = ReplicaCheck(self.replicas)
@@ -222,15 +215,9 @@ class Run:
         before = time.perf_counter()
         batches = self.watchdog.each(self.feed.evaluation(), "evaluating", done)
         evaluation = evaluate(self.p_eval_step, state.params, batches, self.replicas)
-        bits_per_byte = evaluation.bits_per_byte(self.cache.tokens_per_byte)
-        values = {
-            "eval/loss": evaluation.loss,
-            "eval/perplexity": evaluation.perplexity,
-            "eval/bits_per_byte": bits_per_byte,
-        }
-        self.writer.write(done, values)
-        words = report.in_words(evaluation, bits_per_byte)
-        self.display.line(f"evaluation at step {done}: {words}", "bold")
+        tokens_per_byte = self.cache.tokens_per_byte
+        self.writer.write(done, evaluation.figures(tokens_per_byte))
+        self.display.line(report.evaluated(done, evaluation, tokens_per_byte), "bold")
         self.stopping.add(done, evaluation.loss)
         self.throughput.pause(time.perf_counter() - before)
         return evaluation

@@ -13,9 +13,11 @@ import numpy as np
 import optax
 from flax.training.train_state import TrainState
 from jax import lax
+from ml_collections import ConfigDict
 
-from jaxdp import parallel, sync
-from jaxdp.losses import cross_entropy
+from jaxdp import parallel, sync, tokenizer
+from jaxdp.data.cache import TokenCache
+from jaxdp.losses import cross_entropy, mask_tokens
 from jaxdp.methods import Sync
 from jaxdp.parallel import Replicas
 
@@ -30,6 +32,15 @@ def plain(key: jax.Array, rows: jax.Array, batch: Batch) -> Batch:
     """The transform that changes nothing."""
     del key, rows
     return batch
+
+
+def get_transform(config: ConfigDict, cache: TokenCache) -> Transform:
+    """The one that the objective asks for, with the tokenizer of the data."""
+    if config.objective == "causal":
+        return plain
+    mask_id = tokenizer.mask_id(cache.tokenizer)
+    assert mask_id is not None
+    return functools.partial(mask_tokens, mask_id=mask_id, vocab_size=cache.vocab_size)
 
 
 class State(TrainState):

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxdp.agreement import fingerprints
-from jaxdp.config import RunError
+from jaxdp.config import ConfigError, RunError
 
 METRIC = "eval/loss"
 MARKS = "fingerprints"
@@ -104,12 +105,46 @@ def all_damaged(folder: Path, steps: list[int]) -> RunError:
 
 def readable(checkpoint: Path) -> bool:
     """Whether Orbax can read a checkpoint's metrics; they may be missing."""
+    return checkpoint.is_dir() and _metric(checkpoint) is not None
+
+
+def _eval_loss(checkpoint: Path) -> float:
+    """Infinite where it has none."""
+    found = _metric(checkpoint)
+    return found if found is not None and -math.inf < found < math.inf else math.inf
+
+
+def _metric(checkpoint: Path) -> float | None:
+    """Infinite where it is missing, None where it can't be read."""
     path = checkpoint / "metrics" / "metrics"
     try:
-        metrics = json.loads(path.read_bytes()) if path.exists() else {METRIC: 0.0}
-        return checkpoint.is_dir() and isinstance(metrics, dict) and _number(metrics.get(METRIC))
+        metrics = json.loads(path.read_bytes()) if path.exists() else {METRIC: math.inf}
+        value = metrics.get(METRIC) if isinstance(metrics, dict) else None
+        return value if _number(value) else None
     except (ValueError, RecursionError, OSError):
-        return False
+        return None
+
+
+def chosen(folder: Path, steps: list[int], which: str) -> int:
+    """The step of the checkpoint of "best" validation loss, or of that number.
+
+    Raises:
+      ConfigError: there is none.
+    """
+    if which == "best":
+        losses = {step: _eval_loss(folder / str(step)) for step in steps}
+        if min(losses.values()) == math.inf:
+            raise ConfigError(
+                f"--step=best: no checkpoint in {folder} has been evaluated: give its step, of "
+                f"{', '.join(map(str, steps))}"
+            )
+        return min(steps, key=lambda step: losses[step])
+    if int(which) not in steps:
+        raise ConfigError(
+            f"--step={int(which)} is no checkpoint in {folder}: choose of "
+            f"{', '.join(map(str, steps))}"
+        )
+    return int(which)
 
 
 def _number(value: Any) -> bool:

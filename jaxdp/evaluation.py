@@ -1,0 +1,159 @@
+"""One exact pass over a validation split: of a run under way, or of a checkpoint."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from jaxdp import checkpoint, preflight, tokenizer
+from jaxdp import config as configs
+from jaxdp.configs import default
+from jaxdp.data.cache import open_cache
+from jaxdp.data.feed import Feed
+from jaxdp.model import ModelConfig, Transformer
+from jaxdp.parallel import Replicas, prefetch
+from jaxdp.step import Transform, eval_step, get_transform
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """The result of a pass.
+
+    Attributes:
+      loss: mean over tokens, nats.
+      tokens: how many there were.
+    """
+
+    loss: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss), infinite where that is beyond a float."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    def bits_per_byte(self, tokens_per_byte: float) -> float:
+        """The loss in bits per byte of text, comparable between tokenizers."""
+        return self.loss / math.log(2) * tokens_per_byte
+
+    def figures(self, tokens_per_byte: float) -> dict[str, float]:
+        """As they are logged."""
+        return {
+            "eval/loss": self.loss,
+            "eval/perplexity": self.perplexity,
+            "eval/bits_per_byte": self.bits_per_byte(tokens_per_byte),
+        }
+
+
+def compiled(model: Any, seed: int, transform: Transform, replicas: Replicas) -> Callable:
+    """The pmapped `step.eval_step` of a model."""
+    return replicas.pmap(
+        functools.partial(eval_step, apply_fn=model.apply, seed=seed, transform=transform)
+    )
+
+
+def evaluate(
+    p_eval_step: Callable, params: Any, batches: Iterable[dict[str, np.ndarray]], replicas: Replicas
+) -> Evaluation:
+    """Sums losses and weights over all batches and divides once.
+
+    Args:
+      p_eval_step: of `compiled`.
+      params: replicated.
+      batches: this process's part; equally many on every process.
+      replicas: the devices.
+    """
+    # The sums of one batch are read after the next is dispatched: the devices never wait, and
+    # never more than two steps are in flight (more can deadlock on CPU devices).
+    total = np.zeros(2)
+    previous = (0.0, 0.0)
+    for batch in prefetch(_numbered(batches), replicas.shard):
+        sums = p_eval_step(params, batch)
+        total += jax.device_get(previous)
+        previous = sums
+    loss_sum, weight_sum = total + jax.device_get(previous)
+    return Evaluation(float(loss_sum / max(weight_sum, 1)), round(weight_sum))
+
+
+def _numbered(batches: Iterable[dict[str, np.ndarray]]) -> Iterable[dict[str, np.ndarray]]:
+    for number, batch in enumerate(batches):
+        yield batch | {"number": np.full(len(batch["inputs"]), number, np.int32)}
+
+
+def evaluate_checkpoint(
+    workdir: Path,
+    which: str = "newest",
+    changes: Mapping[str, Any] | None = None,
+    *,
+    devices: Sequence[jax.Device] | None = None,
+    say: Callable[[str], None] = print,
+) -> tuple[int, Evaluation, float]:
+    """Evaluates a checkpoint.
+
+    Args:
+      workdir: of a run.
+      which: "newest", "best" or a number of steps.
+      changes: {"group.key": value}, in place of the run's; with other data, the run's tokenizer.
+      devices: to evaluate on; all by default.
+      say: is told in a line what takes time, or is wrong with a checkpoint.
+
+    Returns:
+      The step of the checkpoint, the evaluation, and tokens per byte of the text.
+
+    Raises:
+      ConfigError: the workdir, the changes or the data are not fit for use.
+      RunError: the checkpoint is damaged.
+    """
+    changes = dict(changes or {})
+    saved = configs.load(workdir / "config.json")
+    config = completed(saved, changes)
+    configs.check_same_run(config, saved)
+    other = any(key.startswith("data.") and key != "data.cache_dir" for key in changes)
+    if other:
+        # The tokenizer could be made from the data. Training text is not needed.
+        config.tokenizer = str(workdir / "tokenizer.json")
+        config.data.train_split = config.data.eval_split
+    replicas = Replicas(devices)
+    configs.batch_sizes(config, 1, replicas.device_count)
+    cache = open_cache(config, say)
+    preflight.check_split(config, "validation", cache.validation)
+    model = Transformer(ModelConfig.from_config(config, cache.vocab_size))
+    inputs = jax.ShapeDtypeStruct((1, config.seq_len), "int32")
+    shapes = jax.eval_shape(model.init, jax.random.key(0), inputs)["params"]
+
+    def fits(step: int, extra: dict[str, Any]) -> None:
+        if not other:
+            preflight.same_tokens(config, cache, step, extra)
+
+    said = {"tokenizer": tokenizer.digest(cache.tokenizer)}
+    params, step = checkpoint.load_params(workdir, shapes, said, say, which=which, check=fits)
+    p_eval_step = compiled(model, config.seed, get_transform(config, cache), replicas)
+    batches = Feed(config, cache).evaluation()
+    result = evaluate(p_eval_step, replicas.replicate(params), batches, replicas)
+    return step, result, cache.tokens_per_byte
+
+
+def completed(saved: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
+    """A valid config of what `config.load` read, which may be of another version, and some changes.
+
+    Args:
+      saved: keys it lacks get their defaults; those that are unknown now are left out.
+      changes: {"group.key": value}.
+
+    Raises:
+      ConfigError: it isn't valid.
+    """
+    config = default.get_config()
+    known = configs.flatten(config)
+    configs.check_known(dict(changes))
+    with config.ignore_type():
+        for flat in (configs.flatten(saved), changes):
+            config.update_from_flattened_dict({k: v for k, v in flat.items() if k in known})
+    configs.validate(config)
+    return config
