@@ -34,6 +34,9 @@ def get_config() -> ConfigDict:
     c.data.train_split = "train"  # TFDS split to train on; slices such as "train[:99%]" too.
     c.data.eval_split = "validation"  # TFDS split to evaluate on.
     c.data.eval_fraction = 0.1  # Text files: this much of the text, from its end, is validation.
+    # How documents become sequences: "stream": one text, in which a token may see the documents
+    # before its own; "documents": each by itself, several to a sequence (its end is a border).
+    c.data.packing = "stream"
     c.data.cache_dir = ""  # Where tokenised text is kept; "": ~/.cache/jaxdp/tokens.
 
     # "char", "byte", "train:bpe:VOCAB_SIZE" (trained on the training split), "hf:NAME" from the

@@ -30,6 +30,12 @@ def check_data(config: ConfigDict, cache: TokenCache) -> None:
                 f"one sequence of seq_len={config.seq_len} and a next token: give more text, or a "
                 "smaller seq_len"
             )
+    if config.data.packing == "documents" and tokenizer.end_id(cache.tokenizer) is None:
+        raise ConfigError(
+            f"data.packing='documents' needs a token that ends a document, and tokenizer="
+            f"{config.tokenizer!r} has none ({', '.join(tokenizer.END_NAMES)}): use another "
+            "tokenizer, such as 'byte', or data.packing='stream'"
+        )
     if config.objective == "causal" and config.sample.num_tokens:
         try:
             [prompt] = tokenizer.encode(cache.tokenizer, [config.sample.prompt])

@@ -1,1 +1,1 @@
-"""From a corpus to batches: `sources` (documents) -> `cache` (tokens on disk) -> `pipeline`."""
+"""From a corpus to batches: `sources` (documents) -> `cache` (tokens on disk) -> `sequences` -> `pipeline`."""

@@ -12,19 +12,12 @@ from collections.abc import Iterator
 
 import numpy as np
 
-Batch = dict[str, np.ndarray]
-
-
-def num_windows(tokens: int, seq_len: int) -> int:
-    """Training sequences in one epoch: windows side by side, from a first one drawn per epoch."""
-    return max((tokens - 1) // seq_len - 1, 1)
+from jaxdp.data.sequences import Batch, Windows
 
 
 def train_batches(
-    tokens: np.ndarray,
+    sequences: Windows,
     *,
-    objective: str,
-    seq_len: int,
     seed: int,
     start_step: int,
     num_steps: int,
@@ -40,9 +33,7 @@ def train_batches(
     than 2 L tokens at the ends are left out, others each time.
 
     Args:
-      tokens: [tokens] integers, at least seq_len + 1 of them.
-      objective: "causal" (targets are the next tokens) or "masked" (the tokens themselves).
-      seq_len: L.
+      sequences: what to train on.
       seed: decides the order.
       start_step: the first step to give a batch for.
       num_steps: the step to end before.
@@ -52,28 +43,24 @@ def train_batches(
       num_epochs: rows beyond so many epochs get weight 0; 0: there are none.
 
     Yields:
-      inputs [P, L] int32, targets [P, L] int32, weights [P, L] float32, one but where said above.
+      What `sequences.take` gives, [P, L] each.
     """
     from jaxdp.data.tensorflow import tf
 
     per_host = global_batch_size // process_count
     first = process_index * per_host
+    keys = sequences.keys
 
     def numbers(step):
         return step * global_batch_size + first + np.arange(per_host, dtype=np.int64)
 
-    def gather(starts):
-        window = tokens[starts[:, None] + np.arange(seq_len + 1)].astype(np.int32)
-        return _split(window, objective)
+    def take(starts):
+        batch = sequences.take(starts)
+        return [batch[key] for key in keys]
 
     def to_batch(step):
-        inputs, targets = tf.numpy_function(
-            gather,
-            [start_positions(numbers(step), len(tokens), seq_len, seed)],
-            [tf.int32, tf.int32],
-            stateful=False,
-        )
-        return inputs, targets
+        starts = start_positions(numbers(step), sequences, seed)
+        return tuple(tf.numpy_function(take, [starts], list(keys.values()), stateful=False))
 
     dataset = tf.data.Dataset.range(start_step, num_steps)
     dataset = dataset.map(to_batch, num_parallel_calls=2, deterministic=True).prefetch(4)
@@ -82,40 +69,39 @@ def train_batches(
     options = tf.data.Options()
     options.autotune.enabled = False
     dataset = dataset.with_options(options)
-    end = num_epochs * num_windows(len(tokens), seq_len) or np.inf
-    for step, (inputs, targets) in enumerate(dataset.as_numpy_iterator(), start_step):
-        real = (numbers(step) < end)[:, None]
-        weights = np.broadcast_to(real, inputs.shape).astype(np.float32)
-        yield {"inputs": inputs, "targets": targets, "weights": weights}
+    end = num_epochs * sequences.per_epoch or np.inf
+    for step, arrays in enumerate(dataset.as_numpy_iterator(), start_step):
+        batch = dict(zip(keys, arrays, strict=True))
+        if not (real := numbers(step) < end).all():
+            batch["weights"] = batch["weights"] * real[:, None].astype(np.float32)
+        yield batch
 
 
-def start_positions(numbers, num_tokens: int, seq_len: int, seed: int):
-    """Where training sequences begin in the text.
+def start_positions(numbers, sequences: Windows, seed: int):
+    """Where training sequences begin.
 
     Args:
       numbers: [P] int64; a run's sequences are numbered through: step * G + row of the batch.
-      num_tokens: of the training split.
-      seq_len: L.
+      sequences: all there are.
       seed: decides the order.
 
     Returns:
-      [P] int64, a tensor of TensorFlow.
+      [P] int64, a tensor of TensorFlow, for `sequences.take`.
     """
     from jaxdp.data.tensorflow import tf
 
-    windows = num_windows(num_tokens, seq_len)
-    slack = num_tokens - 1 - windows * seq_len
-    epoch = numbers // windows
+    count, slack = sequences.per_epoch, sequences.slack
+    epoch = numbers // count
     seeds = tf.stack([tf.fill(tf.shape(epoch), tf.constant(seed, tf.int64)), epoch], axis=1)
-    window = _shuffle(numbers % windows, seeds, windows - 1)
+    index = _shuffle(numbers % count, seeds, count - 1)
     # A long cycle of its own, so that the offset is as good as drawn anew in each epoch.
     offset = _shuffle(epoch % (slack + 1), tf.stack([seeds[:, 0], epoch // (slack + 1)], 1), slack)
-    return window * seq_len + offset
+    return index * sequences.stride + offset
 
 
-def steps_in(num_epochs: int, tokens: int, seq_len: int, global_batch_size: int) -> int:
+def steps_in(num_epochs: int, sequences: Windows, global_batch_size: int) -> int:
     """Optimizer steps that so many epochs take, the last batch filled up where it isn't full."""
-    return -(-num_epochs * num_windows(tokens, seq_len) // global_batch_size)
+    return -(-num_epochs * sequences.per_epoch // global_batch_size)
 
 
 def _shuffle(index, seeds, max_index: int):
@@ -140,10 +126,8 @@ def _shuffle(index, seeds, max_index: int):
 
 
 def eval_batches(
-    tokens: np.ndarray,
+    sequences: Windows,
     *,
-    objective: str,
-    seq_len: int,
     max_batches: int,
     global_batch_size: int,
     process_index: int,
@@ -151,13 +135,12 @@ def eval_batches(
 ) -> Iterator[Batch]:
     """Yields one pass over the tokens, each a target exactly once (but the very first).
 
-    What the last window and the last batch lack is filled with weight 0, so that every process
-    yields equally many batches of equal shape.
+    Where documents are kept apart, the first of each is no target either. What the last window and
+    the last batch lack is filled with weight 0, so that every process yields equally many batches
+    of equal shape.
 
     Args:
-      tokens: [tokens] integers, at least 2 of them.
-      objective: as for `train_batches`.
-      seq_len: L.
+      sequences: what to evaluate on.
       max_batches: stop after so many; 0: never.
       global_batch_size: G, divisible by process_count.
       process_index: which of the equal parts of each global batch to give.
@@ -167,20 +150,7 @@ def eval_batches(
       As `train_batches` does.
     """
     per_host = global_batch_size // process_count
-    windows = -(-(len(tokens) - 1) // seq_len)
-    batches = -(-windows // global_batch_size)
+    batches = -(-sequences.total // global_batch_size)
     for batch in range(min(batches, max_batches or batches)):
         first = batch * global_batch_size + process_index * per_host
-        starts = (first + np.arange(per_host)) * seq_len
-        positions = starts[:, None] + np.arange(seq_len + 1)
-        window = tokens[np.minimum(positions, len(tokens) - 1)].astype(np.int32)
-        inputs, targets = _split(window, objective)
-        weights = (positions[:, 1:] < len(tokens)).astype(np.float32)
-        yield {"inputs": inputs, "targets": targets, "weights": weights}
-
-
-def _split(window: np.ndarray, objective: str) -> tuple[np.ndarray, np.ndarray]:
-    """[P, L + 1] -> inputs and targets, [P, L] each."""
-    if objective == "masked":
-        return window[:, 1:], window[:, 1:]
-    return window[:, :-1], window[:, 1:]
+        yield sequences.take((first + np.arange(per_host)) * sequences.stride)
