@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from jaxdp import disk, parallel, tokenizer
 from jaxdp.config import BatchSizes, ConfigError, check_text, shown
 from jaxdp.data.cache import TokenCache
+from jaxdp.data.feed import sequences
 from jaxdp.display import quantity
 from jaxdp.model import ModelConfig
 
@@ -24,7 +25,13 @@ def check_data(config: ConfigDict, cache: TokenCache) -> None:
     import jaxdp.data.tensorflow  # noqa: F401  It refuses to share the accelerators.
 
     for split, tokens in (("training", cache.train), ("validation", cache.validation)):
-        if len(tokens) <= config.seq_len:
+        if config.data.packing == "padded":
+            if not sequences(config, cache, "train" if split == "training" else split).total:
+                raise ConfigError(
+                    f"data.path={config.data.path!r} gives no {split} example of which seq_len="
+                    f"{config.seq_len} leaves a token to predict: give more, or a larger seq_len"
+                )
+        elif len(tokens) <= config.seq_len:
             raise ConfigError(
                 f"data.path={config.data.path!r} gives {len(tokens)} {split} tokens, too few for "
                 f"one sequence of seq_len={config.seq_len} and a next token: give more text, or a "

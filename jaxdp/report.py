@@ -9,7 +9,9 @@ from ml_collections import ConfigDict
 
 from jaxdp import price
 from jaxdp.config import BatchSizes
+from jaxdp.data import feed
 from jaxdp.data.cache import TokenCache
+from jaxdp.data.sequences import Examples
 from jaxdp.display import duration, quantity
 from jaxdp.evaluate import Evaluation
 from jaxdp.model import ModelConfig, flops_per_token, num_parameters
@@ -32,6 +34,7 @@ def header(
     parameters = num_parameters(params)
     flops = flops_per_token(ModelConfig.from_config(config, cache.vocab_size), parameters) * tokens
     processes = jax.process_count()
+    epoch = feed.sequences(config, cache, "train").per_epoch
     return {
         "devices": f"{replicas.device_count} x {replicas.devices[0].device_kind} in {processes} "
         + ("process" if processes == 1 else "processes"),
@@ -42,9 +45,22 @@ def header(
         f"{quantity(len(cache.validation))} validation tokens",
         "vocabulary": f"{cache.vocab_size:,} tokens ({config.tokenizer})",
         "training": f"{config.num_train_steps:,} steps, {quantity(tokens)} tokens "
-        f"({tokens / len(cache.train):.2f} epochs), {flops:.2g} FLOPs",
+        f"({sizes.global_ * config.num_train_steps / epoch:.2f} epochs), {flops:.2g} FLOPs",
         "workdir": str(workdir),
-    }
+    } | _examples(config, cache)
+
+
+def _examples(config: ConfigDict, cache: TokenCache) -> dict[str, str]:
+    """What becomes of the examples of data.packing="padded"."""
+    rows = {}
+    for split, index in cache.examples.items():
+        found = feed.sequences(config, cache, split)
+        assert isinstance(found, Examples)
+        rows[f"{split} examples"] = (
+            f"{len(index):,}, of which {found.cut:,} are cut to seq_len={config.seq_len}, and "
+            f"{len(index) - found.total:,} left out as nothing remains to predict"
+        )
+    return rows
 
 
 def in_words(evaluation: Evaluation, bits_per_byte: float) -> str:

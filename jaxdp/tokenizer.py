@@ -5,6 +5,7 @@ has one `tokenizer.json` that other programs can read.
 """
 
 import hashlib
+import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -237,6 +238,23 @@ def encode_documents(tokenizer: Tokenizer, documents: Iterable[str]) -> Iterator
         texts = [text for text, _ in pieces]
         for ids, (_, last) in zip(encode(tokenizer, texts, plain=True), pieces, strict=True):
             yield np.concatenate([ids, suffix]) if last else ids
+
+
+def encode_examples(
+    tokenizer: Tokenizer, examples: Iterable[tuple[str, str]], batch: int = 10_000
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Encodes a stream of prompts and texts, each part by itself, as a model is prompted, too.
+
+    Yields:
+      [m], [n] int64 token ids of the prompt, and of the text with the end token, if there is one.
+    """
+    end = end_id(tokenizer)
+    suffix = np.array([] if end is None else [end], np.int64)
+    examples = iter(examples)
+    while some := list(itertools.islice(examples, batch)):
+        ids = iter(encode(tokenizer, list(itertools.chain.from_iterable(some)), plain=True))
+        for prompt, text in zip(ids, ids, strict=True):
+            yield prompt, np.concatenate([text, suffix])
 
 
 def _batches(

@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +14,14 @@ from test_pipeline import L, assert_equal, evaluation, joined, train
 from test_step import assert_same_run
 from test_step import train as train_steps
 
+from jaxdp import config as configs
 from jaxdp import losses
 from jaxdp.config import ConfigError
+from jaxdp.data import pipeline
 from jaxdp.data.cache import open_cache
 from jaxdp.data.feed import Feed
-from jaxdp.data.sequences import Windows
+from jaxdp.data.pipeline import eval_batches
+from jaxdp.data.sequences import Examples, Windows
 from jaxdp.model import Transformer
 from jaxdp.preflight import check_data
 
@@ -192,3 +196,130 @@ def test_a_run_with_packed_documents_trains_evaluates_and_resumes(config, tmp_pa
         sums += np.array(losses.cross_entropy(logits, batch["targets"], batch["weights"]))
     assert whole.evaluation.tokens == sums[1]
     np.testing.assert_allclose(whole.evaluation.loss, sums[0] / sums[1], rtol=1e-5)
+
+
+# Prompts, texts and the lengths of sequences.
+PAIRS = st.lists(
+    st.tuples(st.lists(st.integers(1, 9), max_size=9), st.lists(st.integers(1, 9), max_size=9)),
+    min_size=1,
+    max_size=12,
+)
+
+
+def examples(pairs, objective="causal", seq_len=L) -> Examples:
+    """As a token cache has them, each text with an end."""
+    starts = np.cumsum([0, *(len(prompt) + len(text) + 1 for prompt, text in pairs)])[:-1]
+    index = np.array([[s, s + len(p)] for s, (p, _) in zip(starts, pairs, strict=True)])
+    return Examples(in_a_row([[*p, *t] for p, t in pairs]), index, seq_len, objective)
+
+
+@FEW
+@given(PAIRS, st.sampled_from(["causal", "masked"]), st.integers(2, 12))
+def test_padded_examples_are_one_to_a_sequence_with_loss_on_the_text_only(
+    pairs, objective, seq_len
+):
+    found, ahead = examples(pairs, objective, seq_len), int(objective == "causal")
+    expected, cut = [], 0
+    for prompt, text in pairs:
+        tokens = [*prompt, *text, END]
+        counts = [0] * len(prompt) + [1] * (len(text) + 1)
+        cut += len(tokens) > seq_len + ahead
+        inputs = tokens[:seq_len]
+        targets, weights = (x[ahead : seq_len + ahead] for x in (tokens, counts))
+        if sum(weights):
+            rows = (inputs, targets, weights)
+            expected.append([x + [0] * (seq_len - len(x)) for x in rows])
+    assert (found.total, found.per_epoch, found.cut) == (len(expected), len(expected), cut)
+    if not expected:
+        return
+    options = {"max_batches": 0, "global_batch_size": 4, "process_index": 0, "process_count": 1}
+    batches = list(eval_batches(found, **options))
+    rows = [np.concatenate([b[k] for b in batches]) for k in ("inputs", "targets", "weights")]
+    for values, wanted in zip(rows, zip(*expected, strict=True), strict=True):
+        assert values[: len(expected)].tolist() == list(wanted)
+    assert not rows[2][len(expected) :].any()
+    assert ("segments" in batches[0]) == (objective == "masked")
+    options.pop("max_batches")
+    steps = pipeline.steps_in(2, found, 4)
+    options |= {"seed": 0, "start_step": 0, "num_steps": steps, "num_epochs": 2}
+    batches = list(pipeline.train_batches(found, **options))
+    rows = np.concatenate([np.stack([b["inputs"], b["targets"]], 1) for b in batches])
+    for epoch in range(2):  # Each is a permutation.
+        part = rows[epoch * len(expected) : (epoch + 1) * len(expected)].tolist()
+        assert sorted(part) == sorted([i, t] for i, t, _ in expected)
+    assert not np.concatenate([b["weights"] for b in batches])[2 * len(expected) :].any()
+
+
+def test_padding_is_not_seen():
+    """The logits of an example are those of it alone, also where every token sees all."""
+    for base in (SMALL, LLAMA):
+        for objective in ("causal", "masked"):
+            config = dataclasses.replace(base, causal=objective == "causal")
+            model, params = initialised(config)
+            batch = examples([([1, 2], [3]), ([4], [])], objective).take(np.array([0, 1]))
+            packing = {k: batch[k] for k in ("segments",) if k in batch}
+            logits = model.apply({"params": params}, batch["inputs"], **packing)
+            for row, tokens in enumerate(([1, 2, 3, END], [4, END])):
+                alone = model.apply({"params": params}, np.array([tokens]))[0]
+                # Sums of up to 32 float32 terms in another order.
+                np.testing.assert_allclose(logits[row][: len(tokens)], alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def fine_tuning(config, tmp_path):
+    """A config of padded JSON lines; the first of them is longer than a sequence."""
+    lines = [{"question": f"{i} squared?", "answer": str(i * i)} for i in range(40)]
+    lines = [
+        {"question": "x" * 5, "answer": "y" * 50},
+        {"question": "z" * 50, "answer": ""},
+        *lines,
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    config.data.update({"path": f"jsonl:{tmp_path}/*.jsonl", "packing": "padded"})
+    config.data.update({"prompt_key": "question", "text_key": "answer"})
+    config.data.cache_dir, config.tokenizer, config.seq_len = str(tmp_path / "cache"), "byte", 20
+    return config
+
+
+def test_fine_tuning_on_json_lines(fine_tuning, tmp_path, capsys):
+    """The cut ones are counted, and the last evaluation is the pass, written down directly."""
+    from jaxdp import loop
+
+    result = loop.train(fine_tuning, tmp_path / "run", devices=jax.local_devices()[:2])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "37, of which 2 are cut to seq_len=20, and 1 left out as nothing remains" in out
+    cache = open_cache(fine_tuning)
+    model = Transformer(loop.ModelConfig.from_config(fine_tuning, cache.vocab_size))
+    params, total, count = jax.device_get(result.state.params), 0.0, 0
+    for i in range(35, 40):
+        prompt, text = f"{i} squared?".encode(), [*str(i * i).encode(), 256]
+        ids = np.array([*prompt, *text])
+        log_p = jax.nn.log_softmax(model.apply({"params": params}, ids[None, :-1])[0])
+        total -= log_p[np.arange(len(ids) - 1), ids[1:]][len(prompt) - 1 :].sum()
+        count += len(text)
+    assert result.evaluation.tokens == count
+    np.testing.assert_allclose(result.evaluation.loss, total / count, rtol=1e-5)
+    assert cache.validation_bytes == count - 5
+    np.testing.assert_allclose(cache.tokens_per_byte, count / (count - 5))
+
+
+def test_a_cache_of_examples_that_is_harmed_is_made_anew(fine_tuning):
+    whole = open_cache(fine_tuning)
+    before = whole.examples["train"].tolist()
+    path, reports = whole.folder / "train.examples.bin", []
+    for harm in (lambda data: data[:-16], lambda data: b"\1" + data[1:]):
+        path.write_bytes(harm(path.read_bytes()))
+        assert open_cache(fine_tuning, reports.append).examples["train"].tolist() == before
+    assert sum("is damaged" in line for line in reports) == 2
+
+
+def test_examples_of_which_nothing_is_left_are_refused(fine_tuning):
+    fine_tuning.seq_len = 2
+    with pytest.raises(ConfigError, match=r"no training example of which seq_len=2 leaves"):
+        check_data(fine_tuning, open_cache(fine_tuning))
+
+
+def test_prompts_need_padding(fine_tuning):
+    fine_tuning.data.packing = "documents"
+    with pytest.raises(ConfigError, match=r"data\.prompt_key='question' .*use 'padded'"):
+        configs.validate(fine_tuning)

@@ -229,3 +229,60 @@ def test_datasets_of_the_catalog_are_read_by_their_usual_keys(name, eval_split, 
             texts = list(source.documents(split))
             assert len(texts) == 3
             assert all(type(text) is str and text for text in texts)
+
+
+def json_lines(tmp_path, *lines: bytes):
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    config = default.get_config()
+    config.data.path = f"jsonl:{tmp_path}/a.jsonl"
+    return config
+
+
+def test_json_lines_give_texts_and_prompts(tmp_path):
+    lines = [
+        b'{"text": "a\\u2028b", "q": "Q: ", "other": 3}',
+        b"  ",
+        '{"text": "\u2028é"}'.encode(),
+    ]
+    config = json_lines(tmp_path, *lines)
+    config.data.eval_fraction = 0.5
+    source = get_source(config)
+    assert list(source.documents("train")) == ["a\u2028b"]
+    assert list(source.examples("validation")) == [("", "\u2028é")]
+    config.data.prompt_key = "q"
+    source = get_source(config)
+    assert list(source.examples("train")) == [("Q: ", "a\u2028b")]
+    assert list(source.documents("train")) == ["Q: a\u2028b"]
+    with pytest.raises(
+        ConfigError, match=r"a\.jsonl, line 3 is no JSON object .*'q', 'text' \('q'\)"
+    ):
+        list(source.examples("validation"))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"{", b"[]", b"3", b'{"text": 3}', b'{"text": "\\ud800"}', b"{}", b"[" * 10**5, b"1" * 9999],
+)
+def test_a_line_that_is_no_example_is_refused_by_its_place(line, tmp_path):
+    config = json_lines(tmp_path, b'{"text": "a"}', line)
+    with pytest.raises(
+        ConfigError, match=r"\Adata\.path: .*a\.jsonl, line 2 is no JSON .*: corr"
+    ) as e:
+        list(get_source(config).documents("validation"))
+    assert "\n" not in str(e.value)
+
+
+def test_prompts_of_a_tfds_dataset(tfds_config):
+    tfds_config.data.update({"prompt_key": "text", "text_key": "text"})
+    text = DOCUMENTS["test"][0]
+    assert next(get_source(tfds_config).examples("validation")) == (text, text)
+    tfds_config.data.prompt_key = "label"
+    with pytest.raises(ConfigError, match=r"data\.prompt_key='label' is no text feature"):
+        next(get_source(tfds_config).examples("validation"))
+
+
+def test_a_text_file_has_no_prompts(corpus):
+    config = default.get_config()
+    config.data.update({"path": f"{corpus}/a.txt", "prompt_key": "q"})
+    with pytest.raises(ConfigError, match=r"data\.prompt_key='q' names no part of a text file"):
+        get_source(config)

@@ -1,7 +1,8 @@
 """The token cache: a corpus as token ids on disk, tokenised once, memory-mapped ever after.
 
 A cache is a folder, named by a fingerprint of all that it depends on, with `train.bin`,
-`validation.bin` (little-endian uint16 or uint32), `tokenizer.json` and `meta.json`. It appears
+`validation.bin` (little-endian uint16 or uint32), `tokenizer.json` and `meta.json`, and of examples
+with prompts `train.examples.bin`, `validation.examples.bin` (int64), where each begins. It appears
 under its name by one rename, whole. Whoever opens it looks whether it still is: at the sizes of
 its files, and up to WHOLE bytes at all that is in them. One that is damaged is built anew.
 """
@@ -14,6 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import filelock
 import numpy as np
@@ -27,6 +29,7 @@ from jaxdp.data.sources import Source, get_source
 
 FORMAT = 2  # Raise it when the same config would give other tokens than before.
 SPLITS = ("train", "validation")
+INDEX = np.dtype("<i8")
 WHOLE = 2**30  # To read so much takes a second or two.
 
 
@@ -40,8 +43,10 @@ class TokenCache:
       validation: likewise.
       tokenizer: what made them.
       vocab_size: one more than the highest id.
-      validation_bytes: of the validation text in UTF-8, for bits per byte.
+      validation_bytes: of the validation text, prompts apart, in UTF-8, for bits per byte.
       digest: SHA-256 over both splits; equal digests, equal data.
+      examples: only of data.packing="padded": for each split [examples, 2] int64, at which token
+        an example begins, and at which what follows its prompt.
     """
 
     folder: Path
@@ -51,11 +56,16 @@ class TokenCache:
     vocab_size: int
     validation_bytes: int
     digest: str
+    examples: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     @property
     def tokens_per_byte(self) -> float:
-        """Of the validation split."""
-        return len(self.validation) / self.validation_bytes
+        """Of the validation split, prompts apart."""
+        tokens = len(self.validation)
+        if self.examples:
+            start, text = self.examples["validation"].T
+            tokens -= int((text - start).sum())
+        return tokens / self.validation_bytes
 
 
 def open_cache(config: ConfigDict, report: Callable[[str], None] = print) -> TokenCache:
@@ -164,7 +174,8 @@ def _fingerprint(config: ConfigDict, source: Source) -> str:
     path = os.path.expanduser(config.tokenizer)
     if os.path.isfile(path):
         tokenizer[0] = _file_digest(Path(path))
-    identity = json.dumps([FORMAT, tokenizer, source.identity()], sort_keys=True)
+    padded = ["padded"] if config.data.packing == "padded" else []
+    identity = json.dumps([FORMAT, tokenizer, source.identity(), *padded], sort_keys=True)
     return hashlib.sha256(identity.encode()).hexdigest()[:16]
 
 
@@ -177,19 +188,10 @@ def _build(config: ConfigDict, source: Source, folder: Path) -> None:
     vocab_size = tokenizers.vocab_size(tokenizer)
     dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
     meta: dict = {"vocab_size": vocab_size, "dtype": dtype.str, "data": config.data.path}
-    digest = hashlib.sha256()
     for split in SPLITS:
-        counter = _Counter(source.documents(split))
-        with open(folder / f"{split}.bin", "wb") as file:
-            for ids in tokenizers.encode_documents(tokenizer, counter):
-                data = ids.astype(dtype).tobytes()
-                digest.update(data)
-                file.write(data)
-            tokens = file.tell() // dtype.itemsize
-            os.fsync(file.fileno())
-        digest.update(split.encode())
-        meta[split] = {"tokens": tokens, "bytes": counter.bytes, "documents": counter.documents}
-    meta["digest"] = digest.hexdigest()
+        write = _write_examples if config.data.packing == "padded" else _write_documents
+        meta[split] = write(tokenizer, source, split, folder, dtype)
+    meta["digest"] = _digest(folder, dtype, meta)
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     meta["tokenizer"] = _file_digest(folder / "tokenizer.json")
     meta["checksum"] = _checksum(meta)
@@ -203,6 +205,50 @@ def _file_digest(path: Path) -> str:
 def _checksum(meta: dict) -> str:
     rest = {key: value for key, value in meta.items() if key != "checksum"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _write_documents(
+    tokenizer: Tokenizer, source: Source, split: str, folder: Path, dtype: np.dtype
+) -> dict[str, int]:
+    """Writes the tokens of a split; returns how much there is of it."""
+    counter = _Counter(source.documents(split))
+    with open(folder / f"{split}.bin", "wb") as file:
+        for ids in tokenizers.encode_documents(tokenizer, counter):
+            file.write(ids.astype(dtype).tobytes())
+        tokens = _end(file) // dtype.itemsize
+    return {"tokens": tokens, "bytes": counter.bytes, "documents": counter.documents}
+
+
+def _write_examples(
+    tokenizer: Tokenizer, source: Source, split: str, folder: Path, dtype: np.dtype
+) -> dict[str, int]:
+    """Likewise, and where each example, and what follows its prompt, begins."""
+    size = 0
+
+    def examples() -> Iterator[tuple[str, str]]:
+        nonlocal size
+        for prompt, text in source.examples(split):
+            size += len(text.encode())
+            yield prompt, text
+
+    tokens = count = 0
+    with (
+        open(folder / f"{split}.bin", "wb") as file,
+        open(folder / f"{split}.examples.bin", "wb") as index,
+    ):
+        for prompt, text in tokenizers.encode_examples(tokenizer, examples()):
+            file.write(np.concatenate([prompt, text]).astype(dtype).tobytes())
+            index.write(np.array([tokens, tokens + len(prompt)], INDEX).tobytes())
+            tokens, count = tokens + len(prompt) + len(text), count + 1
+        _end(file), _end(index)
+    return {"tokens": tokens, "bytes": size, "documents": count, "examples": count}
+
+
+def _end(file: BinaryIO) -> int:
+    """Has what was written on disk; returns how many bytes it is."""
+    file.flush()
+    os.fsync(file.fileno())
+    return file.tell()
 
 
 class _Counter:
@@ -225,34 +271,49 @@ def _load(folder: Path) -> TokenCache:
     if meta["checksum"] != _checksum(meta):
         raise DamagedError("meta.json has changed")
     dtype = np.dtype(meta["dtype"])
-    sizes = {split: meta[split]["tokens"] * dtype.itemsize for split in SPLITS}
-    for split in SPLITS:
-        path = folder / f"{split}.bin"
-        if not path.is_file() or path.stat().st_size != sizes[split]:
-            raise DamagedError(f"{split}.bin is not of {sizes[split]} bytes")
+    files = _files(dtype, meta)
+    for name, (kind, count) in files.items():
+        path, size = folder / name, count * kind.itemsize
+        if not path.is_file() or path.stat().st_size != size:
+            raise DamagedError(f"{name} is not of {size} bytes")
     tokenizer = tokenizers.load_file(folder / "tokenizer.json")
     if _file_digest(folder / "tokenizer.json") != meta["tokenizer"]:
         raise DamagedError("tokenizer.json has changed")
     if tokenizers.vocab_size(tokenizer) != meta["vocab_size"]:
         raise DamagedError(f"tokenizer.json has no vocabulary of {meta['vocab_size']}")
-    if sum(sizes.values()) <= WHOLE and _digest(folder, dtype, meta) != meta["digest"]:
+    small = sum(count * kind.itemsize for kind, count in files.values()) <= WHOLE
+    if small and _digest(folder, dtype, meta) != meta["digest"]:
         raise DamagedError("the tokens have changed")
 
-    def tokens(split: str) -> np.ndarray:
+    def array(name: str) -> np.ndarray:
+        kind, count = files[name]
         # numpy can't map an empty file.
-        if sizes[split] == 0:
-            return np.zeros(0, dtype)
-        return np.memmap(folder / f"{split}.bin", dtype, "r")
+        return np.memmap(folder / name, kind, "r") if count else np.zeros(0, kind)
 
     return TokenCache(
         folder=folder,
-        train=tokens("train"),
-        validation=tokens("validation"),
+        train=array("train.bin"),
+        validation=array("validation.bin"),
         tokenizer=tokenizer,
         vocab_size=meta["vocab_size"],
         validation_bytes=meta["validation"]["bytes"],
         digest=meta["digest"],
+        examples={
+            split: array(f"{split}.examples.bin").reshape(-1, 2)
+            for split in SPLITS
+            if "examples" in meta[split]
+        },
     )
+
+
+def _files(dtype: np.dtype, meta: dict) -> dict[str, tuple[np.dtype, int]]:
+    """The arrays of a cache: {name: (dtype, how many numbers)}."""
+    files = {}
+    for split in SPLITS:
+        files[f"{split}.bin"] = dtype, meta[split]["tokens"]
+        if "examples" in meta[split]:
+            files[f"{split}.examples.bin"] = INDEX, 2 * meta[split]["examples"]
+    return files
 
 
 def _digest(folder: Path, dtype: np.dtype, meta: dict) -> str:
@@ -265,4 +326,6 @@ def _digest(folder: Path, dtype: np.dtype, meta: dict) -> str:
                 if np.frombuffer(piece, dtype).max() >= meta["vocab_size"]:
                     raise DamagedError(f"{split}.bin has ids beyond the vocabulary")
         digest.update(split.encode())
+        if "examples" in meta[split]:
+            digest.update((folder / f"{split}.examples.bin").read_bytes())
     return digest.hexdigest()

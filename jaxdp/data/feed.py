@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from jaxdp import tokenizer
 from jaxdp.data import pipeline
 from jaxdp.data.cache import TokenCache
-from jaxdp.data.sequences import Batch, Windows
+from jaxdp.data.sequences import Batch, Examples, Sequences, Windows
 
 
 class Feed:
@@ -43,7 +43,8 @@ class Feed:
         """Where in the training split the sequences of a step's whole global batch begin."""
         c = self._config
         numbers = step * c.global_batch_size + np.arange(c.global_batch_size, dtype=np.int64)
-        return pipeline.start_positions(numbers, self._train, c.seed).numpy().tolist()
+        starts = pipeline.start_positions(numbers, self._train, c.seed).numpy()
+        return self._train.begin(starts).tolist()
 
     def evaluation(self) -> Iterator[Batch]:
         """See `pipeline.eval_batches`."""
@@ -52,8 +53,11 @@ class Feed:
         )
 
 
-def sequences(config: ConfigDict, cache: TokenCache, split: str) -> Windows:
+def sequences(config: ConfigDict, cache: TokenCache, split: str) -> Sequences:
     """Those that a config makes of the "train" or "validation" tokens."""
+    if config.data.packing == "padded":
+        index = cache.examples[split]
+        return Examples(getattr(cache, split), index, config.seq_len, config.objective)
     end = tokenizer.end_id(cache.tokenizer) if config.data.packing == "documents" else None
     return Windows(getattr(cache, split), config.seq_len, config.objective, end)
 

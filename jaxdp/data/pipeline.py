@@ -12,11 +12,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from jaxdp.data.sequences import Batch, Windows
+from jaxdp.data.sequences import Batch, Sequences
 
 
 def train_batches(
-    sequences: Windows,
+    sequences: Sequences,
     *,
     seed: int,
     start_step: int,
@@ -28,9 +28,8 @@ def train_batches(
 ) -> Iterator[Batch]:
     """Yields this process's rows of the batches of steps start_step .. num_steps - 1.
 
-    In each epoch windows of L + 1 tokens lie side by side (they share the border token, so that
-    each token is a target once), in shuffled order, from an offset that is new in each epoch: less
-    than 2 L tokens at the ends are left out, others each time.
+    Each epoch has a shuffled order of its own. Windows lie side by side from an offset that is new
+    in each epoch, too: less than 2 L tokens at the ends are left out, others each time.
 
     Args:
       sequences: what to train on.
@@ -77,7 +76,7 @@ def train_batches(
         yield batch
 
 
-def start_positions(numbers, sequences: Windows, seed: int):
+def start_positions(numbers, sequences: Sequences, seed: int):
     """Where training sequences begin.
 
     Args:
@@ -99,7 +98,7 @@ def start_positions(numbers, sequences: Windows, seed: int):
     return index * sequences.stride + offset
 
 
-def steps_in(num_epochs: int, sequences: Windows, global_batch_size: int) -> int:
+def steps_in(num_epochs: int, sequences: Sequences, global_batch_size: int) -> int:
     """Optimizer steps that so many epochs take, the last batch filled up where it isn't full."""
     return -(-num_epochs * sequences.per_epoch // global_batch_size)
 
@@ -126,7 +125,7 @@ def _shuffle(index, seeds, max_index: int):
 
 
 def eval_batches(
-    sequences: Windows,
+    sequences: Sequences,
     *,
     max_batches: int,
     global_batch_size: int,

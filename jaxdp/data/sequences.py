@@ -4,6 +4,7 @@ Shapes: P rows of this process, L sequence length.
 """
 
 import dataclasses
+import functools
 
 import numpy as np
 
@@ -56,6 +57,10 @@ class Windows:
         """Of `take`, and their dtypes."""
         return keys(self.objective, "stream" if self.end is None else "documents")
 
+    def begin(self, starts: np.ndarray) -> np.ndarray:
+        """At which tokens [P] they begin."""
+        return starts
+
     def take(self, starts: np.ndarray) -> Batch:
         """The sequences that begin at these tokens.
 
@@ -80,6 +85,96 @@ class Windows:
         if self.objective == "causal":
             weights *= inputs != self.end  # What follows is of another document.
         return batch | documents(inputs, self.end)
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """One example to a sequence, padded; what follows its prompt is to be predicted.
+
+    A longer one loses its end, and one that then has nothing left to predict is left out.
+
+    Attributes:
+      tokens: [tokens] integers, the examples in a row.
+      index: [examples, 2] integers: where each begins, and where what follows its prompt does.
+      seq_len: L.
+      objective: "causal" or "masked".
+    """
+
+    tokens: np.ndarray
+    index: np.ndarray
+    seq_len: int
+    objective: str
+    stride = 1
+    slack = 0
+
+    @functools.cached_property
+    def borders(self) -> np.ndarray:
+        """[examples, 3] int64: where each begins, its targets begin, and it ends."""
+        start, text = np.asarray(self.index, np.int64).T
+        end = np.append(start[1:], len(self.tokens))
+        return np.stack([start, np.maximum(text, start + self._ahead), end], axis=1)
+
+    @functools.cached_property
+    def kept(self) -> np.ndarray:
+        """[examples with a target, 3] int64: their `borders`."""
+        start, first, end = self.borders.T
+        return self.borders[first < np.minimum(end, start + self.seq_len + self._ahead)]
+
+    @property
+    def _ahead(self) -> int:
+        """By how much targets are ahead of inputs."""
+        return int(self.objective == "causal")
+
+    @property
+    def cut(self) -> int:
+        """How many are longer than a sequence."""
+        start, _, end = self.borders.T
+        return int((end - start > self.seq_len + self._ahead).sum())
+
+    @property
+    def per_epoch(self) -> int:
+        """Sequences to train on."""
+        return len(self.kept)
+
+    @property
+    def total(self) -> int:
+        """Sequences of one exact pass."""
+        return len(self.kept)
+
+    @property
+    def keys(self) -> dict[str, type]:
+        """Of `take`, and their dtypes."""
+        return keys(self.objective, "padded")
+
+    def begin(self, numbers: np.ndarray) -> np.ndarray:
+        """At which tokens [P] these examples begin."""
+        return self.kept[numbers, 0]
+
+    def take(self, numbers: np.ndarray) -> Batch:
+        """The examples of these numbers.
+
+        Args:
+          numbers: [P] int64; those beyond the last are given weight 0.
+
+        Returns:
+          inputs, targets [P, L] int32, weights [P, L] float32; for "masked" segments [P, L] int32,
+          1 for the padding: an earlier token does not see it anyway, but here each sees all.
+        """
+        start, first, end = self.kept[np.minimum(numbers, self.total - 1)].T[:, :, None]
+        inputs = start + np.arange(self.seq_len)
+        targets = inputs + self._ahead
+        last = len(self.tokens) - 1
+        weights = (first <= targets) & (targets < end) & (numbers < self.total)[:, None]
+        batch = {
+            "inputs": np.where(inputs < end, self.tokens[np.minimum(inputs, last)], 0),
+            "targets": np.where(targets < end, self.tokens[np.minimum(targets, last)], 0),
+            "weights": weights,
+            "segments": inputs >= end,
+        }
+        return {key: batch[key].astype(dtype) for key, dtype in self.keys.items()}
+
+
+Sequences = Windows | Examples
 
 
 def split(window: np.ndarray, objective: str) -> tuple[np.ndarray, np.ndarray]:
@@ -108,8 +203,9 @@ def documents(inputs: np.ndarray, end: int) -> Batch:
 
 def keys(objective: str, packing: str) -> dict[str, type]:
     """What a batch consists of, [P, L] each, and the dtypes."""
-    del objective
     more: dict[str, type] = {}
     if packing == "documents":
         more = {"segments": np.int32, "positions": np.int32}
+    elif packing == "padded" and objective == "masked":
+        more = {"segments": np.int32}
     return {"inputs": np.int32, "targets": np.int32, "weights": np.float32} | more
