@@ -45,7 +45,7 @@ def get_config() -> ConfigDict:
     c.data.cache_dir = ""  # Where tokenised text is kept; "": ~/.cache/jaxdp/tokens.
 
     # "char", "byte", "train:bpe:VOCAB_SIZE" (trained on the training split), "hf:NAME" from the
-    # Hugging Face hub, or the path of a tokenizer.json.
+    # Hugging Face hub, or the path of a tokenizer.json or of a SentencePiece .model.
     c.tokenizer = "byte"
 
     # The model.

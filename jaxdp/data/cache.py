@@ -13,9 +13,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
 
 import filelock
 import numpy as np
@@ -25,11 +24,11 @@ from tokenizers import Tokenizer
 from jaxdp import disk
 from jaxdp import tokenizer as tokenizers
 from jaxdp.config import ConfigError, shown
+from jaxdp.data import building, layout
+from jaxdp.data.layout import SPLITS, DamagedError
 from jaxdp.data.sources import Source, get_source
 
 FORMAT = 2  # Raise it when the same config would give other tokens than before.
-SPLITS = ("train", "validation")
-INDEX = np.dtype("<i8")
 WHOLE = 2**30  # To read so much takes a second or two.
 
 
@@ -71,8 +70,8 @@ class TokenCache:
 def open_cache(config: ConfigDict, report: Callable[[str], None] = print) -> TokenCache:
     """Opens the token cache for a config and builds it first if it isn't there.
 
-    Processes that start at once wait for the one that builds. One that dies while it builds
-    leaves an unnamed folder that the next one removes. A damaged cache is reported and replaced.
+    Processes that start at once wait for the one that builds. Where one dies while it builds, the
+    next goes on from what is on disk. A damaged cache is reported and replaced.
 
     Args:
       config: a valid config.
@@ -120,19 +119,15 @@ def _build_once(
         _put_away(folder)
     for abandoned in folder.parent.glob(f"{folder.name}.building-*"):
         shutil.rmtree(abandoned)
-    report(f"Tokenising {config.data.path} with tokenizer={config.tokenizer} ...")
-    temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.building-", dir=folder.parent))
+    temporary = Path(f"{folder}.building")
+    building.begin(temporary)
     try:
-        _build(config, source, temporary)
-        temporary.chmod(0o755)  # mkdtemp's folders are for one user, caches may be shared.
+        building.build(config, source, temporary, report)
         temporary.rename(folder)
-    finally:
+    except Exception:
         shutil.rmtree(temporary, ignore_errors=True)
+        raise
     return _load(folder)
-
-
-class DamagedError(ValueError):
-    """A token cache isn't as it was made."""
 
 
 def _find(folder: Path) -> TokenCache | None:
@@ -173,116 +168,29 @@ def _fingerprint(config: ConfigDict, source: Source) -> str:
     tokenizer: list = [config.tokenizer, config.objective]
     path = os.path.expanduser(config.tokenizer)
     if os.path.isfile(path):
-        tokenizer[0] = _file_digest(Path(path))
+        tokenizer[0] = layout.file_digest(Path(path))
     padded = ["padded"] if config.data.packing == "padded" else []
     identity = json.dumps([FORMAT, tokenizer, source.identity(), *padded], sort_keys=True)
     return hashlib.sha256(identity.encode()).hexdigest()[:16]
 
 
-def _build(config: ConfigDict, source: Source, folder: Path) -> None:
-    def documents(with_validation: bool) -> Iterator[str]:
-        for split in SPLITS if with_validation else SPLITS[:1]:
-            yield from source.documents(split)
-
-    tokenizer = tokenizers.get_tokenizer(config.tokenizer, config.objective, documents)
-    vocab_size = tokenizers.vocab_size(tokenizer)
-    dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
-    meta: dict = {"vocab_size": vocab_size, "dtype": dtype.str, "data": config.data.path}
-    for split in SPLITS:
-        write = _write_examples if config.data.packing == "padded" else _write_documents
-        meta[split] = write(tokenizer, source, split, folder, dtype)
-    meta["digest"] = _digest(folder, dtype, meta)
-    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-    meta["tokenizer"] = _file_digest(folder / "tokenizer.json")
-    meta["checksum"] = _checksum(meta)
-    (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
-
-
-def _file_digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _checksum(meta: dict) -> str:
-    rest = {key: value for key, value in meta.items() if key != "checksum"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def _write_documents(
-    tokenizer: Tokenizer, source: Source, split: str, folder: Path, dtype: np.dtype
-) -> dict[str, int]:
-    """Writes the tokens of a split; returns how much there is of it."""
-    counter = _Counter(source.documents(split))
-    with open(folder / f"{split}.bin", "wb") as file:
-        for ids in tokenizers.encode_documents(tokenizer, counter):
-            file.write(ids.astype(dtype).tobytes())
-        tokens = _end(file) // dtype.itemsize
-    return {"tokens": tokens, "bytes": counter.bytes, "documents": counter.documents}
-
-
-def _write_examples(
-    tokenizer: Tokenizer, source: Source, split: str, folder: Path, dtype: np.dtype
-) -> dict[str, int]:
-    """Likewise, and where each example, and what follows its prompt, begins."""
-    size = 0
-
-    def examples() -> Iterator[tuple[str, str]]:
-        nonlocal size
-        for prompt, text in source.examples(split):
-            size += len(text.encode())
-            yield prompt, text
-
-    tokens = count = 0
-    with (
-        open(folder / f"{split}.bin", "wb") as file,
-        open(folder / f"{split}.examples.bin", "wb") as index,
-    ):
-        for prompt, text in tokenizers.encode_examples(tokenizer, examples()):
-            file.write(np.concatenate([prompt, text]).astype(dtype).tobytes())
-            index.write(np.array([tokens, tokens + len(prompt)], INDEX).tobytes())
-            tokens, count = tokens + len(prompt) + len(text), count + 1
-        _end(file), _end(index)
-    return {"tokens": tokens, "bytes": size, "documents": count, "examples": count}
-
-
-def _end(file: BinaryIO) -> int:
-    """Has what was written on disk; returns how many bytes it is."""
-    file.flush()
-    os.fsync(file.fileno())
-    return file.tell()
-
-
-class _Counter:
-    """Iterates over documents and counts them, and their bytes in UTF-8, on the way."""
-
-    def __init__(self, documents: Iterator[str]):
-        self._documents = documents
-        self.documents = 0
-        self.bytes = 0
-
-    def __iter__(self) -> Iterator[str]:
-        for document in self._documents:
-            self.documents += 1
-            self.bytes += len(document.encode())
-            yield document
-
-
 def _load(folder: Path) -> TokenCache:
     meta = json.loads((folder / "meta.json").read_text())
-    if meta["checksum"] != _checksum(meta):
+    if meta["checksum"] != layout.checksum(meta):
         raise DamagedError("meta.json has changed")
     dtype = np.dtype(meta["dtype"])
-    files = _files(dtype, meta)
+    files = layout.files(dtype, meta)
     for name, (kind, count) in files.items():
         path, size = folder / name, count * kind.itemsize
         if not path.is_file() or path.stat().st_size != size:
             raise DamagedError(f"{name} is not of {size} bytes")
     tokenizer = tokenizers.load_file(folder / "tokenizer.json")
-    if _file_digest(folder / "tokenizer.json") != meta["tokenizer"]:
+    if layout.file_digest(folder / "tokenizer.json") != meta["tokenizer"]:
         raise DamagedError("tokenizer.json has changed")
     if tokenizers.vocab_size(tokenizer) != meta["vocab_size"]:
         raise DamagedError(f"tokenizer.json has no vocabulary of {meta['vocab_size']}")
     small = sum(count * kind.itemsize for kind, count in files.values()) <= WHOLE
-    if small and _digest(folder, dtype, meta) != meta["digest"]:
+    if small and layout.digest(folder, dtype, meta) != meta["digest"]:
         raise DamagedError("the tokens have changed")
 
     def array(name: str) -> np.ndarray:
@@ -304,28 +212,3 @@ def _load(folder: Path) -> TokenCache:
             if "examples" in meta[split]
         },
     )
-
-
-def _files(dtype: np.dtype, meta: dict) -> dict[str, tuple[np.dtype, int]]:
-    """The arrays of a cache: {name: (dtype, how many numbers)}."""
-    files = {}
-    for split in SPLITS:
-        files[f"{split}.bin"] = dtype, meta[split]["tokens"]
-        if "examples" in meta[split]:
-            files[f"{split}.examples.bin"] = INDEX, 2 * meta[split]["examples"]
-    return files
-
-
-def _digest(folder: Path, dtype: np.dtype, meta: dict) -> str:
-    """Of the tokens on disk; raises DamagedError for ids beyond the vocabulary."""
-    digest = hashlib.sha256()
-    for split in SPLITS:
-        with open(folder / f"{split}.bin", "rb") as file:
-            while piece := file.read(2**24):
-                digest.update(piece)
-                if np.frombuffer(piece, dtype).max() >= meta["vocab_size"]:
-                    raise DamagedError(f"{split}.bin has ids beyond the vocabulary")
-        digest.update(split.encode())
-        if "examples" in meta[split]:
-            digest.update((folder / f"{split}.examples.bin").read_bytes())
-    return digest.hexdigest()
