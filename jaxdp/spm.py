@@ -130,8 +130,8 @@ def _normalizers(spec: Any) -> list[Any]:
 
 def _decoders(model: Any) -> list[Any]:
     steps: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    if model.normalizer_spec.add_dummy_prefix:
-        every = model.normalizer_spec.remove_extra_whitespaces
+    every = model.normalizer_spec.remove_extra_whitespaces
+    if model.normalizer_spec.add_dummy_prefix or every:
         steps.append(decoders.Strip(" ", 2**20 if every else 1, 0))
     return steps
 

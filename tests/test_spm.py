@@ -25,7 +25,7 @@ PIECES = st.sampled_from(
         "x",
         "ing",
         "😀",
-        "Ａ",
+        "\uff21",
         "①",
         "ﬁ",
         "\t",
