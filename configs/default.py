@@ -29,6 +29,7 @@ def get_config() -> ConfigDict:
     # The data.
     c.data = ConfigDict()
     # "tfds:NAME[/CONFIG][:VERSION]", text files "text:GLOB" or "FILE.txt", JSON lines "jsonl:GLOB".
+    # Several of these, by weight: "0.7*tfds:NAME+0.3*text:GLOB".
     c.data.path = ""
     c.data.data_dir = ""  # Where TFDS keeps its data; "": ~/tensorflow_datasets.
     c.data.text_key = "text"  # The TFDS feature, or the key of JSON lines, that holds the text.

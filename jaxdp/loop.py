@@ -199,6 +199,11 @@ def _with_steps(config: ConfigDict, cache: TokenCache) -> ConfigDict:
     """The config with num_train_steps as num_epochs asks for it."""
     if config.num_epochs == 0:
         return config
+    if len(cache.train_borders) > 1:
+        raise ConfigError(
+            f"num_epochs={config.num_epochs} has no meaning with several sources in data.path: set "
+            "num_train_steps"
+        )
     config = config.copy_and_resolve_references()
     config.num_train_steps = feed.epoch_steps(config, cache)
     if config.num_train_steps > MOST:

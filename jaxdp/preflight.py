@@ -10,10 +10,12 @@ from typing import Any
 
 import filelock
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from jaxdp import disk, parallel, tokenizer
 from jaxdp.config import BatchSizes, ConfigError, check_text, shown
+from jaxdp.data import mixture
 from jaxdp.data.cache import TokenCache
 from jaxdp.data.feed import sequences
 from jaxdp.display import quantity
@@ -24,19 +26,22 @@ def check_data(config: ConfigDict, cache: TokenCache) -> None:
     """Refuses splits that hold not even one sequence, and a sample prompt that can't be read."""
     import jaxdp.data.tensorflow  # noqa: F401  It refuses to share the accelerators.
 
-    for split, tokens in (("training", cache.train), ("validation", cache.validation)):
-        if config.data.packing == "padded":
-            if not sequences(config, cache, "train" if split == "training" else split).total:
+    for split, key in (("training", "train"), ("validation", "validation")):
+        borders = cache.train_borders if key == "train" else (len(cache.validation),)
+        paths = list(mixture.parse(config.data.path)) if key == "train" else [config.data.path]
+        counts = [part.count for part in sequences(config, cache, key).parts]
+        for path, count, tokens in zip(paths, counts, np.diff(borders, prepend=0), strict=True):
+            if config.data.packing == "padded" and not count:
                 raise ConfigError(
-                    f"data.path={config.data.path!r} gives no {split} example of which seq_len="
+                    f"data.path={path!r} gives no {split} example of which seq_len="
                     f"{config.seq_len} leaves a token to predict: give more, or a larger seq_len"
                 )
-        elif len(tokens) <= config.seq_len:
-            raise ConfigError(
-                f"data.path={config.data.path!r} gives {len(tokens)} {split} tokens, too few for "
-                f"one sequence of seq_len={config.seq_len} and a next token: give more text, or a "
-                "smaller seq_len"
-            )
+            if config.data.packing != "padded" and tokens <= config.seq_len:
+                raise ConfigError(
+                    f"data.path={path!r} gives {tokens} {split} tokens, too few for one sequence "
+                    f"of seq_len={config.seq_len} and a next token: give more text, or a smaller "
+                    "seq_len"
+                )
     if config.data.packing == "documents" and tokenizer.end_id(cache.tokenizer) is None:
         raise ConfigError(
             f"data.packing='documents' needs a token that ends a document, and tokenizer="

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from jaxdp import price
 from jaxdp.config import BatchSizes
-from jaxdp.data import feed
+from jaxdp.data import feed, mixture, pipeline
 from jaxdp.data.cache import TokenCache
 from jaxdp.data.sequences import Examples
 from jaxdp.display import duration, quantity
@@ -34,7 +34,7 @@ def header(
     parameters = num_parameters(params)
     flops = flops_per_token(ModelConfig.from_config(config, cache.vocab_size), parameters) * tokens
     processes = jax.process_count()
-    epoch = feed.sequences(config, cache, "train").per_epoch
+    epoch = pipeline.epoch_length(feed.sequences(config, cache, "train"))
     return {
         "devices": f"{replicas.device_count} x {replicas.devices[0].device_kind} in {processes} "
         + ("process" if processes == 1 else "processes"),
@@ -47,7 +47,27 @@ def header(
         "training": f"{config.num_train_steps:,} steps, {quantity(tokens)} tokens "
         f"({sizes.global_ * config.num_train_steps / epoch:.2f} epochs), {flops:.2g} FLOPs",
         "workdir": str(workdir),
-    } | _examples(config, cache)
+        **_sources(config, cache),
+        **_examples(config, cache),
+    }
+
+
+def _sources(config: ConfigDict, cache: TokenCache) -> dict[str, str]:
+    """Those of a mixture: their share, and how often each is gone through."""
+    found = feed.sequences(config, cache, "train")
+    shares, first, rows = mixture.parse(config.data.path), 0, {}
+    if len(shares) == 1:
+        return {}
+    for (path, share), end, part in zip(
+        shares.items(), cache.train_borders, found.parts, strict=True
+    ):
+        part_of_all = share / sum(shares.values())
+        taken = config.num_train_steps * config.global_batch_size * part_of_all
+        rows[f"source {len(rows) + 1}"] = (
+            f"{part_of_all:.2%} {path}, {quantity(end - first)} tokens, {taken / part.count:.2f} epochs"
+        )
+        first = end
+    return rows
 
 
 def _examples(config: ConfigDict, cache: TokenCache) -> dict[str, str]:

@@ -9,7 +9,8 @@ from jaxdp.data.sequences import Windows
 # The tokens of most tests are 0, 1, 2, ..., so that a token tells its position.
 TOKENS = np.arange(203, dtype=np.uint16)
 L, G = 8, 4
-W, SLACK = Windows(TOKENS, L, "causal").per_epoch, Windows(TOKENS, L, "causal").slack
+[PART] = Windows(TOKENS, L, "causal").parts
+W, SLACK = PART.count, PART.slack
 
 
 def train(tokens=TOKENS, steps=range(30), objective="causal", end=None, **changes) -> list[dict]:
@@ -130,9 +131,9 @@ def test_a_token_is_a_target_at_most_once_an_epoch():
 
 @pytest.mark.parametrize("length", [*range(L + 1, 5 * L), 1000])
 def test_fewer_than_two_windows_of_tokens_are_left_out_of_an_epoch(length):
-    windows = Windows(np.arange(length), L, "causal")
-    assert windows.per_epoch >= 1
-    assert 0 <= windows.slack == length - 1 - windows.per_epoch * L < 2 * L
+    [part] = Windows(np.arange(length), L, "causal").parts
+    assert part.count >= 1
+    assert 0 <= part.slack == length - 1 - part.count * L < 2 * L
 
 
 def test_each_epoch_has_an_order_of_its_own():

@@ -229,7 +229,7 @@ def test_padded_examples_are_one_to_a_sequence_with_loss_on_the_text_only(
         if sum(weights):
             rows = (inputs, targets, weights)
             expected.append([x + [0] * (seq_len - len(x)) for x in rows])
-    assert (found.total, found.per_epoch, found.cut) == (len(expected), len(expected), cut)
+    assert (found.total, found.parts[0].count, found.cut) == (len(expected), len(expected), cut)
     if not expected:
         return
     options = {"max_batches": 0, "global_batch_size": 4, "process_index": 0, "process_count": 1}

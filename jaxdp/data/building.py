@@ -1,6 +1,8 @@
 """Building a token cache, part by part, so that a process that is killed costs one part only."""
 
 import contextlib
+import copy
+import itertools
 import json
 import os
 import shutil
@@ -45,7 +47,9 @@ def begin(building: Path) -> None:
         building.mkdir()
 
 
-def build(config: ConfigDict, source: Source, folder: Path, report: Callable[[str], None]) -> None:
+def build(
+    config: ConfigDict, sources: list[Source], folder: Path, report: Callable[[str], None]
+) -> None:
     """Builds a cache, or what a folder lacks of it."""
     if (folder / PROGRESS).exists():
         meta = json.loads((folder / PROGRESS).read_text())
@@ -54,51 +58,58 @@ def build(config: ConfigDict, source: Source, folder: Path, report: Callable[[st
         report(f"Going on with tokenising {config.data.path} after {done:,} tokens ...")
     else:
         report(f"Tokenising {config.data.path} with tokenizer={config.tokenizer} ...")
-        tokenizer, meta = _start(config, source, folder, report)
+        tokenizer, meta = _start(config, sources, folder, report)
         _record(folder / PROGRESS, meta)
     for split in SPLITS:
-        _write(tokenizer, source, split, folder, meta, report)
+        _write(tokenizer, sources, split, folder, meta, report)
     meta["digest"] = layout.digest(folder, np.dtype(meta["dtype"]), meta)
     _record(folder / "meta.json", meta)
     (folder / PROGRESS).unlink()
 
 
 def _start(
-    config: ConfigDict, source: Source, folder: Path, report: Callable[[str], None]
+    config: ConfigDict, sources: list[Source], folder: Path, report: Callable[[str], None]
 ) -> tuple[Tokenizer, dict]:
     """Makes the tokenizer, and meta of a cache with no tokens yet."""
 
     def documents(with_validation: bool) -> Iterator[str]:
         said, size = time.monotonic(), 0
-        for split in SPLITS if with_validation else SPLITS[:1]:
-            for document in source.documents(split):
-                yield document
-                size += len(document)
-                if time.monotonic() - said > RECORD_EVERY:
-                    said = time.monotonic()
-                    report(f"making the tokenizer: {size:,} characters read")
+        splits = SPLITS if with_validation else SPLITS[:1]
+        texts = (source.documents(split) for split in splits for source in sources)
+        for document in itertools.chain.from_iterable(texts):
+            yield document
+            size += len(document)
+            if time.monotonic() - said > RECORD_EVERY:
+                said = time.monotonic()
+                report(f"making the tokenizer: {size:,} characters read")
 
     tokenizer = tokenizers.get_tokenizer(config.tokenizer, config.objective, documents)
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     vocab_size = tokenizers.vocab_size(tokenizer)
     padded = config.data.packing == "padded"
-    none = {"tokens": 0, "pieces": 0, "whole": False} | ({"examples": 0} if padded else {})
+    # Borders are where sources end; pieces are those of the one that hasn't yet.
+    none: dict = {"tokens": 0, "bytes": 0, "documents": 0, "borders": [], "pieces": 0}
+    none |= {"examples": 0} if padded else {}
     return tokenizer, {
         "vocab_size": vocab_size,
         "dtype": "<u2" if vocab_size <= 2**16 else "<u4",
         "data": config.data.path,
         "tokenizer": layout.file_digest(folder / "tokenizer.json"),
-    } | {split: dict(none) for split in SPLITS}
+    } | {split: copy.deepcopy(none) for split in SPLITS}
 
 
-def _record(path: Path, meta: dict) -> None:
+def _record(path: Path, meta: dict, files: Sequence[BinaryIO] = ()) -> None:
+    """Writes meta once the files that it speaks of are on disk."""
+    for file in files:
+        file.flush()
+        os.fsync(file.fileno())
     meta["checksum"] = layout.checksum(meta)
     write_whole(path, json.dumps(meta, indent=2) + "\n")
 
 
 def _write(
     tokenizer: Tokenizer,
-    source: Source,
+    sources: list[Source],
     split: str,
     folder: Path,
     meta: dict,
@@ -106,30 +117,31 @@ def _write(
 ) -> None:
     """Writes what a split lacks; says, and records for whoever goes on, how far it is."""
     part, dtype, padded = meta[split], np.dtype(meta["dtype"]), "examples" in meta[split]
-    if part["whole"]:
-        return
-    counter, began, before = _Counter(source.examples(split)), time.monotonic(), part["tokens"]
+    before, began = part["tokens"], time.monotonic()
     recorded = began
     with contextlib.ExitStack() as stack:
         names = layout.files(dtype, {split: part})
         files = [stack.enter_context(open(folder / name, "ab")) for name in names]
-        for prompt, ids in _encode(tokenizer, counter, part["pieces"], padded):
-            files[0].write(ids.astype(dtype).tobytes())
-            if padded:
-                index = part["tokens"], part["tokens"] + prompt
-                files[1].write(np.array(index, INDEX).tobytes())
-                part["examples"] += 1
-            part["tokens"] += len(ids)
-            part["pieces"] += 1
-            if (now := time.monotonic()) - recorded >= RECORD_EVERY:
-                recorded = now
-                _sync(files)
-                _record(folder / PROGRESS, meta)
-                speed = (part["tokens"] - before) / (now - began)
-                report(f"{split}: {part['tokens']:,} tokens, {speed:,.0f} tokens/s")
-        _sync(files)
-    part |= {"bytes": counter.bytes, "documents": counter.documents, "whole": True}
-    _record(folder / PROGRESS, meta)
+        for source in sources[len(part["borders"]) :]:
+            counter = _Counter(source.examples(split))
+            for prompt, ids in _encode(tokenizer, counter, part["pieces"], padded):
+                files[0].write(ids.astype(dtype).tobytes())
+                if padded:
+                    index = part["tokens"], part["tokens"] + prompt
+                    files[1].write(np.array(index, INDEX).tobytes())
+                    part["examples"] += 1
+                part["tokens"] += len(ids)
+                part["pieces"] += 1
+                if (now := time.monotonic()) - recorded >= RECORD_EVERY:
+                    recorded = now
+                    _record(folder / PROGRESS, meta, files)
+                    speed = (part["tokens"] - before) / (now - began)
+                    report(f"{split}: {part['tokens']:,} tokens, {speed:,.0f} tokens/s")
+            part["bytes"] += counter.bytes
+            part["documents"] += counter.documents
+            part["borders"].append(part["tokens"])
+            part["pieces"] = 0
+            _record(folder / PROGRESS, meta, files)
 
 
 def _encode(
@@ -143,12 +155,6 @@ def _encode(
         texts = (text for _, text in examples)
         for ids in tokenizers.encode_documents(tokenizer, texts, done):
             yield 0, ids
-
-
-def _sync(files: Sequence[BinaryIO]) -> None:
-    for file in files:
-        file.flush()
-        os.fsync(file.fileno())
 
 
 class _Counter:

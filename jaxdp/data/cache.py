@@ -15,6 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import filelock
 import numpy as np
@@ -26,7 +27,7 @@ from jaxdp import tokenizer as tokenizers
 from jaxdp.config import ConfigError, shown
 from jaxdp.data import building, layout
 from jaxdp.data.layout import SPLITS, DamagedError
-from jaxdp.data.sources import Source, get_source
+from jaxdp.data.sources import Source, get_sources
 
 FORMAT = 2  # Raise it when the same config would give other tokens than before.
 WHOLE = 2**30  # To read so much takes a second or two.
@@ -44,6 +45,7 @@ class TokenCache:
       vocab_size: one more than the highest id.
       validation_bytes: of the validation text, prompts apart, in UTF-8, for bits per byte.
       digest: SHA-256 over both splits; equal digests, equal data.
+      train_borders: at which training tokens the sources end.
       examples: only of data.packing="padded": for each split [examples, 2] int64, at which token
         an example begins, and at which what follows its prompt.
     """
@@ -55,6 +57,7 @@ class TokenCache:
     vocab_size: int
     validation_bytes: int
     digest: str
+    train_borders: tuple[int, ...]
     examples: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     @property
@@ -80,7 +83,7 @@ def open_cache(config: ConfigDict, report: Callable[[str], None] = print) -> Tok
     Raises:
       ConfigError: there is no such data or tokenizer.
     """
-    source = get_source(config)
+    sources = get_sources(config)
     root = Path(os.path.expanduser(config.data.cache_dir or "~/.cache/jaxdp/tokens"))
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -89,7 +92,7 @@ def open_cache(config: ConfigDict, report: Callable[[str], None] = print) -> Tok
             f"data.cache_dir={shown(str(root))} can't be made ({error.strerror}): choose another "
             "folder"
         ) from None
-    folder = root / _fingerprint(config, source)
+    folder = root / _fingerprint(config, sources)
     try:
         if (cache := _find(folder)) is not None:
             return cache
@@ -97,7 +100,7 @@ def open_cache(config: ConfigDict, report: Callable[[str], None] = print) -> Tok
         pass
     try:
         with filelock.FileLock(_lock(folder)):
-            return _build_once(config, source, folder, report)
+            return _build_once(config, sources, folder, report)
     except OSError as error:
         if error.errno not in disk.FULL:
             raise
@@ -108,7 +111,7 @@ def open_cache(config: ConfigDict, report: Callable[[str], None] = print) -> Tok
 
 
 def _build_once(
-    config: ConfigDict, source: Source, folder: Path, report: Callable[[str], None]
+    config: ConfigDict, sources: list[Source], folder: Path, report: Callable[[str], None]
 ) -> TokenCache:
     """Builds the cache unless another process has; nothing is left of one that fails."""
     try:
@@ -122,7 +125,7 @@ def _build_once(
     temporary = Path(f"{folder}.building")
     building.begin(temporary)
     try:
-        building.build(config, source, temporary, report)
+        building.build(config, sources, temporary, report)
         temporary.rename(folder)
     except Exception:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -163,14 +166,16 @@ def _put_away(folder: Path) -> None:
         ) from None
 
 
-def _fingerprint(config: ConfigDict, source: Source) -> str:
+def _fingerprint(config: ConfigDict, sources: list[Source]) -> str:
     """Names the cache by everything its content depends on."""
     tokenizer: list = [config.tokenizer, config.objective]
     path = os.path.expanduser(config.tokenizer)
     if os.path.isfile(path):
         tokenizer[0] = layout.file_digest(Path(path))
     padded = ["padded"] if config.data.packing == "padded" else []
-    identity = json.dumps([FORMAT, tokenizer, source.identity(), *padded], sort_keys=True)
+    data: Any = [source.identity() for source in sources]
+    data = data if len(data) > 1 else data[0]
+    identity = json.dumps([FORMAT, tokenizer, data, *padded], sort_keys=True)
     return hashlib.sha256(identity.encode()).hexdigest()[:16]
 
 
@@ -206,6 +211,7 @@ def _load(folder: Path) -> TokenCache:
         vocab_size=meta["vocab_size"],
         validation_bytes=meta["validation"]["bytes"],
         digest=meta["digest"],
+        train_borders=tuple(meta["train"].get("borders", [meta["train"]["tokens"]])),
         examples={
             split: array(f"{split}.examples.bin").reshape(-1, 2)
             for split in SPLITS

@@ -8,7 +8,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxdp import tokenizer
-from jaxdp.data import pipeline
+from jaxdp.data import mixture, pipeline
 from jaxdp.data.cache import TokenCache
 from jaxdp.data.sequences import Batch, Examples, Sequences, Windows
 
@@ -55,11 +55,15 @@ class Feed:
 
 def sequences(config: ConfigDict, cache: TokenCache, split: str) -> Sequences:
     """Those that a config makes of the "train" or "validation" tokens."""
+    tokens, shape = getattr(cache, split), (config.seq_len, config.objective)
+    mix: dict[str, Any] = {}
+    if split == "train":
+        shares = mixture.parse(config.data.path).values()
+        mix = {"borders": cache.train_borders, "shares": tuple(shares)}
     if config.data.packing == "padded":
-        index = cache.examples[split]
-        return Examples(getattr(cache, split), index, config.seq_len, config.objective)
+        return Examples(tokens, cache.examples[split], *shape, **mix)
     end = tokenizer.end_id(cache.tokenizer) if config.data.packing == "documents" else None
-    return Windows(getattr(cache, split), config.seq_len, config.objective, end)
+    return Windows(tokens, *shape, end, **mix)
 
 
 def epoch_steps(config: ConfigDict, cache: TokenCache) -> int:

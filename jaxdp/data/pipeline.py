@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from jaxdp.data import mixture
 from jaxdp.data.sequences import Batch, Sequences
 
 
@@ -28,8 +29,8 @@ def train_batches(
 ) -> Iterator[Batch]:
     """Yields this process's rows of the batches of steps start_step .. num_steps - 1.
 
-    Each epoch has a shuffled order of its own. Windows lie side by side from an offset that is new
-    in each epoch, too: less than 2 L tokens at the ends are left out, others each time.
+    Each epoch of a source has a shuffled order of its own. Windows lie side by side from an offset
+    that is new in each epoch, too: less than 2 L tokens at the ends are left out, others each time.
 
     Args:
       sequences: what to train on.
@@ -68,7 +69,7 @@ def train_batches(
     options = tf.data.Options()
     options.autotune.enabled = False
     dataset = dataset.with_options(options)
-    end = num_epochs * sequences.per_epoch or np.inf
+    end = num_epochs * epoch_length(sequences) or np.inf
     for step, arrays in enumerate(dataset.as_numpy_iterator(), start_step):
         batch = dict(zip(keys, arrays, strict=True))
         if not (real := numbers(step) < end).all():
@@ -89,27 +90,41 @@ def start_positions(numbers, sequences: Sequences, seed: int):
     """
     from jaxdp.data.tensorflow import tf
 
-    count, slack = sequences.per_epoch, sequences.slack
+    def of(values):  # [P] of the source of each.
+        return tf.gather(tf.constant(values, tf.int64), source)
+
+    parts, turns = sequences.parts, mixture.cycle(sequences.shares)
+    turn, round_ = numbers % len(turns.turns), numbers // len(turns.turns)
+    source = tf.gather(turns.turns, turn)
+    numbers = round_ * of(sequences.shares) + tf.gather(turns.ranks, turn)
+
+    count, slack = of([part.count for part in parts]), of([part.slack for part in parts])
     epoch = numbers // count
-    seeds = tf.stack([tf.fill(tf.shape(epoch), tf.constant(seed, tf.int64)), epoch], axis=1)
-    index = _shuffle(numbers % count, seeds, count - 1)
+    seeds = tf.fill(tf.shape(epoch), tf.constant(seed, tf.int64))
+    index = _shuffle(numbers % count, [seeds, epoch * len(parts) + source], count - 1)
     # A long cycle of its own, so that the offset is as good as drawn anew in each epoch.
-    offset = _shuffle(epoch % (slack + 1), tf.stack([seeds[:, 0], epoch // (slack + 1)], 1), slack)
-    return index * sequences.stride + offset
+    cycle = epoch // (slack + 1) * len(parts) + source
+    offset = _shuffle(epoch % (slack + 1), [seeds, cycle], slack)
+    return of([part.first for part in parts]) + index * sequences.stride + offset
+
+
+def epoch_length(sequences: Sequences) -> int:
+    """Sequences in an epoch, of all sources together."""
+    return sum(part.count for part in sequences.parts)
 
 
 def steps_in(num_epochs: int, sequences: Sequences, global_batch_size: int) -> int:
     """Optimizer steps that so many epochs take, the last batch filled up where it isn't full."""
-    return -(-num_epochs * sequences.per_epoch // global_batch_size)
+    return -(-num_epochs * epoch_length(sequences) // global_batch_size)
 
 
-def _shuffle(index, seeds, max_index: int):
-    """A stateless permutation of 0 .. max_index, a different one for each pair of seeds.
+def _shuffle(index, seeds, max_index):
+    """Stateless permutations of 0 .. max_index, a different one for each pair of seeds.
 
     Args:
       index: [P] int64.
-      seeds: [P, 2] int64.
-      max_index: the highest index.
+      seeds: a pair of [P] int64.
+      max_index: [P] int64, the highest index.
 
     Returns:
       [P] int64.
@@ -118,9 +133,7 @@ def _shuffle(index, seeds, max_index: int):
 
     # The op takes three 32-bit seeds per row; tf.random.experimental.index_shuffle, which wraps
     # it, takes one seed for all rows only.
-    salt = tf.fill([tf.shape(seeds)[0], 1], tf.constant(max_index % 2**31, tf.int64))
-    seeds = tf.cast(tf.concat([seeds, salt], axis=1), tf.int32)
-    max_index = tf.constant(max_index, tf.int64)
+    seeds = tf.cast(tf.stack([*seeds, max_index % 2**31], axis=1), tf.int32)
     return tf.raw_ops.RandomIndexShuffle(index=index, seed=seeds, max_index=max_index, rounds=4)
 
 

@@ -12,6 +12,21 @@ Batch = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
+class Part:
+    """What one source gives to train on.
+
+    Attributes:
+      first: where its first sequence begins, as for `take`.
+      count: sequences in an epoch.
+      slack: by how much the first one may be moved.
+    """
+
+    first: int
+    count: int
+    slack: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Windows:
     """Windows of L + 1 tokens of the documents in a row; neighbours share the border token.
 
@@ -25,27 +40,31 @@ class Windows:
       seq_len: L.
       objective: "causal" (targets are the next tokens) or "masked" (the tokens themselves).
       end: id of the token that ends a document; None: all is one text.
+      borders: at which tokens the sources end; by default there is one.
+      shares: how many sequences of each source to train on, in a cycle of `sum(shares)`.
     """
 
     tokens: np.ndarray
     seq_len: int
     objective: str
     end: int | None = None
+    borders: tuple[int, ...] = ()
+    shares: tuple[int, ...] = (1,)
 
     @property
     def stride(self) -> int:
         """Tokens from one to the next."""
         return self.seq_len
 
-    @property
-    def per_epoch(self) -> int:
-        """Sequences to train on: windows side by side, from a first one drawn per epoch."""
-        return max((len(self.tokens) - 1) // self.seq_len - 1, 1)
-
-    @property
-    def slack(self) -> int:
-        """Tokens by which the first one may be moved."""
-        return len(self.tokens) - 1 - self.per_epoch * self.seq_len
+    @functools.cached_property
+    def parts(self) -> list[Part]:
+        """Of each source windows side by side, from a first one drawn per epoch."""
+        borders, parts = self.borders or (len(self.tokens),), []
+        for first, end in zip((0, *borders[:-1]), borders, strict=True):
+            ahead = end - first - 1
+            count = max(ahead // self.seq_len - 1, 1)
+            parts.append(Part(first, count, ahead - count * self.seq_len))
+        return parts
 
     @property
     def total(self) -> int:
@@ -98,17 +117,20 @@ class Examples:
       index: [examples, 2] integers: where each begins, and where what follows its prompt does.
       seq_len: L.
       objective: "causal" or "masked".
+      borders: at which tokens the sources end; by default there is one.
+      shares: as of `Windows`.
     """
 
     tokens: np.ndarray
     index: np.ndarray
     seq_len: int
     objective: str
+    borders: tuple[int, ...] = ()
+    shares: tuple[int, ...] = (1,)
     stride = 1
-    slack = 0
 
     @functools.cached_property
-    def borders(self) -> np.ndarray:
+    def _places(self) -> np.ndarray:
         """[examples, 3] int64: where each begins, its targets begin, and it ends."""
         start, text = np.asarray(self.index, np.int64).T
         end = np.append(start[1:], len(self.tokens))
@@ -116,9 +138,9 @@ class Examples:
 
     @functools.cached_property
     def kept(self) -> np.ndarray:
-        """[examples with a target, 3] int64: their `borders`."""
-        start, first, end = self.borders.T
-        return self.borders[first < np.minimum(end, start + self.seq_len + self._ahead)]
+        """[examples with a target, 3] int64: where each begins, its targets begin, and it ends."""
+        start, first, end = self._places.T
+        return self._places[first < np.minimum(end, start + self.seq_len + self._ahead)]
 
     @property
     def _ahead(self) -> int:
@@ -128,13 +150,15 @@ class Examples:
     @property
     def cut(self) -> int:
         """How many are longer than a sequence."""
-        start, _, end = self.borders.T
+        start, _, end = self._places.T
         return int((end - start > self.seq_len + self._ahead).sum())
 
-    @property
-    def per_epoch(self) -> int:
-        """Sequences to train on."""
-        return len(self.kept)
+    @functools.cached_property
+    def parts(self) -> list[Part]:
+        """Of each source all examples."""
+        borders = self.borders or (len(self.tokens),)
+        ends = np.searchsorted(self.kept[:, 0], borders).tolist()
+        return [Part(a, b - a, 0) for a, b in zip((0, *ends[:-1]), ends, strict=True)]
 
     @property
     def total(self) -> int:

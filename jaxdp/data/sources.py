@@ -12,6 +12,7 @@ from typing import Protocol
 from ml_collections import ConfigDict
 
 from jaxdp.config import ConfigError, shown
+from jaxdp.data import mixture
 
 Example = tuple[str, str]
 
@@ -29,8 +30,18 @@ class Source(Protocol):
         """Yields them in two parts: a prompt ("" without data.prompt_key), and what follows it."""
 
 
+def get_sources(config: ConfigDict) -> list[Source]:
+    """Opens all that data.path names; raises ConfigError where one can't be found."""
+    sources = []
+    for path in mixture.parse(config.data.path):
+        one = ConfigDict(config.to_dict())
+        one.data.path = path
+        sources.append(get_source(one))
+    return sources
+
+
 def get_source(config: ConfigDict) -> Source:
-    """Opens the corpus that data.path names.
+    """Opens the corpus that data.path names, which has no weights.
 
     Raises:
       ConfigError: it can't be found.
