@@ -55,7 +55,8 @@ def header(
 def _sources(config: ConfigDict, cache: TokenCache) -> dict[str, str]:
     """Those of a mixture: their share, and how often each is gone through."""
     found = feed.sequences(config, cache, "train")
-    shares, first, rows = mixture.parse(config.data.path), 0, {}
+    shares, first = mixture.parse(config.data.path), 0
+    rows: dict[str, str] = {}
     if len(shares) == 1:
         return {}
     for (path, share), end, part in zip(
@@ -64,7 +65,8 @@ def _sources(config: ConfigDict, cache: TokenCache) -> dict[str, str]:
         part_of_all = share / sum(shares.values())
         taken = config.num_train_steps * config.global_batch_size * part_of_all
         rows[f"source {len(rows) + 1}"] = (
-            f"{part_of_all:.2%} {path}, {quantity(end - first)} tokens, {taken / part.count:.2f} epochs"
+            f"{part_of_all:.2%} {path}, {quantity(end - first)} tokens, "
+            f"{taken / part.count:.2f} epochs"
         )
         first = end
     return rows

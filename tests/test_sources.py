@@ -218,7 +218,14 @@ def test_a_download_that_fails_points_to_data_dir(tfds_config):
 
 
 @pytest.mark.parametrize(
-    ("name", "eval_split"), [("lm1b", "test"), ("tiny_shakespeare", "validation")]
+    ("name", "eval_split"),
+    [
+        ("lm1b", "test"),
+        ("tiny_shakespeare", "validation"),
+        ("wiki40b/en", "validation"),
+        ("c4/en", "validation"),
+        ("wikipedia/20230601.en", "train[99%:]"),
+    ],
 )
 def test_datasets_of_the_catalog_are_read_by_their_usual_keys(name, eval_split, tfds_config):
     tfds_config.data.path = f"tfds:{name}"
@@ -286,3 +293,45 @@ def test_a_text_file_has_no_prompts(corpus):
     config.data.update({"path": f"{corpus}/a.txt", "prompt_key": "q"})
     with pytest.raises(ConfigError, match=r"data\.prompt_key='q' names no part of a text file"):
         get_source(config)
+
+
+WIKI40B = (
+    "\n_START_ARTICLE_\nTitle\n_START_SECTION_\nHistory\n_START_PARAGRAPH_\nOne._NEWLINE_Two."
+    "\n_START_PARAGRAPH_\nThree_START_"
+)
+
+
+def test_the_markup_of_wiki40b_is_taken_out(tfds_config):
+    def dataset(self, split, **_):
+        text = WIKI40B if split == "train" else "no markup"
+        return tf.data.Dataset.from_tensors({"text": text, "version_id": "1", "wikidata_id": "Q1"})
+
+    tfds_config.data.path = "tfds:wiki40b/en"
+    with tfds.testing.mock_data(as_dataset_fn=dataset):
+        source = get_source(tfds_config)
+        [text] = source.documents("train")
+        assert text == "Title\n\nHistory\n\nOne.\nTwo.\n\nThree_START_"
+        tfds_config.data.eval_split = "validation"
+        assert list(get_source(tfds_config).documents("validation")) == ["no markup"]
+    assert "_NEWLINE_" in str(source.identity())
+
+
+def test_other_datasets_keep_what_looks_like_it(corpus):
+    (corpus / "d.txt").write_text(WIKI40B)
+    assert documents(corpus / "d.txt", "train", 1e-6) == [WIKI40B[:-1]]
+
+
+def test_a_built_dataset_trains(tfds_config, config, tmp_path):
+    """From the files that TFDS wrote, through all of the pipeline; TFDS text is bytes."""
+    from jaxdp.data.cache import open_cache
+    from jaxdp.data.feed import Feed
+
+    config.data.update(tfds_config.data)
+    config.data.update({"cache_dir": str(tmp_path), "eval_split": "train[:20%]"})
+    config.data.train_split, config.data.packing, config.seq_len = "train[20%:]", "documents", 8
+    config.tokenizer = "byte"
+    cache = open_cache(config)
+    text = "".join(f"{document}\0" for document in DOCUMENTS["train"][2:])
+    assert (cache.train % 256).astype("u1").tobytes().decode() == text
+    batch = next(Feed(config, cache).train(0))
+    assert batch["segments"].max() == 1

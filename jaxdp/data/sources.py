@@ -4,6 +4,7 @@ import glob
 import itertools
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,14 @@ from jaxdp.config import ConfigError, shown
 from jaxdp.data import mixture
 
 Example = tuple[str, str]
+# Markup of datasets of TFDS that is no text, as patterns with what takes their place.
+CLEANED = {
+    "wiki40b": (
+        (r"\A\n?_START_ARTICLE_\n", ""),
+        (r"\n_START_(ARTICLE|SECTION|PARAGRAPH)_\n", "\n\n"),
+        (r"_NEWLINE_", "\n"),
+    )
+}
 
 
 class Source(Protocol):
@@ -201,7 +210,8 @@ class TfdsSource:
     def identity(self) -> dict:
         """The dataset's full name with its version, the splits and the feature."""
         name = self.builder.info.full_name
-        return {"tfds": name, "splits": self.splits} | self.keys
+        cleaned = {"cleaned": CLEANED[self.builder.name]} if self.builder.name in CLEANED else {}
+        return {"tfds": name, "splits": self.splits} | self.keys | cleaned
 
     def documents(self, split: str) -> Iterator[str]:
         """Prepares the dataset if need be and yields each example's text, its prompt before it."""
@@ -237,12 +247,15 @@ class TfdsSource:
 
     def _decoded(self, key: str, value: bytes, spec: str) -> str:
         try:
-            return value.decode("utf-8")
+            text = value.decode("utf-8")
         except UnicodeDecodeError:
             raise ConfigError(
                 f"data.{key}={shown(self.keys[key])} of {self.path} is not UTF-8 text in split "
                 f"{spec!r}: choose another feature or dataset"
             ) from None
+        for pattern, replacement in CLEANED.get(self.builder.name, ()):
+            text = re.sub(pattern, replacement, text)
+        return text
 
     def _prepare(self) -> None:
         try:
