@@ -8,12 +8,15 @@ devices share it.
 Shapes: G global batch, P rows of this process, L sequence length.
 """
 
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
 
 from jaxdp.data import mixture
 from jaxdp.data.sequences import Batch, Sequences
+
+TOGETHER = 2**16  # Tokens.
 
 
 def train_batches(
@@ -50,29 +53,37 @@ def train_batches(
     per_host = global_batch_size // process_count
     first = process_index * per_host
     keys = sequences.keys
+    # Small batches are made several at once: what a call costs is more than what it does.
+    together = max(TOGETHER // (per_host * sequences.seq_len), 1)
 
-    def numbers(step):
-        return step * global_batch_size + first + np.arange(per_host, dtype=np.int64)
+    def numbers(step, count):
+        steps = (step + np.arange(count, dtype=np.int64))[:, None]
+        return steps * global_batch_size + first + np.arange(per_host, dtype=np.int64)
 
     def take(starts):
         batch = sequences.take(starts)
         return [batch[key] for key in keys]
 
-    def to_batch(step):
-        starts = start_positions(numbers(step), sequences, seed)
+    def to_batches(step):
+        rows = tf.reshape(numbers(step, together), [-1])
+        starts = start_positions(rows, sequences, seed)
         return tuple(tf.numpy_function(take, [starts], list(keys.values()), stateful=False))
 
-    dataset = tf.data.Dataset.range(start_step, num_steps)
-    dataset = dataset.map(to_batch, num_parallel_calls=2, deterministic=True).prefetch(4)
+    dataset = tf.data.Dataset.range(start_step, num_steps, together)
+    dataset = dataset.map(to_batches, num_parallel_calls=2, deterministic=True).prefetch(4)
     # There is nothing to tune, and the tuner's thread, asleep, can hold up the end of the iterator
     # for as long as a minute.
     options = tf.data.Options()
     options.autotune.enabled = False
     dataset = dataset.with_options(options)
     end = num_epochs * epoch_length(sequences) or np.inf
-    for step, arrays in enumerate(dataset.as_numpy_iterator(), start_step):
+    batches = itertools.chain.from_iterable(
+        zip(*(np.split(array, together) for array in arrays), strict=True)
+        for arrays in dataset.as_numpy_iterator()
+    )
+    for step, arrays in zip(range(start_step, num_steps), batches, strict=False):
         batch = dict(zip(keys, arrays, strict=True))
-        if not (real := numbers(step) < end).all():
+        if not (real := numbers(step, 1)[0] < end).all():
             batch["weights"] = batch["weights"] * real[:, None].astype(np.float32)
         yield batch
 
