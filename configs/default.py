@@ -28,16 +28,25 @@ def get_config() -> ConfigDict:
 
     # The data.
     c.data = ConfigDict()
-    c.data.path = ""  # "tfds:NAME[/CONFIG][:VERSION]", or text files: "text:GLOB", "FILE.txt".
+    # "tfds:NAME[/CONFIG][:VERSION]", text files "text:GLOB" or "FILE.txt", JSON lines "jsonl:GLOB".
+    # Several of these, by weight: "0.7*tfds:NAME+0.3*text:GLOB".
+    c.data.path = ""
     c.data.data_dir = ""  # Where TFDS keeps its data; "": ~/tensorflow_datasets.
-    c.data.text_key = "text"  # The TFDS feature that holds the text.
+    c.data.text_key = "text"  # The TFDS feature, or the key of JSON lines, that holds the text.
+    # Likewise what comes before the text, seen but not learned ("padded" only); "": nothing.
+    c.data.prompt_key = ""
     c.data.train_split = "train"  # TFDS split to train on; slices such as "train[:99%]" too.
     c.data.eval_split = "validation"  # TFDS split to evaluate on.
-    c.data.eval_fraction = 0.1  # Text files: this much of the text, from its end, is validation.
+    # Files: this much of the text (of the JSON lines), from its end, is validation.
+    c.data.eval_fraction = 0.1
+    # How documents become sequences: "stream": one text, in which a token may see the documents
+    # before its own; "documents": each by itself, several to a sequence; "padded": one to a
+    # sequence, of a longer one its beginning, as for fine-tuning.
+    c.data.packing = "stream"
     c.data.cache_dir = ""  # Where tokenised text is kept; "": ~/.cache/jaxdp/tokens.
 
     # "char", "byte", "train:bpe:VOCAB_SIZE" (trained on the training split), "hf:NAME" from the
-    # Hugging Face hub, or the path of a tokenizer.json.
+    # Hugging Face hub, or the path of a tokenizer.json or of a SentencePiece .model.
     c.tokenizer = "byte"
 
     # The model.

@@ -69,6 +69,11 @@ def validate(config: ConfigDict) -> None:
             f"wandb_project={shown(config.wandb_project)} needs the package wandb: pip install "
             "'jaxdp[wandb]', or leave it empty"
         )
+    if config.data.prompt_key and config.data.packing != "padded":
+        raise ConfigError(
+            f"data.prompt_key={shown(config.data.prompt_key)} has no meaning with data.packing="
+            f"{config.data.packing!r}: use 'padded', or leave it empty"
+        )
     _check_model(config)
     _check_sync(config)
     optimizer = config.optimizer

@@ -122,7 +122,7 @@ def evaluate_checkpoint(
     replicas = Replicas(devices)
     configs.batch_sizes(config, 1, replicas.device_count)
     cache = open_cache(config, say)
-    preflight.check_split(config, "validation", cache.validation)
+    preflight.check_split(config, cache, "validation")
     model = Transformer(ModelConfig.from_config(config, cache.vocab_size))
     inputs = jax.ShapeDtypeStruct((1, config.seq_len), "int32")
     shapes = jax.eval_shape(model.init, jax.random.key(0), inputs)["params"]

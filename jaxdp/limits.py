@@ -2,6 +2,7 @@
 
 CHOICES = {
     "objective": ("causal", "masked"),
+    "data.packing": ("stream", "documents", "padded"),
     "model.positions": ("learned", "rotary"),
     "model.norm": ("layernorm", "rmsnorm"),
     "model.activation": ("gelu", "swiglu"),

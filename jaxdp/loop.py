@@ -14,7 +14,7 @@ from jaxdp import config as configs
 from jaxdp import parallel, preflight, report
 from jaxdp.checkpoint import Checkpoints
 from jaxdp.config import BatchSizes, ConfigError
-from jaxdp.data import pipeline
+from jaxdp.data import feed
 from jaxdp.data.cache import TokenCache, open_cache
 from jaxdp.display import Display
 from jaxdp.divergence import Divergence
@@ -56,7 +56,7 @@ def train(
         configs.check_same_run(config, configs.load(workdir / "config.json"))
     cache = open_cache(config, display.line)
     preflight.check_data(config, cache)
-    config = _with_steps(config, len(cache.train))
+    config = _with_steps(config, cache)
     preflight.check_memory(config, ModelConfig.from_config(config, cache.vocab_size), sizes)
     preflight.create_workdir(workdir)
     watchdog = Watchdog(config.hang_seconds)
@@ -191,14 +191,17 @@ def _describe(config: ConfigDict, workdir: Path, cache: TokenCache) -> None:
     configs.write_whole(workdir / "tokenizer.json", cache.tokenizer.to_str(pretty=True))
 
 
-def _with_steps(config: ConfigDict, tokens: int) -> ConfigDict:
+def _with_steps(config: ConfigDict, cache: TokenCache) -> ConfigDict:
     """The config with num_train_steps as num_epochs asks for it."""
     if config.num_epochs == 0:
         return config
+    if len(cache.train_borders) > 1:
+        raise ConfigError(
+            f"num_epochs={config.num_epochs} has no meaning with several sources in data.path: set "
+            "num_train_steps"
+        )
     config = config.copy_and_resolve_references()
-    config.num_train_steps = pipeline.steps_in(
-        config.num_epochs, tokens, config.seq_len, config.global_batch_size
-    )
+    config.num_train_steps = feed.epoch_steps(config, cache)
     if config.num_train_steps > MOST:
         raise ConfigError(
             f"num_epochs={config.num_epochs} are {config.num_train_steps} steps, too many: give a "

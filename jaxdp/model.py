@@ -77,6 +77,7 @@ class Transformer(nn.Module):
         *,
         rows: jax.Array | None = None,
         positions: jax.Array | None = None,
+        segments: jax.Array | None = None,
         decode: bool = False,
     ) -> jax.Array:
         """Maps tokens to logits.
@@ -86,6 +87,7 @@ class Transformer(nn.Module):
           rows: [B] int32, the number of each sequence in the global batch. Turns dropout on, with
             the 'dropout' rng: each row's masks depend on its number, not on where it is computed.
           positions: [B, L] int32; counted from 0 when left out.
+          segments: [B, L] int32; a token attends to those of its own segment only. None: to all.
           decode: read and write the 'cache' collection, at `positions`; each token attends to the
             cached ones at its own and lower positions.
 
@@ -105,13 +107,13 @@ class Transformer(nn.Module):
             )
             x = x + table(positions)
         x = Dropout(c.dropout)(x, rows)
-        x = self._layers(x, rows, positions, decode)
+        x = self._layers(x, rows, positions, decode, segments)
         x = _norm(c, "final_norm")(x)
         if c.tied_head:
             return embed.attend(x)
         return _dense(c, c.vocab_size, "head", bias=False)(x)
 
-    def _layers(self, x, rows, positions, decode):
+    def _layers(self, x, rows, positions, decode, segments):
         c = self.config
         block = Block
         if c.remat:
@@ -119,11 +121,11 @@ class Transformer(nn.Module):
             block = nn.remat(Block, static_argnums=(4,), prevent_cse=not c.scan_layers)
         if not c.scan_layers:
             for i in range(c.num_layers):
-                x = block(c, name=f"layer_{i}")(x, rows, positions, decode)
+                x = block(c, name=f"layer_{i}")(x, rows, positions, decode, segments)
             return x
 
         def body(layer, carry, _):
-            return layer(carry, rows, positions, decode), None
+            return layer(carry, rows, positions, decode, segments), None
 
         scan = nn.scan(
             body,
@@ -140,10 +142,11 @@ class Block(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x, rows, positions, decode):
+    def __call__(self, x, rows, positions, decode, segments):
         """[B, L, D] -> [B, L, D]; the other arguments are those of `Transformer`."""
         c = self.config
-        y = Attention(c, name="attention")(_norm(c, "attention_norm")(x), positions, decode)
+        y = _norm(c, "attention_norm")(x)
+        y = Attention(c, name="attention")(y, positions, decode, segments)
         x = x + Dropout(c.dropout)(y, rows)
         y = MLP(c, name="mlp")(_norm(c, "mlp_norm")(x))
         return x + Dropout(c.dropout)(y, rows)
@@ -155,7 +158,7 @@ class Attention(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x, positions, decode):
+    def __call__(self, x, positions, decode, segments):
         """[B, L, D] -> [B, L, D]."""
         c = self.config
         head_dim = c.embed_dim // c.num_heads
@@ -170,6 +173,9 @@ class Attention(nn.Module):
             mask = jnp.arange(c.seq_len) <= positions[:, None, None, :, None]
         elif c.causal:
             mask = jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool))
+        if segments is not None:
+            same = segments[:, None, None, :, None] == segments[:, None, None, None, :]
+            mask = same if mask is None else mask & same
         out = attend(query, key, value, mask)
         out_dense = nn.DenseGeneral(
             c.embed_dim,

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from jaxdp import config as configs
 from jaxdp import losses, memory, methods, parallel
 from jaxdp.config import ConfigError
+from jaxdp.data.sequences import keys as sequence_keys
 from jaxdp.disk import num_bytes
 from jaxdp.model import ModelConfig, Transformer, flops_per_token, num_parameters
 from jaxdp.optimizer import get_optimizer, get_schedule
@@ -59,8 +60,8 @@ def abstract_step(
     opt_state, outer = trace(init, count, params)[1]
     state = State(shape((), "int32"), model.apply, params, optimizer, opt_state, outer)
     sequences = (method.every, sizes.per_device)
-    batch = {name: shape((*sequences, config.seq_len), "int32") for name in ("inputs", "targets")}
-    batch["weights"] = shape((*sequences, config.seq_len))
+    keys = sequence_keys(config.objective, config.data.packing)
+    batch = {name: shape((*sequences, config.seq_len), dtype) for name, dtype in keys.items()}
     batch |= {name: shape(sequences) for name in ("stop", "busy")}
     step = functools.partial(
         train_step,
@@ -75,7 +76,7 @@ def abstract_step(
     return step, state, batch
 
 
-def shape(dimensions: tuple[int, ...], dtype: str = "float32") -> Any:
+def shape(dimensions: tuple[int, ...], dtype: Any = "float32") -> Any:
     """An array that isn't there."""
     return jax.ShapeDtypeStruct(dimensions, dtype)
 

@@ -15,7 +15,10 @@ from ml_collections import ConfigDict
 
 from jaxdp import disk, parallel, tokenizer
 from jaxdp.config import BatchSizes, ConfigError, check_text, shown
+from jaxdp.data import mixture
 from jaxdp.data.cache import TokenCache
+from jaxdp.data.feed import sequences
+from jaxdp.data.layout import SPLITS
 from jaxdp.display import quantity
 from jaxdp.model import ModelConfig
 
@@ -24,8 +27,8 @@ def check_data(config: ConfigDict, cache: TokenCache) -> None:
     """Refuses splits that hold not even one sequence, and a sample prompt that can't be read."""
     import jaxdp.data.tensorflow  # noqa: F401  It refuses to share the accelerators.
 
-    check_split(config, "training", cache.train)
-    check_split(config, "validation", cache.validation)
+    for split in SPLITS:
+        check_split(config, cache, split)
     if config.objective == "causal" and config.sample.num_tokens:
         try:
             [prompt] = tokenizer.encode(cache.tokenizer, [config.sample.prompt])
@@ -38,13 +41,29 @@ def check_data(config: ConfigDict, cache: TokenCache) -> None:
             )
 
 
-def check_split(config: ConfigDict, split: str, tokens: np.ndarray) -> None:
-    """Refuses a split, tokens [tokens], that holds not even one sequence."""
-    if len(tokens) <= config.seq_len:
+def check_split(config: ConfigDict, cache: TokenCache, split: str) -> None:
+    """Refuses a split, "train" or "validation", of which a source holds not even one sequence."""
+    name = {"train": "training"}.get(split, split)
+    borders = cache.train_borders if split == "train" else (len(cache.validation),)
+    paths = list(mixture.parse(config.data.path)) if split == "train" else [config.data.path]
+    counts = [part.count for part in sequences(config, cache, split).parts]
+    for path, count, tokens in zip(paths, counts, np.diff(borders, prepend=0), strict=True):
+        if config.data.packing == "padded" and not count:
+            raise ConfigError(
+                f"data.path={path!r} gives no {name} example of which seq_len="
+                f"{config.seq_len} leaves a token to predict: give more, or a larger seq_len"
+            )
+        if config.data.packing != "padded" and tokens <= config.seq_len:
+            raise ConfigError(
+                f"data.path={path!r} gives {tokens} {name} tokens, too few for one sequence "
+                f"of seq_len={config.seq_len} and a next token: give more text, or a smaller "
+                "seq_len"
+            )
+    if config.data.packing == "documents" and tokenizer.end_id(cache.tokenizer) is None:
         raise ConfigError(
-            f"data.path={config.data.path!r} gives {len(tokens)} {split} tokens, too few for "
-            f"one sequence of seq_len={config.seq_len} and a next token: give more text, or a "
-            "smaller seq_len"
+            f"data.packing='documents' needs a token that ends a document, and tokenizer="
+            f"{config.tokenizer!r} has none ({', '.join(tokenizer.END_NAMES)}): use another "
+            "tokenizer, such as 'byte', or data.packing='stream'"
         )
 
 

@@ -9,7 +9,9 @@ from ml_collections import ConfigDict
 
 from jaxdp import price
 from jaxdp.config import BatchSizes
+from jaxdp.data import feed, mixture, pipeline
 from jaxdp.data.cache import TokenCache
+from jaxdp.data.sequences import Examples
 from jaxdp.display import duration, quantity
 from jaxdp.evaluation import Evaluation
 from jaxdp.model import ModelConfig, flops_per_token, num_parameters
@@ -33,6 +35,7 @@ def header(
     parameters = num_parameters(params)
     flops = flops_per_token(ModelConfig.from_config(config, cache.vocab_size), parameters) * tokens
     processes = jax.process_count()
+    epoch = pipeline.epoch_length(feed.sequences(config, cache, "train"))
     return {
         "devices": f"{replicas.device_count} x {replicas.devices[0].device_kind} in {processes} "
         + ("process" if processes == 1 else "processes"),
@@ -43,9 +46,44 @@ def header(
         f"{quantity(len(cache.validation))} validation tokens",
         "vocabulary": f"{cache.vocab_size:,} tokens ({config.tokenizer})",
         "training": f"{config.num_train_steps:,} steps, {quantity(tokens)} tokens "
-        f"({tokens / len(cache.train):.2f} epochs), {flops:.2g} FLOPs",
+        f"({sizes.global_ * config.num_train_steps / epoch:.2f} epochs), {flops:.2g} FLOPs",
         "workdir": str(workdir),
+        **_sources(config, cache),
+        **_examples(config, cache),
     }
+
+
+def _sources(config: ConfigDict, cache: TokenCache) -> dict[str, str]:
+    """Those of a mixture: their share, and how often each is gone through."""
+    found = feed.sequences(config, cache, "train")
+    shares, first = mixture.parse(config.data.path), 0
+    rows: dict[str, str] = {}
+    if len(shares) == 1:
+        return {}
+    for (path, share), end, part in zip(
+        shares.items(), cache.train_borders, found.parts, strict=True
+    ):
+        part_of_all = share / sum(shares.values())
+        taken = config.num_train_steps * config.global_batch_size * part_of_all
+        rows[f"source {len(rows) + 1}"] = (
+            f"{part_of_all:.2%} {path}, {quantity(end - first)} tokens, "
+            f"{taken / part.count:.2f} epochs"
+        )
+        first = end
+    return rows
+
+
+def _examples(config: ConfigDict, cache: TokenCache) -> dict[str, str]:
+    """What becomes of the examples of data.packing="padded"."""
+    rows = {}
+    for split, index in cache.examples.items():
+        found = feed.sequences(config, cache, split)
+        assert isinstance(found, Examples)
+        rows[f"{split} examples"] = (
+            f"{len(index):,}, of which {found.cut:,} are cut to seq_len={config.seq_len}, and "
+            f"{len(index) - found.total:,} left out as nothing remains to predict"
+        )
+    return rows
 
 
 def in_words(evaluation: Evaluation, tokens_per_byte: float) -> str:

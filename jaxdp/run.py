@@ -20,9 +20,9 @@ from jaxdp import divergence, parallel, report, sampling, tokenizer
 from jaxdp.agreement import ReplicaCheck
 from jaxdp.checkpoint import Checkpoints
 from jaxdp.config import BatchSizes, RunError
-from jaxdp.data import pipeline
 from jaxdp.data.cache import TokenCache
 from jaxdp.data.feed import Feed
+from jaxdp.data.sequences import Batch
 from jaxdp.display import Display
 from jaxdp.divergence import Divergence, Trouble
 from jaxdp.evaluation import Evaluation, compiled, evaluate
@@ -96,7 +96,7 @@ class Run:
         """The batches of rounds from `start` on, on the devices."""
         return parallel.prefetch(self._host_rounds(start), self.replicas.shard_steps)
 
-    def _host_rounds(self, start: int) -> Iterator[list[pipeline.Batch]]:
+    def _host_rounds(self, start: int) -> Iterator[list[Batch]]:
         """This process's batches, round by round.
 
         With each go whether the process was asked to stop, and how long it was busy with a step.

@@ -26,6 +26,8 @@ Batch = dict[str, jax.Array]
 Transform = Callable[[jax.Array, jax.Array, Batch], Batch]
 # Keeps the keys of masks apart from those of dropout.
 MASK_STREAM, DROPOUT_STREAM = 0, 1
+# Of a batch, what goes through the model as it is; only where documents are kept apart.
+PACKING = ("segments", "positions")
 
 
 def plain(key: jax.Array, rows: jax.Array, batch: Batch) -> Batch:
@@ -122,6 +124,7 @@ def train_step(
     Args:
       state: equal on all devices, but for what `method` keeps apart.
       batch: this device's inputs and targets [steps, b, L] int32, weights [steps, b, L] float32,
+        where documents are kept apart segments and positions [steps, b, L] int32, and
         stop and busy [steps, b] float32: whether this process was asked to stop, and the seconds
         it was last busy with a step.
       method: how replicas agree.
@@ -218,7 +221,7 @@ def gradient_sums(
 
     Args:
       state: see `train_step`.
-      batch: inputs and targets [b, L] int32, weights [b, L] float32.
+      batch: inputs and targets [b, L] int32, weights [b, L] float32; maybe segments and positions.
       seed: of the run.
       transform: applied to each micro-batch.
       accumulate: (value_and_grad, params, batch) -> their sums over micro-batches.
@@ -226,7 +229,7 @@ def gradient_sums(
     Returns:
       (loss_sum, weight_sum), [] float32 each, and the gradient of loss_sum, like state.params.
     """
-    batch = {name: batch[name] for name in ("inputs", "targets", "weights")}
+    batch = _of_model(batch)
     batch["rows"] = parallel.rows(len(batch["inputs"]))
     step_key = jax.random.fold_in(jax.random.key(seed), state.step)
 
@@ -272,7 +275,7 @@ def eval_step(
 
     Args:
       params: equal on all devices.
-      batch: this device's inputs and targets [b, L] int32, weights [b, L] float32, and number [b]
+      batch: that of `gradient_sums`, and number [b]
         int32, which batch of the evaluation it is: the masks of masked-LM depend on it.
       apply_fn: the model's.
       seed: of the run.
@@ -282,7 +285,7 @@ def eval_step(
       loss_sum (nats) and weight_sum, [] float32 each.
     """
     number = batch["number"][0]
-    micro = {name: batch[name] for name in ("inputs", "targets", "weights")}
+    micro = _of_model(batch)
     micro["rows"] = parallel.rows(len(batch["inputs"]))
     key = jax.random.fold_in(jax.random.key(seed), number)
     logits, micro = _forward(apply_fn, params, micro, key, transform, train=False)
@@ -290,9 +293,15 @@ def eval_step(
     return lax.psum(sums, parallel.AXIS)
 
 
+def _of_model(batch: Batch) -> Batch:
+    packing = [name for name in PACKING if name in batch]
+    return {name: batch[name] for name in ("inputs", "targets", "weights", *packing)}
+
+
 def _forward(apply_fn, params, micro: Batch, key, transform: Transform, train: bool):
     micro = dict(micro)
     rows = micro.pop("rows")
     micro = transform(jax.random.fold_in(key, MASK_STREAM), rows, micro)
     dropout = {"rows": rows, "rngs": {"dropout": jax.random.fold_in(key, DROPOUT_STREAM)}}
-    return apply_fn({"params": params}, micro["inputs"], **(dropout if train else {})), micro
+    options = {name: micro[name] for name in PACKING if name in micro} | (dropout if train else {})
+    return apply_fn({"params": params}, micro["inputs"], **options), micro

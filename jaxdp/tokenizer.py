@@ -5,6 +5,7 @@ has one `tokenizer.json` that other programs can read.
 """
 
 import hashlib
+import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from jaxdp import spm
 from jaxdp.config import ConfigError, shown
 
 END_OF_TEXT = "<|endoftext|>"
@@ -27,7 +29,8 @@ def get_tokenizer(
     """Makes, trains or loads the tokenizer that `config.tokenizer` asks for.
 
     Args:
-      spec: "char", "byte", "train:bpe:SIZE", "hf:NAME" or the path of a tokenizer.json.
+      spec: "char", "byte", "train:bpe:SIZE", "hf:NAME" or the path of a tokenizer.json
+        or of a .model of SentencePiece.
       objective: "masked" adds a mask token to the tokenizers that are made here.
       documents: called with False gives the training texts, with True the validation texts too;
         only called by the tokenizers that are made from the data.
@@ -111,7 +114,9 @@ def _load(spec: str) -> Tokenizer:
         if spec.startswith("hf:"):
             tokenizer = Tokenizer.from_pretrained(spec.removeprefix("hf:"))
         else:
-            tokenizer = load_file(Path(os.path.expanduser(spec)))
+            path = Path(os.path.expanduser(spec))
+            of_spm = path.suffix == ".model" and path.is_file()
+            tokenizer = spm.load(path) if of_spm else load_file(path)
     except ConfigError:
         raise
     except Exception as error:  # The library raises bare Exceptions, for network trouble too.
@@ -221,32 +226,57 @@ def encode(tokenizer: Tokenizer, texts: list[str], *, plain: bool = False) -> li
     return [np.asarray(encoding.ids, np.int64) for encoding in encodings]
 
 
-def encode_documents(tokenizer: Tokenizer, documents: Iterable[str]) -> Iterator[np.ndarray]:
+def encode_documents(
+    tokenizer: Tokenizer, documents: Iterable[str], done: int = 0
+) -> Iterator[np.ndarray]:
     """Encodes a stream of documents, each followed by the end token where there is one.
 
     A document that says <|endoftext|> holds plain text there; an empty one leaves no trace.
     Works on a few MB at a time, so that memory stays flat and all cores have work. A document of
-    more than a million characters is cut there, which can change the one token at the cut.
+    more than a million characters is cut there, which can change the one token at the cut. The
+    first `done` of what would be yielded are left out.
 
     Yields:
       [n] int64 token ids of one document, or of one piece of a long one.
     """
     end = end_id(tokenizer)
     suffix = np.array([] if end is None else [end], np.int64)
-    for pieces in _batches(documents):
+    for pieces in _batches(documents, done=done):
         texts = [text for text, _ in pieces]
         for ids, (_, last) in zip(encode(tokenizer, texts, plain=True), pieces, strict=True):
             yield np.concatenate([ids, suffix]) if last else ids
 
 
+def encode_examples(
+    tokenizer: Tokenizer, examples: Iterable[tuple[str, str]], done: int = 0
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Encodes a stream of prompts and texts, each part by itself, as a model is prompted, too.
+
+    The first `done` are left out.
+
+    Yields:
+      [m], [n] int64 token ids of the prompt, and of the text with the end token, if there is one.
+    """
+    end = end_id(tokenizer)
+    suffix = np.array([] if end is None else [end], np.int64)
+    rest = itertools.islice(examples, done, None)
+    while some := list(itertools.islice(rest, 10_000)):
+        ids = iter(encode(tokenizer, list(itertools.chain.from_iterable(some)), plain=True))
+        for prompt, text in zip(ids, ids, strict=True):
+            yield prompt, np.concatenate([text, suffix])
+
+
 def _batches(
-    documents: Iterable[str], piece: int = 1_000_000, batch: int = 8_000_000
+    documents: Iterable[str], piece: int = 1_000_000, batch: int = 8_000_000, done: int = 0
 ) -> Iterator[list[tuple[str, bool]]]:
     """Yields lists of (text, it is the end of its document), about `batch` characters each."""
     pending: list[tuple[str, bool]] = []
     size = 0
     for document in documents:
         for start in range(0, len(document), piece):
+            if done:
+                done -= 1
+                continue
             text = document[start : start + piece]
             pending.append((text, start + piece >= len(document)))
             size += len(text)

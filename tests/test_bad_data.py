@@ -1,5 +1,7 @@
 """Bad texts, tokenizers and token caches: a right result, or one clear line."""
 
+import dataclasses
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -14,7 +16,7 @@ from tokenizers import Tokenizer, models
 
 from jaxdp import tokenizer as tokenizers
 from jaxdp.config import ConfigError
-from jaxdp.data import cache as caches
+from jaxdp.data import layout
 from jaxdp.data.cache import open_cache
 
 # Texts.
@@ -164,7 +166,7 @@ def test_harmed_caches_are_made_anew(name, how, where, noise, cached):
     config, whole = cached
     before = contents(whole.folder)
     # A mapped file must not be harmed under the test's own eyes.
-    whole = caches.dataclasses.replace(
+    whole = dataclasses.replace(
         whole, train=np.array(whole.train), validation=np.array(whole.validation)
     )
     harm(sorted(whole.folder.iterdir())[name], how, where, noise)
@@ -226,9 +228,9 @@ def test_ids_beyond_the_vocabulary_in_a_cache_that_says_it_is_whole(cached):
     path = whole.folder / "meta.json"
     meta = json.loads(path.read_text())
     data = ids.tobytes() + b"train" + (whole.folder / "validation.bin").read_bytes() + b"validation"
-    meta["digest"] = caches.hashlib.sha256(data).hexdigest()
+    meta["digest"] = hashlib.sha256(data).hexdigest()
     assert meta["digest"] != digest
-    meta["checksum"] = caches._checksum(meta)
+    meta["checksum"] = layout.checksum(meta)
     path.write_text(json.dumps(meta))
     reports = []
     open_cache(config, reports.append)

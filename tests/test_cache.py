@@ -2,14 +2,18 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
+import shutil
+import signal
 import time
 
 import numpy as np
 import pytest
+from bad_input import contents
 from tokenizers import Tokenizer, models
 
 from jaxdp.config import ConfigError
-from jaxdp.data import cache as caches
+from jaxdp.data import building
 from jaxdp.data.cache import open_cache
 from jaxdp.tokenizer import encode
 
@@ -182,14 +186,14 @@ def test_the_leavings_of_a_dead_process_are_removed_and_not_used(open_it, report
 
 
 def test_a_building_that_fails_leaves_no_cache(open_it, reports, monkeypatch):
-    encode_documents = caches.tokenizers.encode_documents
+    encode_documents = building.tokenizers.encode_documents
 
     def half(*args):
         yield next(encode_documents(*args))
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(caches.tokenizers, "encode_documents", half)
+        patch.setattr(building.tokenizers, "encode_documents", half)
         for _ in range(2):
             with pytest.raises(OSError, match="disk full"):
                 open_it()
@@ -231,3 +235,81 @@ def test_processes_that_start_at_once_share_one_building(config, open_it):
     assert sorted([reports_0, reports_1]) == [0, 1]
     assert tokens_0 == tokens_1
     assert len(names(open_it)) == 1
+
+
+def _die_half_way(config, kill_after) -> None:
+    """Builds the cache and is killed after so many documents."""
+    encode, building.RECORD_EVERY = building._encode, 0
+    numbers = itertools.count()
+
+    def some(*args):
+        for encoded in encode(*args):
+            if next(numbers) == kill_after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield encoded
+
+    building._encode = some
+    open_cache(config, lambda _: None)
+
+
+@pytest.mark.parametrize("packing", ["stream", "padded"])
+def test_a_killed_building_goes_on_where_it_was(packing, config, tmp_path, monkeypatch):
+    """Also a longer document's pieces; nothing is encoded twice, and the cache is the same."""
+    documents = {f"{i:02}": f"{i} " * (i + 1) for i in range(30)}
+    config.data.path = write(tmp_path, text="", **documents)
+    config.data.eval_fraction, config.tokenizer = 0.2, "train:bpe:300"
+    config.data.packing = packing
+    config.data.cache_dir = str(tmp_path / "whole")
+    whole = open_cache(config)
+    config.data.cache_dir = str(tmp_path / "parts")
+    spawn = multiprocessing.get_context("spawn")
+    # Of about 25 documents for training; so the second is killed in the validation split.
+    for kill_after in (10, 18):
+        process = spawn.Process(target=_die_half_way, args=(config, kill_after))
+        process.start()
+        process.join(120)
+        assert process.exitcode == -signal.SIGKILL
+    [folder] = (tmp_path / "parts").glob("*.building")
+    with open(folder / "train.bin", "ab") as file:
+        file.write(b"what was written after the last record")
+    encoded, reports = [], []
+    encode = building._encode
+
+    def counted(*args):
+        for ids in encode(*args):
+            encoded.append(ids)
+            yield ids
+
+    monkeypatch.setattr(building, "_encode", counted)
+    monkeypatch.setattr(building.tokenizers, "get_tokenizer", None)  # It is on disk.
+    cache = open_cache(config, reports.append)
+    assert "Going on with tokenising" in reports[0]
+    assert 0 < len(encoded) < 10
+    assert cache.digest == whole.digest
+    assert contents(cache.folder) == contents(whole.folder)
+    assert not list((tmp_path / "parts").glob("*.building"))
+
+
+@pytest.mark.parametrize("harm", ["progress.json", "train.bin", "tokenizer.json", "file"])
+def test_a_damaged_half_of_a_cache_is_begun_anew(harm, config, open_it, reports):
+    whole = open_it()
+    before = contents(whole.folder)
+    meta = json.loads((whole.folder / "meta.json").read_text())
+    folder = whole.folder.rename(f"{whole.folder}.building")
+    (folder / "progress.json").write_text(json.dumps(meta))
+    if harm == "file":
+        shutil.rmtree(folder)
+        folder.write_text("x")
+    else:
+        (folder / harm).write_bytes((folder / harm).read_bytes()[:-10])
+    assert open_it().digest == whole.digest
+    assert contents(whole.folder) == before
+    assert "Going on" not in reports[-1]
+
+
+def test_progress_is_told_in_tokens_per_second(config, open_it, reports, monkeypatch):
+    monkeypatch.setattr(building, "RECORD_EVERY", 0)
+    config.tokenizer = "train:bpe:300"
+    open_it()
+    assert any(re.fullmatch(r"making the tokenizer: [\d,]+ characters read", r) for r in reports)
+    assert any(re.fullmatch(r"train: [\d,]+ tokens, [\d,]+ tokens/s", r) for r in reports)

@@ -3,19 +3,18 @@ import itertools
 import numpy as np
 import pytest
 
-from jaxdp.data.pipeline import eval_batches, num_windows, steps_in, train_batches
+from jaxdp.data.pipeline import eval_batches, steps_in, train_batches
+from jaxdp.data.sequences import Windows
 
 # The tokens of most tests are 0, 1, 2, ..., so that a token tells its position.
 TOKENS = np.arange(203, dtype=np.uint16)
 L, G = 8, 4
-W = num_windows(len(TOKENS), L)
-SLACK = len(TOKENS) - 1 - W * L
+[PART] = Windows(TOKENS, L, "causal").parts
+W, SLACK = PART.count, PART.slack
 
 
-def train(tokens=TOKENS, steps=range(30), **changes) -> list[dict]:
+def train(tokens=TOKENS, steps=range(30), objective="causal", end=None, **changes) -> list[dict]:
     options = {
-        "objective": "causal",
-        "seq_len": L,
         "seed": 0,
         "start_step": steps.start,
         "num_steps": steps.stop,
@@ -23,19 +22,18 @@ def train(tokens=TOKENS, steps=range(30), **changes) -> list[dict]:
         "process_index": 0,
         "process_count": 1,
     }
-    return list(train_batches(tokens, **options | changes))
+    return list(train_batches(Windows(tokens, L, objective, end), **options | changes))
 
 
-def evaluation(tokens, **changes) -> list[dict]:
+def evaluation(tokens, objective="causal", end=None, **changes) -> list[dict]:
     options = {
-        "objective": "causal",
-        "seq_len": L,
         "max_batches": 0,
         "global_batch_size": G,
         "process_index": 0,
         "process_count": 1,
     }
-    return list(eval_batches(np.asarray(tokens, np.uint16), **options | changes))
+    windows = Windows(np.asarray(tokens, np.uint16), L, objective, end)
+    return list(eval_batches(windows, **options | changes))
 
 
 def first_tokens(batches) -> list[int]:
@@ -133,9 +131,9 @@ def test_a_token_is_a_target_at_most_once_an_epoch():
 
 @pytest.mark.parametrize("length", [*range(L + 1, 5 * L), 1000])
 def test_fewer_than_two_windows_of_tokens_are_left_out_of_an_epoch(length):
-    windows = num_windows(length, L)
-    assert windows >= 1
-    assert 0 <= length - 1 - windows * L < 2 * L
+    [part] = Windows(np.arange(length), L, "causal").parts
+    assert part.count >= 1
+    assert 0 <= part.slack == length - 1 - part.count * L < 2 * L
 
 
 def test_each_epoch_has_an_order_of_its_own():
@@ -229,7 +227,7 @@ def test_an_evaluation_does_not_depend_on_the_batch_size():
 @pytest.mark.parametrize("batch", [4, 5, 16])
 def test_epochs_give_each_window_once_each_and_then_nothing(epochs, batch):
     """The last batch has as many rows as the others; those beyond the end weigh nothing."""
-    steps = steps_in(epochs, len(TOKENS), L, batch)
+    steps = steps_in(epochs, Windows(TOKENS, L, "causal"), batch)
     batches = train(steps=range(steps), global_batch_size=batch, num_epochs=epochs)
     weights = np.concatenate([b["weights"] for b in batches])
     assert len(weights) == steps * batch < epochs * W + batch
@@ -237,7 +235,7 @@ def test_epochs_give_each_window_once_each_and_then_nothing(epochs, batch):
 
 
 def test_the_end_of_the_epochs_is_the_same_for_every_process_count():
-    steps = steps_in(1, len(TOKENS), L, 6)
+    steps = steps_in(1, Windows(TOKENS, L, "causal"), 6)
     whole = train(steps=range(steps), global_batch_size=6, num_epochs=1)
     parts = [
         train(

@@ -218,7 +218,14 @@ def test_a_download_that_fails_points_to_data_dir(tfds_config):
 
 
 @pytest.mark.parametrize(
-    ("name", "eval_split"), [("lm1b", "test"), ("tiny_shakespeare", "validation")]
+    ("name", "eval_split"),
+    [
+        ("lm1b", "test"),
+        ("tiny_shakespeare", "validation"),
+        ("wiki40b/en", "validation"),
+        ("c4/en", "validation"),
+        ("wikipedia/20230601.en", "train[99%:]"),
+    ],
 )
 def test_datasets_of_the_catalog_are_read_by_their_usual_keys(name, eval_split, tfds_config):
     tfds_config.data.path = f"tfds:{name}"
@@ -229,3 +236,102 @@ def test_datasets_of_the_catalog_are_read_by_their_usual_keys(name, eval_split, 
             texts = list(source.documents(split))
             assert len(texts) == 3
             assert all(type(text) is str and text for text in texts)
+
+
+def json_lines(tmp_path, *lines: bytes):
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    config = default.get_config()
+    config.data.path = f"jsonl:{tmp_path}/a.jsonl"
+    return config
+
+
+def test_json_lines_give_texts_and_prompts(tmp_path):
+    lines = [
+        b'{"text": "a\\u2028b", "q": "Q: ", "other": 3}',
+        b"  ",
+        '{"text": "\u2028é"}'.encode(),
+    ]
+    config = json_lines(tmp_path, *lines)
+    config.data.eval_fraction = 0.5
+    source = get_source(config)
+    assert list(source.documents("train")) == ["a\u2028b"]
+    assert list(source.examples("validation")) == [("", "\u2028é")]
+    config.data.prompt_key = "q"
+    source = get_source(config)
+    assert list(source.examples("train")) == [("Q: ", "a\u2028b")]
+    assert list(source.documents("train")) == ["Q: a\u2028b"]
+    with pytest.raises(
+        ConfigError, match=r"a\.jsonl, line 3 is no JSON object .*'q', 'text' \('q'\)"
+    ):
+        list(source.examples("validation"))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"{", b"[]", b"3", b'{"text": 3}', b'{"text": "\\ud800"}', b"{}", b"[" * 10**5, b"1" * 9999],
+)
+def test_a_line_that_is_no_example_is_refused_by_its_place(line, tmp_path):
+    config = json_lines(tmp_path, b'{"text": "a"}', line)
+    with pytest.raises(
+        ConfigError, match=r"\Adata\.path: .*a\.jsonl, line 2 is no JSON .*: corr"
+    ) as e:
+        list(get_source(config).documents("validation"))
+    assert "\n" not in str(e.value)
+
+
+def test_prompts_of_a_tfds_dataset(tfds_config):
+    tfds_config.data.update({"prompt_key": "text", "text_key": "text"})
+    text = DOCUMENTS["test"][0]
+    assert next(get_source(tfds_config).examples("validation")) == (text, text)
+    tfds_config.data.prompt_key = "label"
+    with pytest.raises(ConfigError, match=r"data\.prompt_key='label' is no text feature"):
+        next(get_source(tfds_config).examples("validation"))
+
+
+def test_a_text_file_has_no_prompts(corpus):
+    config = default.get_config()
+    config.data.update({"path": f"{corpus}/a.txt", "prompt_key": "q"})
+    with pytest.raises(ConfigError, match=r"data\.prompt_key='q' names no part of a text file"):
+        get_source(config)
+
+
+WIKI40B = (
+    "\n_START_ARTICLE_\nTitle\n_START_SECTION_\nHistory\n_START_PARAGRAPH_\nOne._NEWLINE_Two."
+    "\n_START_PARAGRAPH_\nThree_START_"
+)
+
+
+def test_the_markup_of_wiki40b_is_taken_out(tfds_config):
+    def dataset(self, split, **_):
+        text = WIKI40B if split == "train" else "no markup"
+        return tf.data.Dataset.from_tensors({"text": text, "version_id": "1", "wikidata_id": "Q1"})
+
+    tfds_config.data.path = "tfds:wiki40b/en"
+    with tfds.testing.mock_data(as_dataset_fn=dataset):
+        source = get_source(tfds_config)
+        [text] = source.documents("train")
+        assert text == "Title\n\nHistory\n\nOne.\nTwo.\n\nThree_START_"
+        tfds_config.data.eval_split = "validation"
+        assert list(get_source(tfds_config).documents("validation")) == ["no markup"]
+    assert "_NEWLINE_" in str(source.identity())
+
+
+def test_other_datasets_keep_what_looks_like_it(corpus):
+    (corpus / "d.txt").write_text(WIKI40B)
+    assert documents(corpus / "d.txt", "train", 1e-6) == [WIKI40B[:-1]]
+
+
+def test_a_built_dataset_trains(tfds_config, config, tmp_path):
+    """From the files that TFDS wrote, through all of the pipeline; TFDS text is bytes."""
+    from jaxdp.data.cache import open_cache
+    from jaxdp.data.feed import Feed
+
+    config.data.update(tfds_config.data)
+    config.data.update({"cache_dir": str(tmp_path), "eval_split": "train[:20%]"})
+    config.data.train_split, config.data.packing, config.seq_len = "train[20%:]", "documents", 8
+    config.tokenizer = "byte"
+    cache = open_cache(config)
+    text = "".join(f"{document}\0" for document in DOCUMENTS["train"][2:])
+    assert (cache.train % 256).astype("u1").tobytes().decode() == text
+    batch = next(Feed(config, cache).train(0))
+    assert batch["segments"].max() == 1

@@ -158,7 +158,7 @@ def test_batches_of_text_are_about_as_large_as_asked():
 
 
 def test_a_document_longer_than_a_piece_ends_once(monkeypatch):
-    monkeypatch.setattr(tokenizers._batches, "__defaults__", (7, 20))
+    monkeypatch.setattr(tokenizers._batches, "__defaults__", (7, 20, 0))
     documents = ["a" * 30, "", "b", "cd" * 7]
     ids = np.concatenate(list(encode_documents(BYTE, documents)))
     expected = [[*document.encode(), 256] for document in documents if document]

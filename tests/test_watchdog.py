@@ -12,6 +12,7 @@ from test_runs import flags
 
 from jaxdp import loop, parallel, watchdog
 from jaxdp.config import RunError
+from jaxdp.data import pipeline
 from jaxdp.watchdog import FACTOR, SLOW, TICK, Watchdog
 
 
@@ -125,7 +126,7 @@ def test_a_source_that_hangs_is_found_in_one_process(config, tmp_path, monkeypat
 
     monkeypatch.setattr(watchdog, "end", end)
     monkeypatch.setattr(watchdog, "TICK", 0.05)
-    train_batches = loop.pipeline.train_batches
+    train_batches = pipeline.train_batches
 
     def hanging(*args, **kwargs):
         for number, batch in enumerate(train_batches(*args, **kwargs)):
@@ -134,7 +135,7 @@ def test_a_source_that_hangs_is_found_in_one_process(config, tmp_path, monkeypat
                 raise OSError("the disk is gone")
             yield batch
 
-    monkeypatch.setattr(loop.pipeline, "train_batches", hanging)
+    monkeypatch.setattr(pipeline, "train_batches", hanging)
     before = set(threading.enumerate())
     config.hang_seconds = 1
     with pytest.raises(OSError, match="the disk is gone"):

@@ -1,1 +1,1 @@
-"""From a corpus to batches: `sources` (documents) -> `cache` (tokens on disk) -> `pipeline`."""
+"""From documents to batches: `sources` -> `cache` (on disk) -> `sequences` -> `pipeline`."""

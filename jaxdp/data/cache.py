@@ -1,7 +1,8 @@
 """The token cache: a corpus as token ids on disk, tokenised once, memory-mapped ever after.
 
 A cache is a folder, named by a fingerprint of all that it depends on, with `train.bin`,
-`validation.bin` (little-endian uint16 or uint32), `tokenizer.json` and `meta.json`. It appears
+`validation.bin` (little-endian uint16 or uint32), `tokenizer.json` and `meta.json`, and of examples
+with prompts `train.examples.bin`, `validation.examples.bin` (int64), where each begins. It appears
 under its name by one rename, whole. Whoever opens it looks whether it still is: at the sizes of
 its files, and up to WHOLE bytes at all that is in them. One that is damaged is built anew.
 """
@@ -12,8 +13,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import filelock
 import numpy as np
@@ -23,10 +25,11 @@ from tokenizers import Tokenizer
 from jaxdp import disk
 from jaxdp import tokenizer as tokenizers
 from jaxdp.config import ConfigError, shown
-from jaxdp.data.sources import Source, get_source
+from jaxdp.data import building, layout
+from jaxdp.data.layout import SPLITS, DamagedError
+from jaxdp.data.sources import Source, get_sources
 
 FORMAT = 2  # Raise it when the same config would give other tokens than before.
-SPLITS = ("train", "validation")
 WHOLE = 2**30  # To read so much takes a second or two.
 
 
@@ -40,8 +43,11 @@ class TokenCache:
       validation: likewise.
       tokenizer: what made them.
       vocab_size: one more than the highest id.
-      validation_bytes: of the validation text in UTF-8, for bits per byte.
+      validation_bytes: of the validation text, prompts apart, in UTF-8, for bits per byte.
       digest: SHA-256 over both splits; equal digests, equal data.
+      train_borders: at which training tokens the sources end.
+      examples: only of data.packing="padded": for each split [examples, 2] int64, at which token
+        an example begins, and at which what follows its prompt.
     """
 
     folder: Path
@@ -51,18 +57,24 @@ class TokenCache:
     vocab_size: int
     validation_bytes: int
     digest: str
+    train_borders: tuple[int, ...]
+    examples: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     @property
     def tokens_per_byte(self) -> float:
-        """Of the validation split."""
-        return len(self.validation) / self.validation_bytes
+        """Of the validation split, prompts apart."""
+        tokens = len(self.validation)
+        if self.examples:
+            start, text = self.examples["validation"].T
+            tokens -= int((text - start).sum())
+        return tokens / self.validation_bytes
 
 
 def open_cache(config: ConfigDict, report: Callable[[str], None] = print) -> TokenCache:
     """Opens the token cache for a config and builds it first if it isn't there.
 
-    Processes that start at once wait for the one that builds. One that dies while it builds
-    leaves an unnamed folder that the next one removes. A damaged cache is reported and replaced.
+    Processes that start at once wait for the one that builds. Where one dies while it builds, the
+    next goes on from what is on disk. A damaged cache is reported and replaced.
 
     Args:
       config: a valid config.
@@ -71,7 +83,7 @@ def open_cache(config: ConfigDict, report: Callable[[str], None] = print) -> Tok
     Raises:
       ConfigError: there is no such data or tokenizer.
     """
-    source = get_source(config)
+    sources = get_sources(config)
     root = Path(os.path.expanduser(config.data.cache_dir or "~/.cache/jaxdp/tokens"))
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -80,7 +92,7 @@ def open_cache(config: ConfigDict, report: Callable[[str], None] = print) -> Tok
             f"data.cache_dir={shown(str(root))} can't be made ({error.strerror}): choose another "
             "folder"
         ) from None
-    folder = root / _fingerprint(config, source)
+    folder = root / _fingerprint(config, sources)
     try:
         if (cache := _find(folder)) is not None:
             return cache
@@ -88,7 +100,7 @@ def open_cache(config: ConfigDict, report: Callable[[str], None] = print) -> Tok
         pass
     try:
         with filelock.FileLock(_lock(folder)):
-            return _build_once(config, source, folder, report)
+            return _build_once(config, sources, folder, report)
     except OSError as error:
         if error.errno not in disk.FULL:
             raise
@@ -99,7 +111,7 @@ def open_cache(config: ConfigDict, report: Callable[[str], None] = print) -> Tok
 
 
 def _build_once(
-    config: ConfigDict, source: Source, folder: Path, report: Callable[[str], None]
+    config: ConfigDict, sources: list[Source], folder: Path, report: Callable[[str], None]
 ) -> TokenCache:
     """Builds the cache unless another process has; nothing is left of one that fails."""
     try:
@@ -110,19 +122,15 @@ def _build_once(
         _put_away(folder)
     for abandoned in folder.parent.glob(f"{folder.name}.building-*"):
         shutil.rmtree(abandoned)
-    report(f"Tokenising {config.data.path} with tokenizer={config.tokenizer} ...")
-    temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.building-", dir=folder.parent))
+    temporary = Path(f"{folder}.building")
+    building.begin(temporary)
     try:
-        _build(config, source, temporary)
-        temporary.chmod(0o755)  # mkdtemp's folders are for one user, caches may be shared.
+        building.build(config, sources, temporary, report)
         temporary.rename(folder)
-    finally:
+    except Exception:
         shutil.rmtree(temporary, ignore_errors=True)
+        raise
     return _load(folder)
-
-
-class DamagedError(ValueError):
-    """A token cache isn't as it was made."""
 
 
 def _find(folder: Path) -> TokenCache | None:
@@ -158,111 +166,55 @@ def _put_away(folder: Path) -> None:
         ) from None
 
 
-def _fingerprint(config: ConfigDict, source: Source) -> str:
+def _fingerprint(config: ConfigDict, sources: list[Source]) -> str:
     """Names the cache by everything its content depends on."""
     tokenizer: list = [config.tokenizer, config.objective]
     path = os.path.expanduser(config.tokenizer)
     if os.path.isfile(path):
-        tokenizer[0] = _file_digest(Path(path))
-    identity = json.dumps([FORMAT, tokenizer, source.identity()], sort_keys=True)
+        tokenizer[0] = layout.file_digest(Path(path))
+    padded = ["padded"] if config.data.packing == "padded" else []
+    data: Any = [source.identity() for source in sources]
+    data = data if len(data) > 1 else data[0]
+    identity = json.dumps([FORMAT, tokenizer, data, *padded], sort_keys=True)
     return hashlib.sha256(identity.encode()).hexdigest()[:16]
-
-
-def _build(config: ConfigDict, source: Source, folder: Path) -> None:
-    def documents(with_validation: bool) -> Iterator[str]:
-        for split in SPLITS if with_validation else SPLITS[:1]:
-            yield from source.documents(split)
-
-    tokenizer = tokenizers.get_tokenizer(config.tokenizer, config.objective, documents)
-    vocab_size = tokenizers.vocab_size(tokenizer)
-    dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
-    meta: dict = {"vocab_size": vocab_size, "dtype": dtype.str, "data": config.data.path}
-    digest = hashlib.sha256()
-    for split in SPLITS:
-        counter = _Counter(source.documents(split))
-        with open(folder / f"{split}.bin", "wb") as file:
-            for ids in tokenizers.encode_documents(tokenizer, counter):
-                data = ids.astype(dtype).tobytes()
-                digest.update(data)
-                file.write(data)
-            tokens = file.tell() // dtype.itemsize
-            os.fsync(file.fileno())
-        digest.update(split.encode())
-        meta[split] = {"tokens": tokens, "bytes": counter.bytes, "documents": counter.documents}
-    meta["digest"] = digest.hexdigest()
-    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-    meta["tokenizer"] = _file_digest(folder / "tokenizer.json")
-    meta["checksum"] = _checksum(meta)
-    (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
-
-
-def _file_digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _checksum(meta: dict) -> str:
-    rest = {key: value for key, value in meta.items() if key != "checksum"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-class _Counter:
-    """Iterates over documents and counts them, and their bytes in UTF-8, on the way."""
-
-    def __init__(self, documents: Iterator[str]):
-        self._documents = documents
-        self.documents = 0
-        self.bytes = 0
-
-    def __iter__(self) -> Iterator[str]:
-        for document in self._documents:
-            self.documents += 1
-            self.bytes += len(document.encode())
-            yield document
 
 
 def _load(folder: Path) -> TokenCache:
     meta = json.loads((folder / "meta.json").read_text())
-    if meta["checksum"] != _checksum(meta):
+    if meta["checksum"] != layout.checksum(meta):
         raise DamagedError("meta.json has changed")
     dtype = np.dtype(meta["dtype"])
-    sizes = {split: meta[split]["tokens"] * dtype.itemsize for split in SPLITS}
-    for split in SPLITS:
-        path = folder / f"{split}.bin"
-        if not path.is_file() or path.stat().st_size != sizes[split]:
-            raise DamagedError(f"{split}.bin is not of {sizes[split]} bytes")
+    files = layout.files(dtype, meta)
+    for name, (kind, count) in files.items():
+        path, size = folder / name, count * kind.itemsize
+        if not path.is_file() or path.stat().st_size != size:
+            raise DamagedError(f"{name} is not of {size} bytes")
     tokenizer = tokenizers.load_file(folder / "tokenizer.json")
-    if _file_digest(folder / "tokenizer.json") != meta["tokenizer"]:
+    if layout.file_digest(folder / "tokenizer.json") != meta["tokenizer"]:
         raise DamagedError("tokenizer.json has changed")
     if tokenizers.vocab_size(tokenizer) != meta["vocab_size"]:
         raise DamagedError(f"tokenizer.json has no vocabulary of {meta['vocab_size']}")
-    if sum(sizes.values()) <= WHOLE and _digest(folder, dtype, meta) != meta["digest"]:
+    small = sum(count * kind.itemsize for kind, count in files.values()) <= WHOLE
+    if small and layout.digest(folder, dtype, meta) != meta["digest"]:
         raise DamagedError("the tokens have changed")
 
-    def tokens(split: str) -> np.ndarray:
+    def array(name: str) -> np.ndarray:
+        kind, count = files[name]
         # numpy can't map an empty file.
-        if sizes[split] == 0:
-            return np.zeros(0, dtype)
-        return np.memmap(folder / f"{split}.bin", dtype, "r")
+        return np.memmap(folder / name, kind, "r") if count else np.zeros(0, kind)
 
     return TokenCache(
         folder=folder,
-        train=tokens("train"),
-        validation=tokens("validation"),
+        train=array("train.bin"),
+        validation=array("validation.bin"),
         tokenizer=tokenizer,
         vocab_size=meta["vocab_size"],
         validation_bytes=meta["validation"]["bytes"],
         digest=meta["digest"],
+        train_borders=tuple(meta["train"].get("borders", [meta["train"]["tokens"]])),
+        examples={
+            split: array(f"{split}.examples.bin").reshape(-1, 2)
+            for split in SPLITS
+            if "examples" in meta[split]
+        },
     )
-
-
-def _digest(folder: Path, dtype: np.dtype, meta: dict) -> str:
-    """Of the tokens on disk; raises DamagedError for ids beyond the vocabulary."""
-    digest = hashlib.sha256()
-    for split in SPLITS:
-        with open(folder / f"{split}.bin", "rb") as file:
-            while piece := file.read(2**24):
-                digest.update(piece)
-                if np.frombuffer(piece, dtype).max() >= meta["vocab_size"]:
-                    raise DamagedError(f"{split}.bin has ids beyond the vocabulary")
-        digest.update(split.encode())
-    return digest.hexdigest()

@@ -7,9 +7,10 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxdp.data import pipeline
+from jaxdp import tokenizer
+from jaxdp.data import mixture, pipeline
 from jaxdp.data.cache import TokenCache
-from jaxdp.data.pipeline import Batch
+from jaxdp.data.sequences import Batch, Examples, Sequences, Windows
 
 
 class Feed:
@@ -17,10 +18,11 @@ class Feed:
 
     def __init__(self, config: ConfigDict, cache: TokenCache):
         """Takes a valid config with num_train_steps resolved."""
-        self._config, self._cache = config, cache
+        self._config = config
+        self._train, self._validation = (
+            sequences(config, cache, split) for split in ("train", "validation")
+        )
         self._common: dict[str, Any] = {
-            "objective": config.objective,
-            "seq_len": config.seq_len,
             "global_batch_size": config.global_batch_size,
             "process_index": jax.process_index(),
             "process_count": jax.process_count(),
@@ -29,7 +31,7 @@ class Feed:
     def train(self, start: int) -> Iterator[Batch]:
         """See `pipeline.train_batches`."""
         return pipeline.train_batches(
-            self._cache.train,
+            self._train,
             seed=self._config.seed,
             start_step=start,
             num_steps=self._config.num_train_steps,
@@ -41,11 +43,31 @@ class Feed:
         """Where in the training split the sequences of a step's whole global batch begin."""
         c = self._config
         numbers = step * c.global_batch_size + np.arange(c.global_batch_size, dtype=np.int64)
-        tokens = len(self._cache.train)
-        return pipeline.start_positions(numbers, tokens, c.seq_len, c.seed).numpy().tolist()
+        starts = pipeline.start_positions(numbers, self._train, c.seed).numpy()
+        return self._train.begin(starts).tolist()
 
     def evaluation(self) -> Iterator[Batch]:
         """See `pipeline.eval_batches`."""
         return pipeline.eval_batches(
-            self._cache.validation, max_batches=self._config.eval_max_batches, **self._common
+            self._validation, max_batches=self._config.eval_max_batches, **self._common
         )
+
+
+def sequences(config: ConfigDict, cache: TokenCache, split: str) -> Sequences:
+    """Those that a config makes of the "train" or "validation" tokens."""
+    tokens, shape = getattr(cache, split), (config.seq_len, config.objective)
+    mix: dict[str, Any] = {}
+    if split == "train":
+        shares = mixture.parse(config.data.path).values()
+        mix = {"borders": cache.train_borders, "shares": tuple(shares)}
+    if config.data.packing == "padded":
+        return Examples(tokens, cache.examples[split], *shape, **mix)
+    end = tokenizer.end_id(cache.tokenizer) if config.data.packing == "documents" else None
+    return Windows(tokens, *shape, end, **mix)
+
+
+def epoch_steps(config: ConfigDict, cache: TokenCache) -> int:
+    """Optimizer steps that num_epochs take, the last batch filled up where it isn't full."""
+    return pipeline.steps_in(
+        config.num_epochs, sequences(config, cache, "train"), config.global_batch_size
+    )

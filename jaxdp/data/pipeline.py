@@ -8,23 +8,20 @@ devices share it.
 Shapes: G global batch, P rows of this process, L sequence length.
 """
 
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
 
-Batch = dict[str, np.ndarray]
+from jaxdp.data import mixture
+from jaxdp.data.sequences import Batch, Sequences
 
-
-def num_windows(tokens: int, seq_len: int) -> int:
-    """Training sequences in one epoch: windows side by side, from a first one drawn per epoch."""
-    return max((tokens - 1) // seq_len - 1, 1)
+TOGETHER = 2**16  # Tokens.
 
 
 def train_batches(
-    tokens: np.ndarray,
+    sequences: Sequences,
     *,
-    objective: str,
-    seq_len: int,
     seed: int,
     start_step: int,
     num_steps: int,
@@ -35,14 +32,11 @@ def train_batches(
 ) -> Iterator[Batch]:
     """Yields this process's rows of the batches of steps start_step .. num_steps - 1.
 
-    In each epoch windows of L + 1 tokens lie side by side (they share the border token, so that
-    each token is a target once), in shuffled order, from an offset that is new in each epoch: less
-    than 2 L tokens at the ends are left out, others each time.
+    Each epoch of a source has a shuffled order of its own. Windows lie side by side from an offset
+    that is new in each epoch, too: less than 2 L tokens at the ends are left out, others each time.
 
     Args:
-      tokens: [tokens] integers, at least seq_len + 1 of them.
-      objective: "causal" (targets are the next tokens) or "masked" (the tokens themselves).
-      seq_len: L.
+      sequences: what to train on.
       seed: decides the order.
       start_step: the first step to give a batch for.
       num_steps: the step to end before.
@@ -52,79 +46,96 @@ def train_batches(
       num_epochs: rows beyond so many epochs get weight 0; 0: there are none.
 
     Yields:
-      inputs [P, L] int32, targets [P, L] int32, weights [P, L] float32, one but where said above.
+      What `sequences.take` gives, [P, L] each.
     """
     from jaxdp.data.tensorflow import tf
 
     per_host = global_batch_size // process_count
     first = process_index * per_host
+    keys = sequences.keys
+    # Small batches are made several at once: what a call costs is more than what it does.
+    together = max(TOGETHER // (per_host * sequences.seq_len), 1)
 
-    def numbers(step):
-        return step * global_batch_size + first + np.arange(per_host, dtype=np.int64)
+    def numbers(step, count):
+        steps = (step + np.arange(count, dtype=np.int64))[:, None]
+        return steps * global_batch_size + first + np.arange(per_host, dtype=np.int64)
 
-    def gather(starts):
-        window = tokens[starts[:, None] + np.arange(seq_len + 1)].astype(np.int32)
-        return _split(window, objective)
+    def take(starts):
+        batch = sequences.take(starts)
+        return [batch[key] for key in keys]
 
-    def to_batch(step):
-        inputs, targets = tf.numpy_function(
-            gather,
-            [start_positions(numbers(step), len(tokens), seq_len, seed)],
-            [tf.int32, tf.int32],
-            stateful=False,
-        )
-        return inputs, targets
+    def to_batches(step):
+        rows = tf.reshape(numbers(step, together), [-1])
+        starts = start_positions(rows, sequences, seed)
+        return tuple(tf.numpy_function(take, [starts], list(keys.values()), stateful=False))
 
-    dataset = tf.data.Dataset.range(start_step, num_steps)
-    dataset = dataset.map(to_batch, num_parallel_calls=2, deterministic=True).prefetch(4)
+    dataset = tf.data.Dataset.range(start_step, num_steps, together)
+    dataset = dataset.map(to_batches, num_parallel_calls=2, deterministic=True).prefetch(4)
     # There is nothing to tune, and the tuner's thread, asleep, can hold up the end of the iterator
     # for as long as a minute.
     options = tf.data.Options()
     options.autotune.enabled = False
     dataset = dataset.with_options(options)
-    end = num_epochs * num_windows(len(tokens), seq_len) or np.inf
-    for step, (inputs, targets) in enumerate(dataset.as_numpy_iterator(), start_step):
-        real = (numbers(step) < end)[:, None]
-        weights = np.broadcast_to(real, inputs.shape).astype(np.float32)
-        yield {"inputs": inputs, "targets": targets, "weights": weights}
+    end = num_epochs * epoch_length(sequences) or np.inf
+    batches = itertools.chain.from_iterable(
+        zip(*(np.split(array, together) for array in arrays), strict=True)
+        for arrays in dataset.as_numpy_iterator()
+    )
+    for step, arrays in zip(range(start_step, num_steps), batches, strict=False):
+        batch = dict(zip(keys, arrays, strict=True))
+        if not (real := numbers(step, 1)[0] < end).all():
+            batch["weights"] = batch["weights"] * real[:, None].astype(np.float32)
+        yield batch
 
 
-def start_positions(numbers, num_tokens: int, seq_len: int, seed: int):
-    """Where training sequences begin in the text.
+def start_positions(numbers, sequences: Sequences, seed: int):
+    """Where training sequences begin.
 
     Args:
       numbers: [P] int64; a run's sequences are numbered through: step * G + row of the batch.
-      num_tokens: of the training split.
-      seq_len: L.
+      sequences: all there are.
       seed: decides the order.
 
     Returns:
-      [P] int64, a tensor of TensorFlow.
+      [P] int64, a tensor of TensorFlow, for `sequences.take`.
     """
     from jaxdp.data.tensorflow import tf
 
-    windows = num_windows(num_tokens, seq_len)
-    slack = num_tokens - 1 - windows * seq_len
-    epoch = numbers // windows
-    seeds = tf.stack([tf.fill(tf.shape(epoch), tf.constant(seed, tf.int64)), epoch], axis=1)
-    window = _shuffle(numbers % windows, seeds, windows - 1)
+    def of(values):  # [P] of the source of each.
+        return tf.gather(tf.constant(values, tf.int64), source)
+
+    parts, turns = sequences.parts, mixture.cycle(sequences.shares)
+    turn, round_ = numbers % len(turns.turns), numbers // len(turns.turns)
+    source = tf.gather(turns.turns, turn)
+    numbers = round_ * of(sequences.shares) + tf.gather(turns.ranks, turn)
+
+    count, slack = of([part.count for part in parts]), of([part.slack for part in parts])
+    epoch = numbers // count
+    seeds = tf.fill(tf.shape(epoch), tf.constant(seed, tf.int64))
+    index = _shuffle(numbers % count, [seeds, epoch * len(parts) + source], count - 1)
     # A long cycle of its own, so that the offset is as good as drawn anew in each epoch.
-    offset = _shuffle(epoch % (slack + 1), tf.stack([seeds[:, 0], epoch // (slack + 1)], 1), slack)
-    return window * seq_len + offset
+    cycle = epoch // (slack + 1) * len(parts) + source
+    offset = _shuffle(epoch % (slack + 1), [seeds, cycle], slack)
+    return of([part.first for part in parts]) + index * sequences.stride + offset
 
 
-def steps_in(num_epochs: int, tokens: int, seq_len: int, global_batch_size: int) -> int:
+def epoch_length(sequences: Sequences) -> int:
+    """Sequences in an epoch, of all sources together."""
+    return sum(part.count for part in sequences.parts)
+
+
+def steps_in(num_epochs: int, sequences: Sequences, global_batch_size: int) -> int:
     """Optimizer steps that so many epochs take, the last batch filled up where it isn't full."""
-    return -(-num_epochs * num_windows(tokens, seq_len) // global_batch_size)
+    return -(-num_epochs * epoch_length(sequences) // global_batch_size)
 
 
-def _shuffle(index, seeds, max_index: int):
-    """A stateless permutation of 0 .. max_index, a different one for each pair of seeds.
+def _shuffle(index, seeds, max_index):
+    """Stateless permutations of 0 .. max_index, a different one for each pair of seeds.
 
     Args:
       index: [P] int64.
-      seeds: [P, 2] int64.
-      max_index: the highest index.
+      seeds: a pair of [P] int64.
+      max_index: [P] int64, the highest index.
 
     Returns:
       [P] int64.
@@ -133,17 +144,13 @@ def _shuffle(index, seeds, max_index: int):
 
     # The op takes three 32-bit seeds per row; tf.random.experimental.index_shuffle, which wraps
     # it, takes one seed for all rows only.
-    salt = tf.fill([tf.shape(seeds)[0], 1], tf.constant(max_index % 2**31, tf.int64))
-    seeds = tf.cast(tf.concat([seeds, salt], axis=1), tf.int32)
-    max_index = tf.constant(max_index, tf.int64)
+    seeds = tf.cast(tf.stack([*seeds, max_index % 2**31], axis=1), tf.int32)
     return tf.raw_ops.RandomIndexShuffle(index=index, seed=seeds, max_index=max_index, rounds=4)
 
 
 def eval_batches(
-    tokens: np.ndarray,
+    sequences: Sequences,
     *,
-    objective: str,
-    seq_len: int,
     max_batches: int,
     global_batch_size: int,
     process_index: int,
@@ -151,13 +158,12 @@ def eval_batches(
 ) -> Iterator[Batch]:
     """Yields one pass over the tokens, each a target exactly once (but the very first).
 
-    What the last window and the last batch lack is filled with weight 0, so that every process
-    yields equally many batches of equal shape.
+    Where documents are kept apart, the first of each is no target either. What the last window and
+    the last batch lack is filled with weight 0, so that every process yields equally many batches
+    of equal shape.
 
     Args:
-      tokens: [tokens] integers, at least 2 of them.
-      objective: as for `train_batches`.
-      seq_len: L.
+      sequences: what to evaluate on.
       max_batches: stop after so many; 0: never.
       global_batch_size: G, divisible by process_count.
       process_index: which of the equal parts of each global batch to give.
@@ -167,20 +173,7 @@ def eval_batches(
       As `train_batches` does.
     """
     per_host = global_batch_size // process_count
-    windows = -(-(len(tokens) - 1) // seq_len)
-    batches = -(-windows // global_batch_size)
+    batches = -(-sequences.total // global_batch_size)
     for batch in range(min(batches, max_batches or batches)):
         first = batch * global_batch_size + process_index * per_host
-        starts = (first + np.arange(per_host)) * seq_len
-        positions = starts[:, None] + np.arange(seq_len + 1)
-        window = tokens[np.minimum(positions, len(tokens) - 1)].astype(np.int32)
-        inputs, targets = _split(window, objective)
-        weights = (positions[:, 1:] < len(tokens)).astype(np.float32)
-        yield {"inputs": inputs, "targets": targets, "weights": weights}
-
-
-def _split(window: np.ndarray, objective: str) -> tuple[np.ndarray, np.ndarray]:
-    """[P, L + 1] -> inputs and targets, [P, L] each."""
-    if objective == "masked":
-        return window[:, 1:], window[:, 1:]
-    return window[:, :-1], window[:, 1:]
+        yield sequences.take((first + np.arange(per_host)) * sequences.stride)

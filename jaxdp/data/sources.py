@@ -1,7 +1,10 @@
-"""Where documents come from: a TFDS dataset or local text files, each split in two."""
+"""Where documents come from: a TFDS dataset, text files or JSON lines, each split in two."""
 
 import glob
+import itertools
+import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +13,17 @@ from typing import Protocol
 from ml_collections import ConfigDict
 
 from jaxdp.config import ConfigError, shown
+from jaxdp.data import mixture
+
+Example = tuple[str, str]
+# Markup of datasets of TFDS that is no text, as patterns with what takes their place.
+CLEANED = {
+    "wiki40b": (
+        (r"\A\n?_START_ARTICLE_\n", ""),
+        (r"\n_START_(ARTICLE|SECTION|PARAGRAPH)_\n", "\n\n"),
+        (r"_NEWLINE_", "\n"),
+    )
+}
 
 
 class Source(Protocol):
@@ -21,9 +35,22 @@ class Source(Protocol):
     def documents(self, split: str) -> Iterator[str]:
         """Yields the documents of "train" or "validation"."""
 
+    def examples(self, split: str) -> Iterator[Example]:
+        """Yields them in two parts: a prompt ("" without data.prompt_key), and what follows it."""
+
+
+def get_sources(config: ConfigDict) -> list[Source]:
+    """Opens all that data.path names; raises ConfigError where one can't be found."""
+    sources = []
+    for path in mixture.parse(config.data.path):
+        one = ConfigDict(config.to_dict())
+        one.data.path = path
+        sources.append(get_source(one))
+    return sources
+
 
 def get_source(config: ConfigDict) -> Source:
-    """Opens the corpus that data.path names.
+    """Opens the corpus that data.path names, which has no weights.
 
     Raises:
       ConfigError: it can't be found.
@@ -31,14 +58,21 @@ def get_source(config: ConfigDict) -> Source:
     kind, colon, rest = config.data.path.partition(":")
     if colon and kind == "tfds":
         return TfdsSource(rest, config)
+    if colon and kind == "jsonl":
+        return JsonSource(rest, config)
+    if config.data.prompt_key:
+        raise ConfigError(
+            f"data.prompt_key={shown(config.data.prompt_key)} names no part of a text file: use "
+            "jsonl:GLOB or tfds:NAME, or leave it empty"
+        )
     return TextSource(rest if colon and kind == "text" else config.data.path, config)
 
 
-class TextSource:
-    """Text files (UTF-8), one document each; the end of their text is the validation split."""
+class _Files:
+    """Local files in the order of their paths."""
 
     def __init__(self, pattern: str, config: ConfigDict):
-        """Finds the files; raises ConfigError where there are none."""
+        """Finds them; raises ConfigError where there are none."""
         pattern = os.path.expanduser(pattern)
         # A file may be called what would also be a glob, such as "notes[1].txt".
         found = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
@@ -55,6 +89,25 @@ class TextSource:
         stats = [(str(path.resolve()), path.stat()) for path in self.paths]
         files = [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats]
         return {"files": files, "eval_fraction": self.eval_fraction}
+
+    @staticmethod
+    def _read(path: Path) -> str:
+        try:
+            return path.read_bytes().decode("utf-8")
+        except OSError as error:
+            raise ConfigError(
+                f"data.path: {path} can't be read ({error.strerror}): see to its permissions, or "
+                "leave it out"
+            ) from None
+        except UnicodeDecodeError as error:
+            raise ConfigError(
+                f"data.path: {path} is not UTF-8 text (byte {error.start}): convert it, for "
+                "example with iconv"
+            ) from None
+
+
+class TextSource(_Files):
+    """Text files (UTF-8), one document each; the end of their text is the validation split."""
 
     def documents(self, split: str) -> Iterator[str]:
         """Yields one document per file; the file that the split's border cuts gives its part."""
@@ -73,19 +126,55 @@ class TextSource:
         total = sum(len(self._read(path)) for path in self.paths)
         return int(total * (1 - self.eval_fraction))
 
-    @staticmethod
-    def _read(path: Path) -> str:
+    def examples(self, split: str) -> Iterator[Example]:
+        """They have no prompts."""
+        return (("", document) for document in self.documents(split))
+
+
+class JsonSource(_Files):
+    """JSON objects, one to a line; the last of the lines are the validation split."""
+
+    def __init__(self, pattern: str, config: ConfigDict):
+        """Finds the files; raises ConfigError where there are none."""
+        super().__init__(pattern, config)
+        self.keys = [key for key in (config.data.prompt_key, config.data.text_key) if key]
+
+    def identity(self) -> dict:
+        """That of the files, and the keys."""
+        return super().identity() | {"keys": self.keys}
+
+    def documents(self, split: str) -> Iterator[str]:
+        """Yields the text of each line, with its prompt before it."""
+        return ("".join(example) for example in self.examples(split))
+
+    def examples(self, split: str) -> Iterator[Example]:
+        """Yields the prompt, if any, and the text of each line."""
+        border = int(sum(1 for _ in self._lines()) * (1 - self.eval_fraction))
+        part = (0, border) if split == "train" else (border, None)
+        for place, line in itertools.islice(self._lines(), *part):
+            *prompt, text = self._texts(place, line)
+            yield "".join(prompt), text
+
+    def _lines(self) -> Iterator[tuple[str, str]]:
+        for path in self.paths:
+            # Not splitlines, which also splits where a JSON string may hold it, as at U+2028.
+            for number, line in enumerate(self._read(path).split("\n"), 1):
+                if line.strip():
+                    yield f"{path}, line {number}", line
+
+    def _texts(self, place: str, line: str) -> list[str]:
         try:
-            return path.read_bytes().decode("utf-8")
-        except OSError as error:
+            values = json.loads(line)
+            texts = [values[key] for key in self.keys]
+            if not all(isinstance(text, str) for text in texts):
+                raise TypeError("a value is no string")
+            "".join(texts).encode()  # JSON can hold half a surrogate pair.
+            return texts
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise ConfigError(
-                f"data.path: {path} can't be read ({error.strerror}): see to its permissions, or "
-                "leave it out"
-            ) from None
-        except UnicodeDecodeError as error:
-            raise ConfigError(
-                f"data.path: {path} is not UTF-8 text (byte {error.start}): convert it, for "
-                "example with iconv"
+                f"data.path: {place} is no JSON object with a text for each of "
+                f"{', '.join(map(repr, self.keys))} ({shown(error, as_text=str)}): correct it, or "
+                "data.text_key and data.prompt_key"
             ) from None
 
 
@@ -101,7 +190,8 @@ class TfdsSource:
         if not sys.stderr.isatty():
             tfds.disable_progress_bar()
         self.splits = {"train": config.data.train_split, "validation": config.data.eval_split}
-        self.text_key = config.data.text_key
+        self.keys = {"prompt_key": config.data.prompt_key, "text_key": config.data.text_key}
+        self.keys = {key: name for key, name in self.keys.items() if name or key == "text_key"}
         self.path = config.data.path
         data_dir = os.path.expanduser(config.data.data_dir) or None
         try:
@@ -120,10 +210,15 @@ class TfdsSource:
     def identity(self) -> dict:
         """The dataset's full name with its version, the splits and the feature."""
         name = self.builder.info.full_name
-        return {"tfds": name, "splits": self.splits, "text_key": self.text_key}
+        cleaned = {"cleaned": CLEANED[self.builder.name]} if self.builder.name in CLEANED else {}
+        return {"tfds": name, "splits": self.splits} | self.keys | cleaned
 
     def documents(self, split: str) -> Iterator[str]:
-        """Prepares the dataset if need be and yields the text of each example."""
+        """Prepares the dataset if need be and yields each example's text, its prompt before it."""
+        return ("".join(example) for example in self.examples(split))
+
+    def examples(self, split: str) -> Iterator[Example]:
+        """Prepares the dataset if need be and yields each example's prompt, if any, and text."""
         self._prepare()
         spec = self.splits[split]
         try:
@@ -136,20 +231,31 @@ class TfdsSource:
             ) from None
         text = self._tf.TensorSpec((), self._tf.string)
         texts = [name for name, feature in dataset.element_spec.items() if feature == text]
-        if self.text_key not in texts:
-            raise ConfigError(
-                f"data.text_key={shown(self.text_key)} is no text feature of {self.path}: choose "
-                f"one of {', '.join(texts)}"
-            )
-        for example in self._tfds.as_numpy(dataset.map(lambda e: e[self.text_key])):
-            try:
-                document = example.decode("utf-8")
-            except UnicodeDecodeError:
+        for key, name in self.keys.items():
+            if name not in texts:
                 raise ConfigError(
-                    f"data.text_key={shown(self.text_key)} of {self.path} is not UTF-8 text in "
-                    f"split {spec!r}: choose another feature or dataset"
-                ) from None
-            yield document
+                    f"data.{key}={shown(name)} is no text feature of {self.path}: choose one of "
+                    f"{', '.join(texts)}"
+                )
+        chosen = dataset.map(lambda example: [example[name] for name in self.keys.values()])
+        for values in self._tfds.as_numpy(chosen):
+            *prompt, text = [
+                self._decoded(key, value, spec)
+                for key, value in zip(self.keys, values, strict=True)
+            ]
+            yield "".join(prompt), text
+
+    def _decoded(self, key: str, value: bytes, spec: str) -> str:
+        try:
+            text = value.decode("utf-8")
+        except UnicodeDecodeError:
+            raise ConfigError(
+                f"data.{key}={shown(self.keys[key])} of {self.path} is not UTF-8 text in split "
+                f"{spec!r}: choose another feature or dataset"
+            ) from None
+        for pattern, replacement in CLEANED.get(self.builder.name, ()):
+            text = re.sub(pattern, replacement, text)
+        return text
 
     def _prepare(self) -> None:
         try:
