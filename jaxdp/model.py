@@ -6,6 +6,7 @@ V vocabulary, S context (the KV cache's length).
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -183,6 +184,7 @@ class Attention(nn.Module):
             use_bias=c.bias,
             dtype=c.dtype,
             kernel_init=_residual_init(c),
+            dot_general=matmul,
             name="out",
         )
         return out_dense(out)
@@ -260,6 +262,29 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array |
     return out.reshape(query.shape)
 
 
+def matmul(x: jax.Array, kernel: jax.Array, dimension_numbers, **options) -> jax.Array:
+    """A `lax.dot_general` of x's last dimensions with the kernel's first, as of two matrices.
+
+    The kernel's gradient contracts over rows then, not over batch and length, for which XLA's CPU
+    backend copies both operands: steps of nanoGPT's character model take 1.2 times as long.
+
+    Args:
+      x: [..., I...], with I... as many dimensions as are contracted.
+      kernel: [I..., O...].
+      dimension_numbers: of `lax.dot_general`, which must say just that.
+      **options: of `lax.dot_general`.
+
+    Returns:
+      [..., O...].
+    """
+    contracted = len(dimension_numbers[0][0])
+    rows, columns = x.shape[: x.ndim - contracted], kernel.shape[contracted:]
+    width = math.prod(kernel.shape[:contracted])
+    matrices = x.reshape(-1, width), kernel.reshape(width, -1)
+    out = lax.dot_general(*matrices, (((1,), (0,)), ((), ())), **options)
+    return out.reshape(*rows, *columns)
+
+
 def rotate(x: jax.Array, positions: jax.Array) -> jax.Array:
     """Rotary position embedding (Su et al. 2021), halves rotated as in Llama.
 
@@ -311,6 +336,7 @@ def _dense(c: ModelConfig, features, name, bias=True, kernel_init=None):
         use_bias=c.bias and bias,
         dtype=c.dtype,
         kernel_init=kernel_init or _init(),
+        dot_general=matmul,
         name=name,
     )
 
