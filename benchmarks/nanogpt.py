@@ -126,7 +126,7 @@ def serve(config, devices: int) -> int:
     """Trains as many steps as each line of stdin says, and prints the seconds."""
     import jax
 
-    from jaxdp import parallel
+    from jaxdp import cpu, parallel
     from jaxdp.data.feed import Feed
     from jaxdp.model import ModelConfig, Transformer
     from jaxdp.optimizer import get_optimizer, get_schedule
@@ -135,6 +135,7 @@ def serve(config, devices: int) -> int:
     from jaxdp.step import create_state, plain
 
     command.prepare_jax()
+    cpu.prepare(config)
     assert jax.device_count() == devices
     cache, replicas, schedule = open_cache(config), Replicas(), get_schedule(config)
     config.num_train_steps = 10**9

@@ -18,7 +18,6 @@ from jax import lax
 from jax._src import distributed  # For its client, which has no public name; Orbax uses it, too.
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from ml_collections import ConfigDict
 
 from jaxdp.config import ConfigError, RunError
 
@@ -123,29 +122,6 @@ def prefetch(items: Iterable[Any], put: Callable[[Any], Any], ahead: int = 2) ->
 def rows(per_device: int) -> jax.Array:
     """The numbers of this device's sequences in the global batch, [b] int32, inside of pmap."""
     return lax.axis_index(AXIS) * per_device + lax.iota(np.int32, per_device)
-
-
-def share_cpu(config: ConfigDict) -> None:
-    """Makes two devices of a CPU, unless the user has said how many; call it before others are.
-
-    Much of a small model's step is too small for XLA to split over cores, or isn't split at all: a
-    device for each of two cores is up to 1.5 times as fast as one for both (benchmarks/RESULTS.md).
-    Not so where the number of devices decides what is computed, or for one of several processes.
-
-    Args:
-      config: a valid one.
-    """
-    said = jax.config.values["jax_num_cpu_devices"] > 0 or "device_count" in os.environ.get(
-        "XLA_FLAGS", ""
-    )
-    alone = _client() is None
-    equal = config.sync.method in ("gradient_mean", "sharded", "fixed_order")
-    parts = [config.global_batch_size // config.grad_accum_steps]
-    if config.sync.method == "fixed_order":
-        parts.append(config.sync.virtual_replicas)
-    cores = len(os.sched_getaffinity(0))
-    if cores > 1 and alone and equal and not said and all(part % 2 == 0 for part in parts):
-        jax.config.update("jax_num_cpu_devices", 2)
 
 
 def initialize(

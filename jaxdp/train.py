@@ -11,7 +11,7 @@ import threading
 from absl import flags
 from ml_collections import config_flags
 
-from jaxdp import command, loop, parallel, preflight
+from jaxdp import command, cpu, loop, parallel, preflight
 from jaxdp import config as configs
 from jaxdp.config import ConfigError
 
@@ -32,7 +32,7 @@ def main() -> int:
     command.prepare_jax()
     parallel.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     configs.validate(config)
-    parallel.share_cpu(config)
+    cpu.prepare(config)
     preflight.check_devices()
     stop = threading.Event()
     command.on_stop_signal(stop.set)

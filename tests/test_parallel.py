@@ -1,11 +1,6 @@
-import os
-import subprocess
-import sys
-
 import jax
 import numpy as np
 import pytest
-from conftest import REPOSITORY
 from jax import lax
 
 from jaxdp import parallel
@@ -128,32 +123,3 @@ def test_launchers_are_left_to_jax(monkeypatch, name, value):
 def test_wrong_arguments_are_refused(arguments, message):
     with pytest.raises(ConfigError, match=message):
         parallel.initialize(*arguments)
-
-
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core")
-@pytest.mark.parametrize(
-    ("changes", "environ", "devices"),
-    [
-        ({}, {}, 2),
-        ({"global_batch_size": 6, "grad_accum_steps": 2}, {}, 1),
-        ({"sync.method": "diloco"}, {}, 1),
-        ({}, {"JAX_NUM_CPU_DEVICES": "3"}, 3),
-        ({}, {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}, 4),
-    ],
-)
-def test_a_cpu_is_two_devices_unless_that_was_said_otherwise(changes, environ, devices):
-    code = (
-        "import jax; from jaxdp import parallel; from jaxdp.configs import default; "
-        f"c = default.get_config(); c.update_from_flattened_dict({changes!r}); "
-        "parallel.share_cpu(c); print(jax.device_count())"
-    )
-    outside = {k: v for k, v in os.environ.items() if k not in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS")}
-    process = subprocess.run(
-        [sys.executable, "-c", code],
-        env=outside | environ,
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert int(process.stdout) == devices
