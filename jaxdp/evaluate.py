@@ -15,7 +15,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from jaxdp import command, parallel, preflight, report
+from jaxdp import command, cpu, preflight, report
 from jaxdp import config as configs
 from jaxdp.config import ConfigError, shown
 from jaxdp.configs import default
@@ -39,7 +39,7 @@ def main() -> int:
     workdir = Path(os.path.expanduser(WORKDIR.value))
     changes = config_flags.get_override_values(flags.FLAGS[CONFIG.name])
     config = completed(configs.load(workdir / "config.json"), changes)
-    parallel.share_cpu(config)
+    cpu.prepare(config)
     preflight.check_devices()
     step, result, tokens_per_byte = evaluate_checkpoint(
         workdir, STEP.value, changes, say=command.warn

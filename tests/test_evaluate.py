@@ -88,7 +88,7 @@ def test_a_damaged_checkpoint_is_not_replaced_by_another_that_was_not_asked_for(
     for which in ("4", "best"):
         with pytest.raises(RunError, match=r"Checkpoint 4 is damaged .* or choose another"):
             evaluated(workdir, which)
-    with pytest.raises(ConfigError, match="--step=3 is no checkpoint in .*: choose of 4, 2"):
+    with pytest.raises(ConfigError, match=r"--step=3 is no checkpoint in .*: choose of 4, 2"):
         evaluated(workdir, "3")
 
 
@@ -99,7 +99,7 @@ def test_the_best_checkpoint_has_the_lowest_finite_loss(tmp_path):
         (tmp_path / str(step) / "metrics" / "metrics").write_text(json.dumps({whole.METRIC: loss}))
     (tmp_path / "9").mkdir()
     assert whole.chosen(tmp_path, [9, 8, 7, 6, 5, 4, 3, 2, 1], "best") == 5  # The newer of two.
-    with pytest.raises(ConfigError, match="no checkpoint in .* has been evaluated"):
+    with pytest.raises(ConfigError, match=r"no checkpoint in .* has been evaluated"):
         whole.chosen(tmp_path, [9, 8, 7, 3, 1], "best")
 
 
