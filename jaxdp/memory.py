@@ -65,7 +65,7 @@ class Op:
       inputs: but for literals.
       outputs: its results.
       scratch: bytes that it needs while it runs, beyond inputs and outputs.
-      sums_rows: whether it is a matrix product that sums over the rows of its first operand.
+      sums_rows: whether it sums over the rows of its first operand, one of several matrices.
       carried: of a loop, what an iteration takes from the one before: (first, last) value.
     """
 
@@ -165,7 +165,7 @@ def _look_inside(eqn: Any, op: Op, inputs: list[Value | None]) -> None:
     elif op.name == "dot_general":
         (contracted, _), (batch, _) = eqn.params["dimension_numbers"]
         free = set(range(eqn.invars[0].aval.ndim)) - {*contracted, *batch}
-        op.sums_rows = bool(free) and min(contracted) < max(free)
+        op.sums_rows = len(free) > 1 and min(contracted) < max(free)
 
 
 def _needed(ops: list[Op], results: list[Value]) -> list[Op]:

@@ -1,7 +1,7 @@
 """The transformer, in Flax linen; it knows nothing of devices.
 
-Shapes: B batch, L length, D model width, H heads, G key/value heads, K head width, F MLP width,
-V vocabulary, S context (the KV cache's length).
+Shapes: B batch, L length, D model width, G key/value heads, K head width, V vocabulary, S context
+(the KV cache's length).
 """
 
 import dataclasses
@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from ml_collections import ConfigDict
+
+from jaxdp.attention import attend, rotate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +61,6 @@ class ModelConfig:
 # GPT-2's initialisation: 0.02 everywhere, less for what adds to the residual stream.
 INIT_STDDEV = 0.02
 NORM_EPSILON = 1e-5
-ROTARY_BASE = 10_000.0
 
 
 class Transformer(nn.Module):
@@ -168,16 +169,11 @@ class Attention(nn.Module):
         value = _dense(c, (c.num_kv_heads, head_dim), "value")(x)
         if c.positions == "rotary":
             query, key = rotate(query, positions), rotate(key, positions)
-        mask = None
+        mask = None if segments is None else segments[:, :, None] == segments[:, None, :]
         if decode:
             key, value = self._cached(key, value, positions)
-            mask = jnp.arange(c.seq_len) <= positions[:, None, None, :, None]
-        elif c.causal:
-            mask = jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool))
-        if segments is not None:
-            same = segments[:, None, None, :, None] == segments[:, None, None, None, :]
-            mask = same if mask is None else mask & same
-        out = attend(query, key, value, mask)
+            mask = jnp.arange(c.seq_len) <= positions[:, :, None]
+        out = attend(query, key, value, mask, causal=c.causal and not decode)
         out_dense = nn.DenseGeneral(
             c.embed_dim,
             axis=(-2, -1),
@@ -235,33 +231,6 @@ class Dropout(nn.Module):
         return jnp.where(jax.vmap(draw)(keys), x / (1 - self.rate), 0)
 
 
-def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Scaled dot-product attention; the softmax in float32.
-
-    `jax.nn.dot_product_attention` divides by the softmax's sum, which XLA compiles differently for
-    one device and for several; here it is a multiplication always, as `sync.fixed_order` needs it.
-
-    Args:
-      query: [B, L, H, K].
-      key: [B, S, G, K], G dividing H.
-      value: [B, S, G, K].
-      mask: bool, broadcastable to [B, G, H / G, L, S]: whom a query may look at; None: everyone.
-
-    Returns:
-      [B, L, H, K] in the dtype of value.
-    """
-    width = query.shape[-1]
-    grouped = query.reshape(*query.shape[:2], key.shape[2], -1, width)
-    scores = jnp.einsum("blghk,bsgk->bghls", grouped, key, preferred_element_type=jnp.float32)
-    scores *= width**-0.5
-    if mask is not None:
-        scores = jnp.where(mask, scores, -1e30)
-    weights = jnp.exp(scores - lax.stop_gradient(scores.max(-1, keepdims=True)))
-    weights *= 1 / weights.sum(-1, keepdims=True)
-    out = jnp.einsum("bghls,bsgk->blghk", weights.astype(value.dtype), value)
-    return out.reshape(query.shape)
-
-
 def matmul(x: jax.Array, kernel: jax.Array, dimension_numbers, **options) -> jax.Array:
     """A `lax.dot_general` of x's last dimensions with the kernel's first, as of two matrices.
 
@@ -283,25 +252,6 @@ def matmul(x: jax.Array, kernel: jax.Array, dimension_numbers, **options) -> jax
     matrices = x.reshape(-1, width), kernel.reshape(width, -1)
     out = lax.dot_general(*matrices, (((1,), (0,)), ((), ())), **options)
     return out.reshape(*rows, *columns)
-
-
-def rotate(x: jax.Array, positions: jax.Array) -> jax.Array:
-    """Rotary position embedding (Su et al. 2021), halves rotated as in Llama.
-
-    Args:
-      x: [B, L, H, K], K even.
-      positions: [B, L] int32.
-
-    Returns:
-      [B, L, H, K] in the dtype of x; the angles are computed in float32.
-    """
-    half = x.shape[-1] // 2
-    frequencies = ROTARY_BASE ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
-    sin, cos = jnp.sin(angles), jnp.cos(angles)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
 
 
 def num_parameters(params) -> int:

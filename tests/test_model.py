@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdp.model import Dropout, ModelConfig, Transformer, flops_per_token, num_parameters, rotate
+from jaxdp.model import Dropout, ModelConfig, Transformer, flops_per_token, num_parameters
 
 SMALL = ModelConfig(
     vocab_size=11,
@@ -142,16 +142,6 @@ def test_grouped_heads_are_heads_that_share_keys():
         rtol=1e-4,
         atol=1e-5,
     )
-
-
-def test_rotary_scores_depend_on_distance_only():
-    query, key = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
-
-    def score(i, j):
-        return jnp.sum(rotate(query, jnp.array([[i]])) * rotate(key, jnp.array([[j]])))
-
-    np.testing.assert_allclose(score(5, 2), score(105, 102), rtol=1e-4)
-    assert not np.isclose(score(5, 2), score(5, 3), rtol=1e-2)
 
 
 def test_dropout_of_a_row_depends_on_its_number_only():

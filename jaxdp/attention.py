@@ -1,0 +1,140 @@
+"""Scaled dot-product attention and rotary positions.
+
+Shapes: B batch, L length, S length of keys, H heads, G key/value heads, K head width, R rows.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+ROTARY_BASE = 10_000.0
+MAX_BLOCKS = 4
+SMALLEST_BLOCK = 64
+
+
+def attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array | None = None,
+    *,
+    causal: bool = False,
+) -> jax.Array:
+    """Scaled dot-product attention (Vaswani et al. 2017); products and softmax in float32.
+
+    As `jax.nn.dot_product_attention`, but for three things. Causal attention goes through blocks of
+    queries and leaves out the keys after each. The backward pass takes the softmax's sum from the
+    results, which are smaller than the weights (Dao et al. 2022, FlashAttention, section B.2). And
+    the softmax divides by multiplying, for a division is compiled differently for one device and
+    for several, which `sync.fixed_order` must not be.
+
+    Args:
+      query: [B, L, H, K].
+      key: [B, S, G, K], G dividing H.
+      value: [B, S, G, K].
+      mask: bool [B or 1, L, S]: whom a query may look at; None: everyone.
+      causal: whether a query looks at no later key; S is L then.
+
+    Returns:
+      [B, L, H, K] in the dtype of value.
+    """
+    batch, length, heads, width = query.shape
+    query = query * width**-0.5
+    # The heads that share keys are rows of the same matrix.
+    query = query.reshape(batch, length, key.shape[2], -1, width)
+    query = query.transpose(0, 2, 1, 3, 4).reshape(batch, key.shape[2], -1, width)
+    key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
+    out = _attend(causal, heads // key.shape[1], query, key, value, mask)
+    out = out.reshape(batch, key.shape[1], length, -1, width).transpose(0, 2, 1, 3, 4)
+    return out.reshape(batch, length, heads, width)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(causal, heads, query, key, value, mask):
+    """Queries [B, G, L * heads, K], keys and values [B, G, S, K], mask [B, L, S] -> as queries."""
+    return _forward(causal, heads, query, key, value, mask)[0]
+
+
+def _forward(causal, heads, query, key, value, mask):
+    outs, saved = [], []
+    for rows, seen, allowed in _blocks(causal, heads, query, key, mask):
+        scores = _product("rk,sk->rs", query[:, :, rows], key[:, :, seen])
+        if allowed is not None:
+            scores = jnp.where(allowed, scores, -1e30)
+        weights = jnp.exp(scores - scores.max(-1, keepdims=True))
+        weights *= 1 / weights.sum(-1, keepdims=True)
+        weights = weights.astype(value.dtype)
+        outs.append(_product("rs,sk->rk", weights, value[:, :, seen]))
+        saved.append(weights)
+    out = jnp.concatenate(outs, 2).astype(value.dtype)
+    return out, (query, key, value, out, saved)
+
+
+def _backward(causal, heads, residuals, d_out):
+    query, key, value, out, saved = residuals
+    # The softmax's backward pass needs sum(weights * d_weights), which is this.
+    sums = (out.astype(jnp.float32) * d_out).sum(-1, keepdims=True)
+    d_query, d_key, d_value = [], [], []
+    blocks = _blocks(causal, heads, query, key, None)
+    for (rows, seen, _), weights in zip(blocks, saved, strict=True):
+        d_weights = _product("rk,sk->rs", d_out[:, :, rows], value[:, :, seen])
+        d_scores = (weights * (d_weights - sums[:, :, rows])).astype(query.dtype)
+        d_query.append(_product("rs,sk->rk", d_scores, key[:, :, seen]))
+        d_key.append(_product("rs,rk->sk", d_scores, query[:, :, rows]))
+        d_value.append(_product("rs,rk->sk", weights, d_out[:, :, rows]))
+    totals = jnp.concatenate(d_query, 2), _sum(d_key), _sum(d_value)
+    return *(t.astype(x.dtype) for t, x in zip(totals, residuals, strict=False)), None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _blocks(causal, heads, query, key, mask):
+    """The rows of a block, the keys that they can see, and which they may: bool, or None."""
+    length, count = query.shape[2] // heads, 1
+    while causal and count < MAX_BLOCKS and length % (2 * count * SMALLEST_BLOCK) == 0:
+        count *= 2
+    size = length // count
+    for start in range(0, length, size):
+        rows, seen = slice(start, start + size), slice(0, start + size if causal else None)
+        allowed = None if mask is None else mask[:, rows, seen]
+        if causal:
+            earlier = jnp.tri(size, start + size, start, dtype=bool)[None]
+            allowed = earlier if allowed is None else allowed & earlier
+        if allowed is not None:
+            allowed = jnp.repeat(allowed, heads, 1)[:, None]
+        yield slice(heads * rows.start, heads * rows.stop), seen, allowed
+
+
+def _product(subscripts, first, second):
+    """Of matrices [B, G, ·, ·], accumulated in float32."""
+    subscripts = "bg" + subscripts.replace(",", ",bg").replace("->", "->bg")
+    return jnp.einsum(subscripts, first, second, preferred_element_type=jnp.float32)
+
+
+def _sum(terms):
+    """The sum of what each block has for the keys that it sees, the last for all."""
+    *rest, total = terms
+    for term in reversed(rest):
+        total = total.at[:, :, : term.shape[2]].add(term)
+    return total
+
+
+def rotate(x: jax.Array, positions: jax.Array) -> jax.Array:
+    """Rotary position embedding (Su et al. 2021), halves rotated as in Llama.
+
+    Args:
+      x: [B, L, H, K], K even.
+      positions: [B, L] int32.
+
+    Returns:
+      [B, L, H, K] in the dtype of x; the angles are computed in float32.
+    """
+    half = x.shape[-1] // 2
+    frequencies = ROTARY_BASE ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
+    sin, cos = jnp.sin(angles), jnp.cos(angles)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)

@@ -1,0 +1,79 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxdp.attention import attend, rotate
+
+
+def arrays(length, heads, groups, dtype="float32"):
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = [(2, length, n, 8) for n in (heads, groups, groups, heads)]
+    return [2 * jax.random.normal(k, s, dtype) for k, s in zip(keys, shapes, strict=True)]
+
+
+def results(function, query, key, value, weights):
+    """What it computes, and the gradients of a weighted sum of that."""
+
+    def loss(query, key, value):
+        out = function(query, key, value)
+        return (out * weights).sum(), out
+
+    (_, out), grads = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(query, key, value)
+    return out, *grads
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("length", "heads", "groups"), [(7, 4, 4), (128, 2, 2), (256, 4, 2), (320, 2, 1), (512, 1, 1)]
+)
+def test_it_is_attention_and_so_are_its_gradients(length, heads, groups, causal, masked):
+    """In one block (7 and 320 tokens), in two and four, against JAX's attention."""
+    mask = None
+    if masked:
+        mask = jax.random.bernoulli(jax.random.key(1), 0.5, (2, length, length))
+        mask |= jnp.eye(length, dtype=bool)
+
+    def ours(query, key, value):
+        return attend(query, key, value, mask, causal=causal)
+
+    def jaxs(query, key, value):
+        heads_mask = None if mask is None else mask[:, None]
+        return jax.nn.dot_product_attention(query, key, value, mask=heads_mask, is_causal=causal)
+
+    given = arrays(length, heads, groups)
+    # Sums of up to 512 float32 numbers of size 1, rounded to 6e-8 each.
+    for one, other in zip(results(ours, *given), results(jaxs, *given), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=2e-5)
+
+
+def test_bfloat16_is_near_float32():
+    def ours(query, key, value):
+        return attend(query, key, value, causal=True)
+
+    given = arrays(256, 2, 2, "bfloat16")
+    wide = [x.astype("float32") for x in given]
+    for one, other in zip(results(ours, *given), results(ours, *wide), strict=True):
+        assert one.dtype == jnp.bfloat16
+        # bfloat16 rounds to 2^-9 = 0.002; weights, results and gradients are rounded once each.
+        error = jnp.linalg.norm(one.astype("float32") - other) / jnp.linalg.norm(other)
+        assert error < 0.01
+
+
+def test_scores_of_any_size_are_no_harm():
+    query, key, value, _ = arrays(128, 1, 1)
+    out = attend(1e4 * query, key, value, causal=True)
+    assert jnp.isfinite(out).all()
+    # The softmax of such scores chooses one key.
+    assert (jnp.abs(out[:, :, None] - value[:, None]).sum(-1).min(2) < 1e-3).mean() > 0.95
+
+
+def test_rotary_scores_depend_on_distance_only():
+    query, key = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
+
+    def score(i, j):
+        return jnp.sum(rotate(query, jnp.array([[i]])) * rotate(key, jnp.array([[j]])))
+
+    np.testing.assert_allclose(score(5, 2), score(105, 102), rtol=1e-4)
+    assert not np.isclose(score(5, 2), score(5, 3), rtol=1e-2)
