@@ -41,82 +41,70 @@ def attend(
     """
     batch, length, heads, width = query.shape
     query = query * width**-0.5
-    query = query.reshape(batch, length, key.shape[2], -1, width).transpose(0, 2, 3, 1, 4)
+    # The heads that share keys are rows of the same matrix.
+    query = query.reshape(batch, length, key.shape[2], -1, width)
+    query = query.transpose(0, 2, 1, 3, 4).reshape(batch, key.shape[2], -1, width)
     key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
-    out = _attend(causal, query, key, value, mask)
-    return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, width)
+    out = _attend(causal, heads // key.shape[1], query, key, value, mask)
+    out = out.reshape(batch, key.shape[1], length, -1, width).transpose(0, 2, 1, 3, 4)
+    return out.reshape(batch, length, heads, width)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(causal, query, key, value, mask):
-    """[B, G, H/G, L, K] of queries and [B, G, S, K] of keys and values -> as queries."""
-    return _forward(causal, query, key, value, mask)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(causal, heads, query, key, value, mask):
+    """Queries [B, G, L * heads, K], keys and values [B, G, S, K], mask [B, L, S] -> as queries."""
+    return _forward(causal, heads, query, key, value, mask)[0]
 
 
-def _forward(causal, query, key, value, mask):
+def _forward(causal, heads, query, key, value, mask):
     outs, saved = [], []
-    for rows, seen in _blocks(causal, query.shape[3], key.shape[2]):
-        scores = _product("rk,sk->rs", _merge(query, rows), key[:, :, seen])
-        allowed = _allowed(causal, mask, rows, seen)
+    for rows, seen, allowed in _blocks(causal, heads, query, key, mask):
+        scores = _product("rk,sk->rs", query[:, :, rows], key[:, :, seen])
         if allowed is not None:
-            allowed = jnp.tile(allowed, (query.shape[2], 1))[:, None]
             scores = jnp.where(allowed, scores, -1e30)
         weights = jnp.exp(scores - scores.max(-1, keepdims=True))
         weights *= 1 / weights.sum(-1, keepdims=True)
         weights = weights.astype(value.dtype)
-        outs.append(_split(_product("rs,sk->rk", weights, value[:, :, seen]), query))
+        outs.append(_product("rs,sk->rk", weights, value[:, :, seen]))
         saved.append(weights)
-    out = jnp.concatenate(outs, 3).astype(value.dtype)
+    out = jnp.concatenate(outs, 2).astype(value.dtype)
     return out, (query, key, value, out, saved)
 
 
-def _backward(causal, residuals, d_out):
+def _backward(causal, heads, residuals, d_out):
     query, key, value, out, saved = residuals
     # The softmax's backward pass needs sum(weights * d_weights), which is this.
     sums = (out.astype(jnp.float32) * d_out).sum(-1, keepdims=True)
-    d_queries, d_keys, d_values = [], [], []
-    blocks = _blocks(causal, query.shape[3], key.shape[2])
-    for (rows, seen), weights in zip(blocks, saved, strict=True):
-        d_block = _merge(d_out, rows)
-        d_weights = _product("rk,sk->rs", d_block, value[:, :, seen])
-        d_scores = (weights * (d_weights - _merge(sums, rows))).astype(query.dtype)
-        d_queries.append(_split(_product("rs,sk->rk", d_scores, key[:, :, seen]), query))
-        d_keys.append(_product("rs,rk->sk", d_scores, _merge(query, rows)))
-        d_values.append(_product("rs,rk->sk", weights, d_block))
-    d_query = jnp.concatenate(d_queries, 3).astype(query.dtype)
-    return d_query, _sum(d_keys).astype(key.dtype), _sum(d_values).astype(value.dtype), None
+    d_query, d_key, d_value = [], [], []
+    blocks = _blocks(causal, heads, query, key, None)
+    for (rows, seen, _), weights in zip(blocks, saved, strict=True):
+        d_weights = _product("rk,sk->rs", d_out[:, :, rows], value[:, :, seen])
+        d_scores = (weights * (d_weights - sums[:, :, rows])).astype(query.dtype)
+        d_query.append(_product("rs,sk->rk", d_scores, key[:, :, seen]))
+        d_key.append(_product("rs,rk->sk", d_scores, query[:, :, rows]))
+        d_value.append(_product("rs,rk->sk", weights, d_out[:, :, rows]))
+    totals = jnp.concatenate(d_query, 2), _sum(d_key), _sum(d_value)
+    return *(t.astype(x.dtype) for t, x in zip(totals, residuals, strict=False)), None
 
 
 _attend.defvjp(_forward, _backward)
 
 
-def _blocks(causal, length, keys):
-    """The queries of each block, and the keys that they can see."""
-    count = 1
+def _blocks(causal, heads, query, key, mask):
+    """The rows of a block, the keys that they can see, and which they may: bool, or None."""
+    length, count = query.shape[2] // heads, 1
     while causal and count < MAX_BLOCKS and length % (2 * count * SMALLEST_BLOCK) == 0:
         count *= 2
     size = length // count
     for start in range(0, length, size):
-        yield slice(start, start + size), slice(0, start + size if causal else keys)
-
-
-def _allowed(causal, mask, rows, seen):
-    """Which keys the queries of a block look at, bool [B or 1, its queries, its keys], or None."""
-    allowed = None if mask is None else mask[..., rows, seen]
-    if causal:
-        earlier = jnp.tri(rows.stop - rows.start, seen.stop, rows.start, dtype=bool)[None]
-        allowed = earlier if allowed is None else allowed & earlier
-    return allowed
-
-
-def _merge(x, rows):
-    """[B, G, H/G, L, K] -> [B, G, R, K], R = H/G * the block's queries: the rows of a matrix."""
-    return x[..., rows, :].reshape(*x.shape[:2], -1, x.shape[-1])
-
-
-def _split(x, like):
-    """[B, G, R, K] -> [B, G, H/G, the block's queries, K]."""
-    return x.reshape(*x.shape[:2], like.shape[2], -1, x.shape[-1])
+        rows, seen = slice(start, start + size), slice(0, start + size if causal else None)
+        allowed = None if mask is None else mask[:, rows, seen]
+        if causal:
+            earlier = jnp.tri(size, start + size, start, dtype=bool)[None]
+            allowed = earlier if allowed is None else allowed & earlier
+        if allowed is not None:
+            allowed = jnp.repeat(allowed, heads, 1)[:, None]
+        yield slice(heads * rows.start, heads * rows.stop), seen, allowed
 
 
 def _product(subscripts, first, second):
