@@ -58,8 +58,14 @@ def get_config() -> ConfigDict:
     c.model.embed_dim = 128  # Model width D.
     c.model.mlp_dim = 0  # Hidden width of the feed-forward layer; 0: 4 * embed_dim.
     c.model.positions = "learned"  # "learned" or "rotary".
+    c.model.rotary_base = 10_000.0  # Of the wavelengths of rotary positions ("rope_theta").
     c.model.norm = "layernorm"  # "layernorm" or "rmsnorm".
-    c.model.activation = "gelu"  # "gelu" or "swiglu".
+    # "pre": of what goes into attention and MLP, as in GPT-2. "post": of the sums, as in BERT.
+    c.model.norm_position = "pre"
+    c.model.norm_epsilon = 1e-5  # Added to the variance.
+    # "gelu" (tanh approximation, as in GPT-2), "gelu_exact" (BERT) or "swiglu" (Llama).
+    c.model.activation = "gelu"
+    c.model.head_transform = False  # BERT's dense layer, GELU and norm before the output.
     c.model.tied_head = True  # The output layer shares the embedding's weights.
     c.model.bias = False  # Biases in linear layers and layer norms.
     c.model.dropout = 0.0  # On embeddings and on each residual branch.

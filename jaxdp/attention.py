@@ -8,7 +8,6 @@ import functools
 import jax
 import jax.numpy as jnp
 
-ROTARY_BASE = 10_000.0
 MAX_BLOCKS = 4
 SMALLEST_BLOCK = 64
 
@@ -121,18 +120,19 @@ def _sum(terms):
     return total
 
 
-def rotate(x: jax.Array, positions: jax.Array) -> jax.Array:
+def rotate(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
     """Rotary position embedding (Su et al. 2021), halves rotated as in Llama.
 
     Args:
       x: [B, L, H, K], K even.
       positions: [B, L] int32.
+      base: of the wavelengths, the longest of which is nearly 2 pi times this; 10,000 in the paper.
 
     Returns:
       [B, L, H, K] in the dtype of x; the angles are computed in float32.
     """
     half = x.shape[-1] // 2
-    frequencies = ROTARY_BASE ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    frequencies = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
     sin, cos = jnp.sin(angles), jnp.cos(angles)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)

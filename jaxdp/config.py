@@ -16,7 +16,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jaxdp.configs import default
-from jaxdp.limits import CHOICES, RANGES
+from jaxdp.limits import ADDED, CHOICES, RANGES
 
 # A checkpoint is of no use to a run that differs in one of these.
 IDENTITY = ("tokenizer", "objective", "seq_len", "seed", "model", "optimizer.name")
@@ -297,6 +297,7 @@ def load(path: Path) -> ConfigDict:
         values = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise TypeError("no JSON object")
+        _add_missing(values)
         config = ConfigDict(values)
         _check_saved(config)
         return config
@@ -306,6 +307,16 @@ def load(path: Path) -> ConfigDict:
         ) from None
     except (ValueError, TypeError, RecursionError, OSError) as error:
         raise ConfigError(f"{path} is damaged ({error}): restore it from a copy") from None
+
+
+def _add_missing(values: dict[str, Any]) -> None:
+    """Completes the config of an older version; its model was as the defaults have it."""
+    defaults = flatten(default.get_config())
+    for key in ADDED:
+        group, _, name = key.rpartition(".")
+        inner = values.get(group) if group else values
+        if isinstance(inner, dict):
+            inner.setdefault(name, defaults[key])
 
 
 def _check_saved(config: ConfigDict) -> None:

@@ -16,7 +16,7 @@ from jaxdp import config as configs
 from jaxdp.configs import default
 from jaxdp.data.cache import open_cache
 from jaxdp.data.feed import Feed
-from jaxdp.model import ModelConfig, Transformer
+from jaxdp.model import ModelConfig, Transformer, parameter_shapes
 from jaxdp.parallel import Replicas, prefetch
 from jaxdp.step import Transform, eval_step, get_transform
 
@@ -124,15 +124,15 @@ def evaluate_checkpoint(
     cache = open_cache(config, say)
     preflight.check_split(config, cache, "validation")
     model = Transformer(ModelConfig.from_config(config, cache.vocab_size))
-    inputs = jax.ShapeDtypeStruct((1, config.seq_len), "int32")
-    shapes = jax.eval_shape(model.init, jax.random.key(0), inputs)["params"]
 
     def fits(step: int, extra: dict[str, Any]) -> None:
         if not other:
             preflight.same_tokens(config, cache, step, extra)
 
     said = {"tokenizer": tokenizer.digest(cache.tokenizer)}
-    params, step = checkpoint.load_params(workdir, shapes, said, say, which=which, check=fits)
+    params, step = checkpoint.load_params(
+        workdir, parameter_shapes(model), said, say, which=which, check=fits
+    )
     p_eval_step = compiled(model, config.seed, get_transform(config, cache), replicas)
     batches = Feed(config, cache).evaluation()
     result = evaluate(p_eval_step, replicas.replicate(params), batches, replicas)

@@ -5,7 +5,8 @@ CHOICES = {
     "data.packing": ("stream", "documents", "padded"),
     "model.positions": ("learned", "rotary"),
     "model.norm": ("layernorm", "rmsnorm"),
-    "model.activation": ("gelu", "swiglu"),
+    "model.norm_position": ("pre", "post"),
+    "model.activation": ("gelu", "gelu_exact", "swiglu"),
     "model.dtype": ("float32", "bfloat16"),
     "optimizer.name": ("adamw", "lion", "sgd", "muon"),
     "optimizer.schedule": ("cosine", "linear", "wsd", "constant"),
@@ -33,6 +34,8 @@ RANGES = {
     "model.num_kv_heads": (0, 2**20),
     "model.embed_dim": (1, 2**20),
     "model.mlp_dim": (0, 2**24),
+    "model.rotary_base": (1, 1e12),
+    "model.norm_epsilon": (1e-30, 1),
     "model.dropout": (0, 0.99),
     "model.vocab_multiple": (1, 2**20),
     "optimizer.learning_rate": (0, 1e6),
@@ -59,3 +62,11 @@ RANGES = {
     "checkpoint.keep_every": (0, MOST),
     "sample.num_tokens": (0, MOST),
 }
+
+# Keys of IDENTITY that an older version's config.json lacks; their defaults are what it was.
+ADDED = (
+    "model.rotary_base",
+    "model.norm_position",
+    "model.norm_epsilon",
+    "model.head_transform",
+)

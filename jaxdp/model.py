@@ -5,17 +5,15 @@ Shapes: B batch, L length, D model width, G key/value heads, K head width, V voc
 """
 
 import dataclasses
-import functools
-import math
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import lax
 from ml_collections import ConfigDict
 
 from jaxdp.attention import attend, rotate
+from jaxdp.layers import Dropout, matmul
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +29,12 @@ class ModelConfig:
     embed_dim: int
     mlp_dim: int
     positions: str
+    rotary_base: float
     norm: str
+    norm_position: str
+    norm_epsilon: float
     activation: str
+    head_transform: bool
     tied_head: bool
     bias: bool
     dropout: float
@@ -60,14 +62,14 @@ class ModelConfig:
 
 # GPT-2's initialisation: 0.02 everywhere, less for what adds to the residual stream.
 INIT_STDDEV = 0.02
-NORM_EPSILON = 1e-5
 
 
 class Transformer(nn.Module):
-    """Pre-norm transformer with a language-model head (GPT-2, Radford et al. 2019).
+    """Transformer with a language-model head: of itself GPT-2 (Radford et al. 2019).
 
-    Options turn it into what Llama (Touvron et al. 2023) is made of: rotary positions, RMSNorm,
-    SwiGLU, grouped-query attention, an untied head.
+    Options make it Llama (Touvron et al. 2023): rotary positions, RMSNorm, SwiGLU, grouped-query
+    attention, an untied head. Others make it BERT (Devlin et al. 2019): norms after the sums and
+    after the embeddings, exact GELU, a layer before the head.
     """
 
     config: ModelConfig
@@ -108,12 +110,24 @@ class Transformer(nn.Module):
                 c.seq_len, c.embed_dim, dtype=c.dtype, embedding_init=_init(), name="position_embed"
             )
             x = x + table(positions)
+        if c.norm_position == "post":
+            x = _norm(c, "embed_norm")(x)
         x = Dropout(c.dropout)(x, rows)
         x = self._layers(x, rows, positions, decode, segments)
-        x = _norm(c, "final_norm")(x)
-        if c.tied_head:
-            return embed.attend(x)
-        return _dense(c, c.vocab_size, "head", bias=False)(x)
+        if c.norm_position == "pre":
+            x = _norm(c, "final_norm")(x)
+        return self._head(x, embed)
+
+    def _head(self, x, embed):
+        c = self.config
+        if c.head_transform:
+            x = _activate(c, _dense(c, c.embed_dim, "head_transform")(x))
+            x = _norm(c, "head_norm")(x)
+        head = embed.attend if c.tied_head else _dense(c, c.vocab_size, "head", bias=False)
+        if not (c.head_transform and c.bias):
+            return head(x)
+        bias = self.param("head_bias", nn.initializers.zeros, (c.vocab_size,))
+        return head(x) + bias.astype(c.dtype)
 
     def _layers(self, x, rows, positions, decode, segments):
         c = self.config
@@ -139,7 +153,7 @@ class Transformer(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each on a normalised input and added to the residual stream."""
+    """Attention and MLP, each added to the residual stream; its input or the sum is normalised."""
 
     config: ModelConfig
 
@@ -147,11 +161,12 @@ class Block(nn.Module):
     def __call__(self, x, rows, positions, decode, segments):
         """[B, L, D] -> [B, L, D]; the other arguments are those of `Transformer`."""
         c = self.config
-        y = _norm(c, "attention_norm")(x)
+        before, after = (_norm, _same) if c.norm_position == "pre" else (_same, _norm)
+        y = before(c, "attention_norm")(x)
         y = Attention(c, name="attention")(y, positions, decode, segments)
-        x = x + Dropout(c.dropout)(y, rows)
-        y = MLP(c, name="mlp")(_norm(c, "mlp_norm")(x))
-        return x + Dropout(c.dropout)(y, rows)
+        x = after(c, "attention_norm")(x + Dropout(c.dropout)(y, rows))
+        y = MLP(c, name="mlp")(before(c, "mlp_norm")(x))
+        return after(c, "mlp_norm")(x + Dropout(c.dropout)(y, rows))
 
 
 class Attention(nn.Module):
@@ -168,7 +183,7 @@ class Attention(nn.Module):
         key = _dense(c, (c.num_kv_heads, head_dim), "key")(x)
         value = _dense(c, (c.num_kv_heads, head_dim), "value")(x)
         if c.positions == "rotary":
-            query, key = rotate(query, positions), rotate(key, positions)
+            query, key = (rotate(x, positions, c.rotary_base) for x in (query, key))
         mask = None if segments is None else segments[:, :, None] == segments[:, None, :]
         if decode:
             key, value = self._cached(key, value, positions)
@@ -198,7 +213,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """GELU (tanh approximation, as GPT-2) or SwiGLU (Shazeer 2020) feed-forward layer."""
+    """GELU (Hendrycks and Gimpel 2016) or SwiGLU (Shazeer 2020) feed-forward layer."""
 
     config: ModelConfig
 
@@ -207,51 +222,17 @@ class MLP(nn.Module):
         """[B, L, D] -> [B, L, D]."""
         c = self.config
         y = _dense(c, c.mlp_dim, "up")(x)
-        y = nn.silu(_dense(c, c.mlp_dim, "gate")(x)) * y if c.activation == "swiglu" else nn.gelu(y)
+        if c.activation == "swiglu":
+            y = nn.silu(_dense(c, c.mlp_dim, "gate")(x)) * y
+        else:
+            y = _activate(c, y)
         return _dense(c, c.embed_dim, "down", kernel_init=_residual_init(c))(y)
 
 
-class Dropout(nn.Module):
-    """Dropout whose mask for a row depends on (rng, row) only.
-
-    So a run with dropout, too, is the same run on any number of devices. `nn.Dropout` draws one
-    mask for the whole batch that a device happens to hold.
-    """
-
-    rate: float
-
-    @nn.compact
-    def __call__(self, x: jax.Array, rows: jax.Array | None) -> jax.Array:
-        """[B, ...] -> [B, ...]; the identity where `rows` is None."""
-        if rows is None or self.rate == 0:
-            return x
-        rng = self.make_rng("dropout")
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, rows)
-        draw = functools.partial(jax.random.bernoulli, p=1 - self.rate, shape=x.shape[1:])
-        return jnp.where(jax.vmap(draw)(keys), x / (1 - self.rate), 0)
-
-
-def matmul(x: jax.Array, kernel: jax.Array, dimension_numbers, **options) -> jax.Array:
-    """A `lax.dot_general` of x's last dimensions with the kernel's first, as of two matrices.
-
-    The kernel's gradient contracts over rows then, not over batch and length, for which XLA's CPU
-    backend copies both operands: steps of nanoGPT's character model take 1.2 times as long.
-
-    Args:
-      x: [..., I...], with I... as many dimensions as are contracted.
-      kernel: [I..., O...].
-      dimension_numbers: of `lax.dot_general`, which must say just that.
-      **options: of `lax.dot_general`.
-
-    Returns:
-      [..., O...].
-    """
-    contracted = len(dimension_numbers[0][0])
-    rows, columns = x.shape[: x.ndim - contracted], kernel.shape[contracted:]
-    width = math.prod(kernel.shape[:contracted])
-    matrices = x.reshape(-1, width), kernel.reshape(width, -1)
-    out = lax.dot_general(*matrices, (((1,), (0,)), ((), ())), **options)
-    return out.reshape(*rows, *columns)
+def parameter_shapes(model: Transformer) -> Any:
+    """Shapes and dtypes of the parameters; nothing is computed."""
+    inputs = jax.ShapeDtypeStruct((1, model.config.seq_len), jnp.int32)
+    return jax.eval_shape(model.init, jax.random.key(0), inputs)["params"]
 
 
 def num_parameters(params) -> int:
@@ -293,5 +274,15 @@ def _dense(c: ModelConfig, features, name, bias=True, kernel_init=None):
 
 def _norm(c: ModelConfig, name):
     if c.norm == "rmsnorm":
-        return nn.RMSNorm(epsilon=NORM_EPSILON, dtype=c.dtype, name=name)
-    return nn.LayerNorm(epsilon=NORM_EPSILON, use_bias=c.bias, dtype=c.dtype, name=name)
+        return nn.RMSNorm(epsilon=c.norm_epsilon, dtype=c.dtype, name=name)
+    return nn.LayerNorm(epsilon=c.norm_epsilon, use_bias=c.bias, dtype=c.dtype, name=name)
+
+
+def _same(c: ModelConfig, name):
+    """In place of a norm that isn't there."""
+    del c, name
+    return lambda x: x
+
+
+def _activate(c: ModelConfig, x):
+    return nn.gelu(x, approximate=c.activation != "gelu_exact")

@@ -18,7 +18,13 @@ from jaxdp import losses, memory, methods, parallel
 from jaxdp.config import ConfigError
 from jaxdp.data.sequences import keys as sequence_keys
 from jaxdp.disk import num_bytes
-from jaxdp.model import ModelConfig, Transformer, flops_per_token, num_parameters
+from jaxdp.model import (
+    ModelConfig,
+    Transformer,
+    flops_per_token,
+    num_parameters,
+    parameter_shapes,
+)
 from jaxdp.optimizer import get_optimizer, get_schedule
 from jaxdp.parallel import Replicas
 from jaxdp.price import Collective
@@ -85,12 +91,6 @@ def trace(function: Callable, count: int, *args: Any) -> tuple[Any, Any]:
     """The jaxpr of what one of `count` devices does, and the shapes of its results."""
     axes = [(parallel.AXIS, count)]
     return jax.make_jaxpr(function, axis_env=axes, return_shape=True)(*args)
-
-
-def parameter_shapes(model: Transformer) -> Any:
-    """The pytree of parameters, as shapes."""
-    inputs = shape((1, model.config.seq_len), "int32")
-    return jax.eval_shape(model.init, jax.random.key(0), inputs)["params"]
 
 
 def remat_saves(config: ConfigDict) -> bool:

@@ -73,7 +73,8 @@ def test_rotary_scores_depend_on_distance_only():
     query, key = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
 
     def score(i, j):
-        return jnp.sum(rotate(query, jnp.array([[i]])) * rotate(key, jnp.array([[j]])))
+        positions = jnp.array([[i]]), jnp.array([[j]])
+        return jnp.sum(rotate(query, positions[0], 1e4) * rotate(key, positions[1], 1e4))
 
     np.testing.assert_allclose(score(5, 2), score(105, 102), rtol=1e-4)
     assert not np.isclose(score(5, 2), score(5, 3), rtol=1e-2)

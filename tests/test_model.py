@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdp.model import Dropout, ModelConfig, Transformer, flops_per_token, num_parameters
+from jaxdp.layers import Dropout
+from jaxdp.model import ModelConfig, Transformer, flops_per_token, num_parameters
 
 SMALL = ModelConfig(
     vocab_size=11,
@@ -17,8 +18,12 @@ SMALL = ModelConfig(
     embed_dim=16,
     mlp_dim=32,
     positions="learned",
+    rotary_base=10_000.0,
     norm="layernorm",
+    norm_position="pre",
+    norm_epsilon=1e-5,
     activation="gelu",
+    head_transform=False,
     tied_head=True,
     bias=False,
     dropout=0.0,
