@@ -1,11 +1,12 @@
-"""A masked language model of BERT base's size (12 layers x 768) on English Wikipedia.
+"""BERT base (12 layers x 768) on English Wikipedia, by its masked-LM task.
 
     python -m jaxdp.train --config=configs/bert_base.py --workdir=runs/bert \
         --config.data.data_dir=TFDS_FOLDER
 
-BERT's objective and masking (15% of tokens; of these 80% masked, 10% random, 10% kept), with
-pre-norm layers, no segments and no next-sentence task, as later models found better. Batch and
-schedule follow RoBERTa's recipe for short training.
+The model is that of BertForMaskedLM; the masking BERT's (15% of tokens; of these 80% masked, 10%
+random, 10% kept). There are no segments and no next-sentence task, as in RoBERTa, whose optimizer
+this is, with a learning rate for this batch. To begin with BERT's weights:
+--config.init_from=hf:bert-base-uncased --config.model.vocab_multiple=1
 Expect: not yet measured.
 """
 
@@ -31,11 +32,15 @@ def get_config() -> ConfigDict:
     c.model.num_layers = 12
     c.model.num_heads = 12
     c.model.embed_dim = 768
+    c.model.norm_position = "post"
+    c.model.norm_epsilon = 1e-12
+    c.model.activation = "gelu_exact"
+    c.model.head_transform = True
     c.model.bias = True
     c.model.dropout = 0.1
     c.model.dtype = "bfloat16"
     c.model.vocab_multiple = 128
-    c.optimizer.learning_rate = 6e-4
+    c.optimizer.learning_rate = 2e-4
     c.optimizer.schedule = "linear"
     c.optimizer.warmup_steps = 10_000
     c.optimizer.final_fraction = 0.0

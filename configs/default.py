@@ -46,8 +46,12 @@ def get_config() -> ConfigDict:
     c.data.cache_dir = ""  # Where tokenised text is kept; "": ~/.cache/jaxdp/tokens.
 
     # "char", "byte", "train:bpe:VOCAB_SIZE" (trained on the training split), "hf:NAME" from the
-    # Hugging Face hub, or the path of a tokenizer.json or of a SentencePiece .model.
+    # Hugging Face hub, "hf:FOLDER", or the path of a tokenizer.json or of a SentencePiece .model.
     c.tokenizer = "byte"
+
+    # The weights that a new run starts from: "hf:FOLDER" of a model that transformers has saved, or
+    # "hf:NAME" from the Hugging Face hub; of the model's shape (docs/huggingface.md). "": random.
+    c.init_from = ""
 
     # The model.
     c.objective = "causal"  # "causal": predict the next token; "masked": BERT's cloze task.

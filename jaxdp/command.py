@@ -107,6 +107,14 @@ def check_finite(*given: flags.FlagHolder) -> None:
             raise ConfigError(f"--{flag.name}={flag.value} is no finite number: give another")
 
 
+def check_step(flag: flags.FlagHolder) -> None:
+    """Refuses what names no checkpoint."""
+    if not re.fullmatch("newest|best|[0-9]{1,10}", flag.value):
+        raise ConfigError(
+            f"--{flag.name}={shown(flag.value)} is none: give newest, best, or a number"
+        )
+
+
 def prepare_jax() -> None:
     """Turns the persistent compilation cache on, unless the user has set it up already."""
     import jax

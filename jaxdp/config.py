@@ -19,7 +19,15 @@ from jaxdp.configs import default
 from jaxdp.limits import ADDED, CHOICES, RANGES
 
 # A checkpoint is of no use to a run that differs in one of these.
-IDENTITY = ("tokenizer", "objective", "seq_len", "seed", "model", "optimizer.name")
+IDENTITY = (
+    "tokenizer",
+    "objective",
+    "seq_len",
+    "seed",
+    "init_from",
+    "model",
+    "optimizer.name",
+)
 # ... except in these, which change how the model is computed, not what it is.
 NOT_IDENTITY = ("model.dropout", "model.dtype", "model.remat")
 
@@ -73,6 +81,10 @@ def validate(config: ConfigDict) -> None:
         raise ConfigError(
             f"data.prompt_key={shown(config.data.prompt_key)} has no meaning with data.packing="
             f"{config.data.packing!r}: use 'padded', or leave it empty"
+        )
+    if config.init_from and not config.init_from.startswith("hf:"):
+        raise ConfigError(
+            f"init_from={shown(config.init_from)} is unknown: write hf:FOLDER or hf:NAME"
         )
     _check_model(config)
     _check_sync(config)

@@ -8,7 +8,6 @@ Exit status: 0; 2 a flag, the workdir or the data is wrong; anything else is a f
 """
 
 import os
-import re
 import sys
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from ml_collections import config_flags
 
 from jaxdp import command, cpu, preflight, report
 from jaxdp import config as configs
-from jaxdp.config import ConfigError, shown
+from jaxdp.config import ConfigError
 from jaxdp.configs import default
 from jaxdp.evaluation import completed, evaluate_checkpoint
 from jaxdp.metrics import to_json
@@ -33,8 +32,7 @@ def main() -> int:
     """Prints the evaluation; returns the exit status."""
     if not WORKDIR.value:
         raise ConfigError("--workdir is missing: give the folder of a training run")
-    if not re.fullmatch("newest|best|[0-9]{1,10}", STEP.value):
-        raise ConfigError(f"--step={shown(STEP.value)} is none: give newest, best, or a number")
+    command.check_step(STEP)
     command.prepare_jax()
     workdir = Path(os.path.expanduser(WORKDIR.value))
     changes = config_flags.get_override_values(flags.FLAGS[CONFIG.name])

@@ -169,8 +169,8 @@ LLAMA = Family(
 ARCEE = dataclasses.replace(
     LLAMA,
     architecture="ArceeForCausalLM",
-    is_=LLAMA.is_ | {"activation": ("gelu", "gelu_exact")},
-    defaults=LLAMA.defaults | {"hidden_act": "relu2", "rms_norm_eps": 1e-5},
+    is_={**LLAMA.is_, "activation": ("gelu", "gelu_exact")},
+    defaults={**LLAMA.defaults, "hidden_act": "relu2", "rms_norm_eps": 1e-5},
     layer={name: ours for name, ours in LLAMA.layer.items() if "gate" not in name},
 )
 
@@ -352,10 +352,11 @@ def _activation(family: Family, theirs: Any) -> str:
 def _flatten_rope(values: dict[str, Any]) -> None:
     """Moves rope_theta to the top, where version 4 of transformers has it."""
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    if (
-        not isinstance(rope, dict)
-        or rope.get("rope_type", rope.get("type", "default")) != "default"
-    ):
+    if not isinstance(rope, dict):
+        raise TypeError("rope_parameters is no JSON object")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    share = rope.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0))
+    if kind != "default" or share != 1.0:
         raise ConfigError(f"rope_parameters={shown(rope)} is not supported, only 'default'")
     if "rope_theta" in rope:
         values["rope_theta"] = rope["rope_theta"]

@@ -7,14 +7,12 @@ import os
 import sys
 from pathlib import Path
 
-import jax
 from absl import flags
 
-from jaxdp import checkpoint, command, preflight, sampling, tokenizer
+from jaxdp import command, preflight, sampling, tokenizer, trained
 from jaxdp import config as configs
 from jaxdp.config import ConfigError
 from jaxdp.limits import MOST
-from jaxdp.model import ModelConfig, Transformer
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.")
 PROMPT = flags.DEFINE_multi_string("prompt", [], "Text to continue; may be given several times.")
@@ -67,26 +65,22 @@ def generate(workdir: str | Path, prompts: list[str], **options) -> list[str]:
       ConfigError: there is no trained causal model, or a prompt can't be used.
       RunError: all checkpoints are damaged.
     """
-    workdir = Path(workdir)
-    config = configs.load(workdir / "config.json")
-    if config.objective != "causal":
+    run = trained.open_workdir(Path(workdir))
+    words = run.words
+    if run.config.objective != "causal":
         raise ConfigError(
-            f"objective={config.objective!r} can't continue text: use a model trained with 'causal'"
+            f"objective={run.config.objective!r} can't continue text: use a model trained with "
+            "'causal'"
         )
     for prompt in prompts:
         configs.check_text("--prompt", prompt)
-    words = tokenizer.load_file(workdir / "tokenizer.json", "restore it from a copy")
     ids = tokenizer.encode(words, prompts)
     for prompt, tokens in zip(prompts, ids, strict=True):
         if len(tokens) == 0:
             raise ConfigError(f"--prompt={prompt!r} is empty: give at least one character")
+    params, _ = run.params("newest", command.warn)
     vocab_size = tokenizer.vocab_size(words)
-    model = Transformer(ModelConfig.from_config(config, vocab_size))
-    inputs = jax.ShapeDtypeStruct((1, config.seq_len), "int32")
-    shapes = jax.eval_shape(model.init, jax.random.key(0), inputs)["params"]
-    said = {"tokenizer": tokenizer.digest(words)}
-    params, _ = checkpoint.load_params(workdir, shapes, said, command.warn)
-    drawn = sampling.sample(model, params, ids, vocab_size=vocab_size, **options)
+    drawn = sampling.sample(run.model, params, ids, vocab_size=vocab_size, **options)
     end = tokenizer.end_id(words)
     return [
         prompt + words.decode(_until(list(tokens), end), skip_special_tokens=False)

@@ -162,7 +162,7 @@ def open_folder(spec: str) -> Folder:
     """
     where = spec.removeprefix(PREFIX)
     path = Path(where).expanduser()
-    if not path.is_dir():
+    if not where or not path.is_dir():
         try:
             patterns = [CONFIG, "*.safetensors", INDEX]
             path = Path(huggingface_hub.snapshot_download(where, allow_patterns=patterns))
@@ -183,6 +183,11 @@ def open_folder(spec: str) -> Folder:
         said = str(error) if isinstance(error, ConfigError) else first_line(error)
         raise unknown.damaged(f"{CONFIG}: {said}") from None
     return Folder(spec, path, name, fields, values.get("pad_token_id", 1))
+
+
+def read(spec: str, model: ModelConfig) -> Any:
+    """The parameters that "hf:FOLDER" or "hf:NAME" stands for; see `Folder.read`."""
+    return open_folder(spec).read(model)
 
 
 class _Tensors:
@@ -257,6 +262,7 @@ def _rules(
     family: families.Family, shapes: Mapping[str, Any]
 ) -> Iterator[tuple[str, list[str], bool]]:
     """Yields the name of a tensor, the paths of what it holds, whether it is [O, I]."""
+    modules: list[tuple[str, tuple[str, ...]]]
     modules = [(theirs, (ours,)) for theirs, ours in family.modules.items()]
     count = sum(path.endswith("/mlp/up/kernel") for path in shapes)
     for i in range(count):
@@ -288,7 +294,7 @@ def _as_matrix(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _unstacked(flat: Mapping[str, Any]) -> dict[str, Any]:
     """Scanned layers one by one."""
-    found = {}
+    found: dict[str, Any] = {}
     for path, array in flat.items():
         if path.startswith("layers/"):
             found |= {path.replace("layers", f"layer_{i}", 1): x for i, x in enumerate(array)}
@@ -299,7 +305,8 @@ def _unstacked(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 def _stacked(flat: Mapping[str, Any]) -> dict[str, Any]:
     """What `_unstacked` undoes."""
-    found, layers = {}, {}
+    found: dict[str, Any] = {}
+    layers: dict[str, list] = {}
     for path, array in flat.items():
         if path.startswith("layer_"):
             layers.setdefault(path.replace(path.split("/")[0], "layers", 1), []).append(array)

@@ -65,6 +65,7 @@ RANGES = {
 
 # Keys of IDENTITY that an older version's config.json lacks; their defaults are what it was.
 ADDED = (
+    "init_from",
     "model.rotary_base",
     "model.norm_position",
     "model.norm_epsilon",

@@ -11,7 +11,7 @@ import jax
 from ml_collections import ConfigDict
 
 from jaxdp import config as configs
-from jaxdp import parallel, preflight, report
+from jaxdp import huggingface, parallel, preflight, report
 from jaxdp.checkpoint import Checkpoints
 from jaxdp.config import BatchSizes, ConfigError
 from jaxdp.data import feed
@@ -52,10 +52,12 @@ def train(
     workdir, replicas, display = Path(workdir), Replicas(devices), Display(not parallel.is_main())
     sizes = configs.batch_sizes(config, jax.process_count(), replicas.device_count)
     preflight.check_workdir(workdir)
+    preflight.check_init(config, workdir)
     if (workdir / "config.json").exists():
         configs.check_same_run(config, configs.load(workdir / "config.json"))
     cache = open_cache(config, display.line)
     preflight.check_data(config, cache)
+    preflight.check_init(config, workdir, cache.vocab_size)
     config = _with_steps(config, cache)
     preflight.check_memory(config, ModelConfig.from_config(config, cache.vocab_size), sizes)
     preflight.create_workdir(workdir)
@@ -81,10 +83,12 @@ def _train(
     optimizer = get_optimizer(config, schedule)
     shapes = saved_shapes(model, optimizer, program.method, replicas.device_count)
     preflight.check_disk(workdir, shapes)
-    first_state = functools.partial(
+    new_state = functools.partial(
         create_state, model, optimizer, config.seed, replicas, program.method
     )
-    state, judge, stopping = first_state(), Divergence(config), Stopping(config)
+    read = functools.partial(huggingface.read, config.init_from, model.config)
+    first_state = functools.partial(new_state, read) if config.init_from else new_state
+    state, judge, stopping = new_state(), Divergence(config), Stopping(config)
     with Checkpoints(workdir, config, replicas, program.method, display.line) as checkpoints:
         same = functools.partial(preflight.same_tokens, config, cache)
         start, found = 0, checkpoints.restore(state, same)
@@ -92,6 +96,10 @@ def _train(
             start, extra, state = found
             judge.load(extra["divergence"])
             stopping.load(extra.get("stopping", {}))
+        elif config.init_from:
+            del state  # There is room for one.
+            state = first_state()
+            display.line(f"Starting from the weights of {config.init_from}.")
         traffic = report.traffic(config, program.traffic(state), replicas.device_count)
         header = report.header(config, workdir, replicas, sizes, cache, state.params)
         display.table("jaxdp", header | traffic)

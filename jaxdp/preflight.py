@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxdp import disk, parallel, tokenizer
+from jaxdp import disk, huggingface, parallel, tokenizer, whole
 from jaxdp.config import BatchSizes, ConfigError, check_text, shown
 from jaxdp.data import mixture
 from jaxdp.data.cache import TokenCache
@@ -97,6 +97,21 @@ def check_workdir(workdir: Path) -> None:
             f"--workdir={shown(str(workdir))} can't be read ({error.strerror}): choose another "
             "folder"
         ) from None
+
+
+def check_init(config: ConfigDict, workdir: Path, vocab_size: int | None = None) -> None:
+    """Refuses weights to start from that are of another model, or aren't there.
+
+    A run that has a checkpoint needs them no more.
+
+    Args:
+      config: of the run.
+      workdir: of the run.
+      vocab_size: of the tokenizer, where it is known already.
+    """
+    if config.init_from and not whole.steps(workdir / "checkpoints"):
+        model = ModelConfig.from_config(config, vocab_size or 1)
+        huggingface.open_folder(config.init_from).check(model, vocab_size is not None)
 
 
 def check_memory(config: ConfigDict, model: ModelConfig, sizes: BatchSizes) -> None:

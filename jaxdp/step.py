@@ -61,15 +61,26 @@ def create_state(
     seed: int,
     replicas: Replicas,
     method: Sync,
+    read: Callable[[], Any] | None = None,
 ) -> State:
-    """Draws the initial parameters and makes the optimizer's state for them, on all devices."""
+    """Makes the optimizer's state for initial parameters, on all devices.
+
+    Args:
+      model: a `Transformer`.
+      optimizer: of the run.
+      seed: of the run.
+      replicas: the devices.
+      method: how they agree.
+      read: gives the parameters, on the host; by default they are drawn.
+    """
 
     def state_of(params, _):
         opt_state, outer = method.init(optimizer, params)
         step = jnp.zeros((), jnp.int32)
         return State(step, model.apply, params, optimizer, opt_state, outer)
 
-    params = replicas.replicate(jax.jit(functools.partial(_initial_params, model, seed))())
+    draw = jax.jit(functools.partial(_initial_params, model, seed))
+    params = replicas.replicate(read() if read else draw())
     shapes = jax.eval_shape(lambda: State(0, model.apply, params, optimizer, (), ()))
     start = replicas.pmap(state_of, out_axes=state_axes(shapes, method))
     return start(params, replicas.shard(np.zeros(len(replicas.devices))))

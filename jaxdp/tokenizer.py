@@ -29,8 +29,8 @@ def get_tokenizer(
     """Makes, trains or loads the tokenizer that `config.tokenizer` asks for.
 
     Args:
-      spec: "char", "byte", "train:bpe:SIZE", "hf:NAME" or the path of a tokenizer.json
-        or of a .model of SentencePiece.
+      spec: "char", "byte", "train:bpe:SIZE", "hf:NAME", "hf:FOLDER" or the path of a
+        tokenizer.json or of a .model of SentencePiece.
       objective: "masked" adds a mask token to the tokenizers that are made here.
       documents: called with False gives the training texts, with True the validation texts too;
         only called by the tokenizers that are made from the data.
@@ -111,10 +111,13 @@ def _train_bpe(size: int, specials: list[str], texts: Iterable[str]) -> Tokenize
 
 def _load(spec: str) -> Tokenizer:
     try:
-        if spec.startswith("hf:"):
-            tokenizer = Tokenizer.from_pretrained(spec.removeprefix("hf:"))
+        name = spec.removeprefix("hf:")
+        path = Path(os.path.expanduser(name))
+        if name != spec and path.is_dir():
+            tokenizer = load_file(path / "tokenizer.json")
+        elif name != spec:
+            tokenizer = Tokenizer.from_pretrained(name)
         else:
-            path = Path(os.path.expanduser(spec))
             of_spm = path.suffix == ".model" and path.is_file()
             tokenizer = spm.load(path) if of_spm else load_file(path)
     except ConfigError:
