@@ -191,6 +191,8 @@ def _write(output: Path, tensors: dict[str, Any], texts: dict[str, Any]) -> None
         for name, content in texts.items():
             text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
             (temporary / name).write_text(text, encoding="utf-8")
+        # safetensors lets nobody else read it.
+        shutil.copymode(temporary / "config.json", temporary / huggingface.WEIGHTS)
         _check_absent(output)
         temporary.rename(output)
     except (OSError, SafetensorError) as error:
