@@ -6,6 +6,7 @@ Shapes: S context, D model width, I inputs, O outputs of a linear layer.
 import dataclasses
 import json
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ from flax import traverse_util
 from safetensors import SafetensorError, safe_open
 
 from jaxdp import families
-from jaxdp.config import ConfigError
+from jaxdp.config import ConfigError, shown
 from jaxdp.disk import first_line
 from jaxdp.families import FAMILIES
 from jaxdp.model import ModelConfig, Transformer, parameter_shapes
@@ -161,15 +162,15 @@ def open_folder(spec: str) -> Folder:
       ConfigError: there is none, or it is of no known family.
     """
     where = spec.removeprefix(PREFIX)
-    path = Path(where).expanduser()
-    if not where or not path.is_dir():
+    path = Path(os.path.expanduser(where))
+    if not where or not os.path.isdir(path):
         try:
-            patterns = [CONFIG, "*.safetensors", INDEX]
+            patterns = [CONFIG, "model*.safetensors", INDEX]
             path = Path(huggingface_hub.snapshot_download(where, allow_patterns=patterns))
         except Exception as error:  # Of the network, the hub, or a name that can be none.
             raise ConfigError(
-                f"init_from={spec!r} can't be had ({first_line(error)}): give hf:FOLDER with a "
-                "folder that is there, or hf:NAME with a model of the Hugging Face hub"
+                f"init_from={shown(spec)} can't be had ({first_line(error)}): give hf:FOLDER "
+                "with a folder that is there, or hf:NAME with a model of the Hugging Face hub"
             ) from None
     unknown = Folder(spec, path, "", {}, None)
     try:

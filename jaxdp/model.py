@@ -5,6 +5,7 @@ Shapes: B batch, L length, D model width, G key/value heads, K head width, V voc
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from jaxdp.attention import attend, rotate
-from jaxdp.layers import Dropout, matmul
+from jaxdp.matmul import matmul
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,6 +228,26 @@ class MLP(nn.Module):
         else:
             y = _activate(c, y)
         return _dense(c, c.embed_dim, "down", kernel_init=_residual_init(c))(y)
+
+
+class Dropout(nn.Module):
+    """Dropout whose mask for a row depends on (rng, row) only.
+
+    So a run with dropout, too, is the same run on any number of devices. `nn.Dropout` draws one
+    mask for the whole batch that a device happens to hold.
+    """
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array, rows: jax.Array | None) -> jax.Array:
+        """[B, ...] -> [B, ...]; the identity where `rows` is None."""
+        if rows is None or self.rate == 0:
+            return x
+        rng = self.make_rng("dropout")
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, rows)
+        draw = functools.partial(jax.random.bernoulli, p=1 - self.rate, shape=x.shape[1:])
+        return jnp.where(jax.vmap(draw)(keys), x / (1 - self.rate), 0)
 
 
 def parameter_shapes(model: Transformer) -> Any:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import runpy
 
+import huggingface_hub
 import jax
 import numpy as np
 import pytest
@@ -336,10 +337,31 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
         huggingface.open_folder(spec)
 
 
-def test_what_is_no_folder_and_not_to_be_had_is_refused(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    for spec in ("hf:no-such/model", "hf:", "hf:/no/such/folder"):
-        with pytest.raises(
-            ConfigError, match=f"init_from='{spec}' can't be had .*: give hf:FOLDER"
-        ):
-            huggingface.open_folder(spec)
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    """The cache of the hub's client, empty, and no network."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.mark.parametrize("spec", ["hf:no-such/model", "hf:", "hf:/no/such", f"hf:{'x' * 5000}"])
+def test_what_is_no_folder_and_not_to_be_had_is_refused(offline, spec):
+    with pytest.raises(ConfigError, match=r"init_from='hf:.*can't be had .*: give hf:FOLDER"):
+        huggingface.open_folder(spec)
+
+
+def test_a_name_is_found_in_the_cache(offline):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = offline / "models--some--llama"
+    folder = repository / "snapshots" / commit
+    folder.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    spec, model = saved("llama", folder)
+    for one, other in zip(
+        jax.tree.leaves(huggingface.read("hf:some/llama", model)),
+        jax.tree.leaves(huggingface.read(spec, model)),
+        strict=True,
+    ):
+        assert (one == other).all()

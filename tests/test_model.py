@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdp.layers import Dropout
-from jaxdp.model import ModelConfig, Transformer, flops_per_token, num_parameters
+from jaxdp.model import Dropout, ModelConfig, Transformer, flops_per_token, num_parameters
 
 SMALL = ModelConfig(
     vocab_size=11,
