@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
-from jaxdp import disk, families, huggingface, sampling, tokenizer, trained
+from jaxdp import disk, families, huggingface, sampling, tensors, tokenizer, trained
 from jaxdp.config import ConfigError, check_text, shown
 from jaxdp.display import quantity
 from jaxdp.metrics import read_jsonl
@@ -65,8 +65,8 @@ def export(
     }
     if run.model.config.causal:
         texts["generation_config.json"] = generation_config(run, special)
-    tensors = huggingface.to_tensors(params, run.model.config, family, pad_id)
-    _write(output, tensors, texts)
+    weights = tensors.to_tensors(params, run.model.config, family, pad_id)
+    _write(output, weights, texts)
     return step
 
 
@@ -182,12 +182,12 @@ def _check_absent(output: Path) -> None:
         raise ConfigError(f"--output={shown(str(output))} is there already: give another folder")
 
 
-def _write(output: Path, tensors: dict[str, Any], texts: dict[str, Any]) -> None:
+def _write(output: Path, weights: dict[str, Any], texts: dict[str, Any]) -> None:
     """Makes the folder under another name first, so that it is never seen in part."""
     temporary = output.with_name(f"{output.name}.tmp-{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
-        save_file(tensors, temporary / huggingface.WEIGHTS, {"format": "pt"})
+        save_file(weights, temporary / huggingface.WEIGHTS, {"format": "pt"})
         for name, content in texts.items():
             text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
             (temporary / name).write_text(text, encoding="utf-8")

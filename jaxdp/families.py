@@ -237,7 +237,7 @@ ROBERTA = dataclasses.replace(
     layers="roberta.encoder.layer.{}",
 )
 
-# By "model_type" of config.json; the first that a model is, it is.
+# By "model_type" of config.json.
 FAMILIES = {"gpt2": GPT2, "llama": LLAMA, "arcee": ARCEE, "bert": BERT, "roberta": ROBERTA}
 
 
@@ -299,7 +299,8 @@ def offset(name: str, pad_id: int | None) -> int:
     """How many rows of the table of positions come before that of the first."""
     if name != "roberta":
         return 0
-    assert pad_id is not None
+    if pad_id is None:
+        raise ConfigError("pad_token_id=null leaves positions without a beginning")
     return pad_id + 1
 
 

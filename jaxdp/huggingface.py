@@ -1,11 +1,7 @@
-"""Weights to and from the folders of Hugging Face's transformers: config.json and safetensors.
-
-Shapes: S context, D model width, I inputs, O outputs of a linear layer.
-"""
+"""Folders of Hugging Face's transformers, whose weights a run can begin with."""
 
 import dataclasses
 import json
-import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -15,59 +11,25 @@ from typing import Any
 import huggingface_hub
 import ml_dtypes  # noqa: F401  NumPy knows bfloat16 by it, in which many weights are.
 import numpy as np
-from flax import traverse_util
 from safetensors import SafetensorError, safe_open
 
-from jaxdp import families
+from jaxdp import families, tensors
 from jaxdp.config import ConfigError, shown
 from jaxdp.disk import first_line
 from jaxdp.families import FAMILIES
-from jaxdp.model import ModelConfig, Transformer, parameter_shapes
+from jaxdp.model import ModelConfig
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 PREFIX = "hf:"
 # What a folder may hold besides: masks and tables that are computed, other heads, ties.
 LEFT_OUT = re.compile(
     r"\.attn\.(masked_)?bias$|\.rotary_emb\.inv_freq$|\.position_ids$|\.pooler\.|"
-    r"^cls\.seq_relationship\.|\.token_type_embeddings\.weight$|\.decoder\.(weight|bias)$"
+    r"^cls\.seq_relationship\.|\.decoder\.bias$"
 )
+TIED = re.compile(r"^lm_head\.weight$|\.decoder\.weight$")
 TYPES = ("F32", "F16", "BF16")
-# What is trained here has no segments; BERT's two are alike then.
-TOKEN_TYPES = 2
 # Of `ModelConfig`, what changes neither weights nor what is computed with them.
 FREE = ("dropout", "dtype", "remat", "scan_layers")
-
-
-def to_tensors(
-    params: Any, model: ModelConfig, name: str, pad_id: int | None
-) -> dict[str, np.ndarray]:
-    """The weights of a model as transformers has them.
-
-    Args:
-      params: of `Transformer`.
-      model: its config.
-      name: of its family.
-      pad_id: the id of the padding token, if there is one.
-
-    Returns:
-      Arrays by name. Biases that the family has and the model lacks are zeros.
-    """
-    family, shapes = FAMILIES[name], _flat_shapes(model, name)
-    flat = _unstacked(traverse_util.flatten_dict(params, sep="/"))
-    tensors = {}
-    for theirs, ours, transposed in _rules(family, shapes):
-        parts = [flat.get(path, np.zeros(shapes[path].shape, np.float32)) for path in ours]
-        matrices = [
-            np.asarray(part).reshape(_as_matrix(path, part.shape))
-            for path, part in zip(ours, parts, strict=True)
-        ]
-        joined = np.concatenate(matrices, axis=-1)
-        if ours == ["position_embed/embedding"]:
-            joined = np.pad(joined, ((families.offset(name, pad_id), 0), (0, 0)))
-        tensors[theirs] = np.ascontiguousarray(joined.T if transposed else joined)
-    if family.token_types:
-        tensors[family.token_types] = np.zeros((TOKEN_TYPES, model.embed_dim), np.float32)
-    return tensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,12 +69,15 @@ class Folder:
         if differing:
             raise ConfigError(f"init_from={self.spec!r} is another model: {', '.join(differing)}")
         theirs = self.fields["vocab_size"]
-        if vocab_size and model.vocab_size != theirs:
+        if not vocab_size:
+            return
+        if model.vocab_size != theirs:
             raise ConfigError(
                 f"init_from={self.spec!r} has a vocabulary of {theirs} tokens, and tokenizer and "
                 f"model.vocab_multiple give {model.vocab_size}: use tokenizer={self.spec!r}, and a "
                 "model.vocab_multiple by which that becomes as large"
             )
+        self._open(model)
 
     def read(self, model: ModelConfig) -> Any:
         """Reads the weights.
@@ -121,31 +86,29 @@ class Folder:
           model: of the shape that `check` wants.
 
         Returns:
-          Parameters of `Transformer`, float32, on the host. BERT's first segment is in the table of
-          positions; a context shorter than the folder's has its first positions.
+          Parameters of `Transformer`, float32, on the host; see `tensors.to_params`.
 
         Raises:
           ConfigError: the folder is damaged, or has weights of another kind.
         """
-        family, shapes = FAMILIES[self.name], _flat_shapes(model, self.name)
-        tensors, flat = _Tensors(self), {}
-        for theirs, ours, transposed in _rules(family, shapes):
-            wanted = [_as_matrix(path, shapes[path].shape) for path in ours]
-            shape = (*wanted[0][:-1], sum(one[-1] for one in wanted))
-            array = tensors.take(theirs)
-            if ours == ["position_embed/embedding"]:
-                first = families.offset(self.name, self.pad_id)
-                array = array[first : first + model.seq_len]
-                if family.token_types:
-                    array = array + tensors.take(family.token_types)[0]
-            array = array.T if transposed else array
-            if array.shape != shape:
-                raise self.damaged(f"{theirs} has the shape {array.shape}, not {shape}")
-            ends = np.cumsum([one[-1] for one in wanted])[:-1]
-            for path, part in zip(ours, np.split(array, ends, axis=-1), strict=True):
-                flat[path] = part.reshape(shapes[path].shape)
-        tensors.check_rest(tied="lm_head.weight" if model.tied_head else "")
-        return traverse_util.unflatten_dict(_stacked(flat) if model.scan_layers else flat, sep="/")
+        found = self._open(model)
+        params = tensors.to_params(found.read, model, self.name, self.pad_id)
+        for name in found.names():
+            table = params["embed"]["embedding"]
+            if model.tied_head and TIED.search(name) and (found.read(name) != table).any():
+                raise self.damaged(f"{name} is not the embedding, though tie_word_embeddings")
+        return params
+
+    def _open(self, model: ModelConfig) -> "_Tensors":
+        """The tensors, none of them read, but of the right names, types and shapes."""
+        rows = families.offset(self.name, self.pad_id) + self.fields["seq_len"]
+        found, wanted = _Tensors(self), tensors.shapes(model, self.name, rows)
+        for name, shape in wanted.items():
+            found.check(name, shape)
+        for name in found.names():
+            if name not in wanted and not (LEFT_OUT.search(name) or TIED.search(name)):
+                raise self.damaged(f"{name} belongs to no such model")
+        return found
 
     def damaged(self, reason: str) -> ConfigError:
         """The error for what can't be used."""
@@ -198,8 +161,7 @@ class _Tensors:
         """Opens all files."""
         self._folder = folder
         self._base = FAMILIES[folder.name].base
-        self._files: dict[Path, Any] = {}
-        self._left = dict(self._find())
+        self._all = dict(self._find())
 
     def _find(self) -> Iterator[tuple[str, tuple[Any, str]]]:
         """The files, and the names in them, by the name that the family has for it."""
@@ -227,21 +189,27 @@ class _Tensors:
             name = f"{self._base}.{name}"
         return re.sub("gamma$", "weight", re.sub("beta$", "bias", name))
 
-    def take(self, name: str) -> np.ndarray:
-        """Reads one."""
-        if name not in self._left:
+    def names(self) -> list[str]:
+        """Of all there are."""
+        return list(self._all)
+
+    def check(self, name: str, shape: tuple[int | None, ...]) -> None:
+        """Refuses one that isn't there, or is no such array."""
+        if name not in self._all:
             raise self._folder.damaged(f"{name} is missing")
-        file, key = self._left.pop(name)
-        kind = file.get_slice(key).get_dtype()
+        file, key = self._all[name]
+        header = file.get_slice(key)
+        found, kind = tuple(header.get_shape()), header.get_dtype()
         if kind not in TYPES:
             raise self._folder.damaged(f"{name} is of the type {kind}, none of {', '.join(TYPES)}")
-        return file.get_tensor(key).astype(np.float32)
+        fits = [n in (m, None) for n, m in zip(shape, found, strict=False)]
+        if len(found) != len(shape) or not all(fits):
+            raise self._folder.damaged(f"{name} has the shape {found}, not {shape}")
 
-    def check_rest(self, tied: str) -> None:
-        """Refuses what would go unused and changes what is computed."""
-        for name in self._left:
-            if name != tied and not LEFT_OUT.search(name):
-                raise self._folder.damaged(f"{name} belongs to no such model")
+    def read(self, name: str) -> np.ndarray:
+        """One of them, float32."""
+        file, key = self._all[name]
+        return file.get_tensor(key).astype(np.float32)
 
 
 def _difference(field: str, ours: Any, theirs: Any) -> str:
@@ -250,67 +218,3 @@ def _difference(field: str, ours: Any, theirs: Any) -> str:
         return f"objective={names[ours]!r} (there {names[theirs]!r})"
     key = field if field == "seq_len" else f"model.{field}"
     return f"{key}={ours!r} (there {'at most ' if key == 'seq_len' else ''}{theirs!r})"
-
-
-def _flat_shapes(model: ModelConfig, name: str) -> dict[str, Any]:
-    """By path, of the parameters that the family has: layers one by one, with their biases."""
-    bias = model.bias or "bias" not in FAMILIES[name].keys
-    full = dataclasses.replace(model, bias=bias, scan_layers=False)
-    return traverse_util.flatten_dict(parameter_shapes(Transformer(full)), sep="/")
-
-
-def _rules(
-    family: families.Family, shapes: Mapping[str, Any]
-) -> Iterator[tuple[str, list[str], bool]]:
-    """Yields the name of a tensor, the paths of what it holds, whether it is [O, I]."""
-    modules: list[tuple[str, tuple[str, ...]]]
-    modules = [(theirs, (ours,)) for theirs, ours in family.modules.items()]
-    count = sum(path.endswith("/mlp/up/kernel") for path in shapes)
-    for i in range(count):
-        layer = family.layers.format(i)
-        modules += [
-            (f"{layer}.{theirs}", tuple(f"layer_{i}/{one}" for one in ours))
-            for theirs, ours in family.layer.items()
-        ]
-    for theirs, ours in modules:
-        for leaf in ("embedding", "kernel", "scale", "bias"):
-            if f"{ours[0]}/{leaf}" in shapes:
-                # GPT-2's layers, as opposed to its head, are [I, O].
-                transposed = leaf == "kernel" and not theirs.rpartition(".")[2].startswith("c_")
-                tensor = f"{theirs}.{'bias' if leaf == 'bias' else 'weight'}"
-                yield tensor, [f"{one}/{leaf}" for one in ours], transposed
-    if family.head_bias:
-        yield family.head_bias, ["head_bias"], False
-
-
-def _as_matrix(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape without heads: [I, O] of a kernel, [O] of a bias."""
-    if path.endswith("embedding"):
-        return shape
-    if not path.endswith("kernel"):
-        return (math.prod(shape),)
-    inputs = math.prod(shape[:-1]) if path.endswith("out/kernel") else shape[0]
-    return inputs, math.prod(shape) // inputs
-
-
-def _unstacked(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Scanned layers one by one."""
-    found: dict[str, Any] = {}
-    for path, array in flat.items():
-        if path.startswith("layers/"):
-            found |= {path.replace("layers", f"layer_{i}", 1): x for i, x in enumerate(array)}
-        else:
-            found[path] = array
-    return found
-
-
-def _stacked(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """What `_unstacked` undoes."""
-    found: dict[str, Any] = {}
-    layers: dict[str, list] = {}
-    for path, array in flat.items():
-        if path.startswith("layer_"):
-            layers.setdefault(path.replace(path.split("/")[0], "layers", 1), []).append(array)
-        else:
-            found[path] = array
-    return found | {path: np.stack(arrays) for path, arrays in layers.items()}

@@ -14,7 +14,7 @@ from conftest import REPOSITORY
 from safetensors.numpy import load_file, save_file
 from test_model import LLAMA, SMALL, initialised
 
-from jaxdp import families, huggingface
+from jaxdp import families, huggingface, tensors
 from jaxdp.config import ConfigError
 from jaxdp.families import FAMILIES
 from jaxdp.model import ModelConfig, Transformer, num_parameters, parameter_shapes
@@ -55,8 +55,8 @@ def name_of(title):
 def written(title, params, folder):
     """A folder as transformers wants it."""
     model, name = MODELS[title], name_of(title)
-    tensors = huggingface.to_tensors(params, model, name, PAD)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    weights = tensors.to_tensors(params, model, name, PAD)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
     values = families.to_json(model, name, PAD) | {"pad_token_id": PAD}
     (folder / "config.json").write_text(json.dumps(values))
     return folder
@@ -151,7 +151,7 @@ def test_back_and_there_is_the_same_to_the_bit(name, tmp_path):
     theirs, model = random_model(name)
     theirs.save_pretrained(tmp_path)
     params = huggingface.open_folder(f"hf:{tmp_path}").read(model)
-    again = huggingface.to_tensors(params, model, name, PAD)
+    again = tensors.to_tensors(params, model, name, PAD)
     before = load_file(tmp_path / "model.safetensors")
     assert again.keys() == before.keys()
     for key, array in before.items():
@@ -184,7 +184,7 @@ def test_configs_have_as_many_parameters_as_the_models(file, size, vocab_size, p
     config.model.vocab_multiple = 1
     model = ModelConfig.from_config(config, vocab_size)
     name = families.family_of(model)
-    segments = huggingface.TOKEN_TYPES * model.embed_dim if FAMILIES[name].token_types else 0
+    segments = tensors.TOKEN_TYPES * model.embed_dim if FAMILIES[name].token_types else 0
     assert num_parameters(parameter_shapes(Transformer(model))) + segments == published
     architecture = getattr(transformers, FAMILIES[name].architecture)
     with torch.device("meta"):
@@ -214,8 +214,8 @@ def test_names_of_old_folders_are_known(tmp_path):
     """GPT-2's on the hub lack their first part and have masks; BERT's have gamma and beta."""
     spec, model = saved("gpt2", tmp_path)
     expected = huggingface.read(spec, model)
-    tensors = load_file(tmp_path / "model.safetensors")
-    old = {name.removeprefix("transformer."): array for name, array in tensors.items()}
+    weights = load_file(tmp_path / "model.safetensors")
+    old = {name.removeprefix("transformer."): array for name, array in weights.items()}
     old["h.0.attn.bias"] = np.ones((1, 1, 8, 8), np.float32)
     save_file(old, tmp_path / "model.safetensors")
     values = json.loads((tmp_path / "config.json").read_text())
@@ -234,9 +234,9 @@ def test_names_of_old_folders_are_known(tmp_path):
     (tmp_path / "bert").mkdir()
     spec, model = saved("bert", tmp_path / "bert")
     expected = huggingface.read(spec, model)
-    tensors = load_file(tmp_path / "bert" / "model.safetensors")
+    weights = load_file(tmp_path / "bert" / "model.safetensors")
     old = {}
-    for name, array in tensors.items():
+    for name, array in weights.items():
         name = name.replace("LayerNorm.weight", "LayerNorm.gamma")
         old[name.replace("LayerNorm.bias", "LayerNorm.beta")] = array
     old["cls.seq_relationship.weight"] = np.ones((2, 16), np.float32)
@@ -313,18 +313,21 @@ def test_settings_that_are_not_computed_here_are_refused(name, changes, message,
 def test_weights_that_do_not_fit_are_refused(tmp_path):
     spec, model = saved("gpt2", tmp_path)
     path = tmp_path / "model.safetensors"
-    tensors = load_file(path)
+    weights = load_file(path)
 
     def refused(changed, message):
-        save_file({k: v for k, v in (tensors | changed).items() if v is not None}, path)
+        save_file({k: v for k, v in (weights | changed).items() if v is not None}, path)
         with pytest.raises(ConfigError, match=rf"can't be used \(.*{message}"):
-            huggingface.read(spec, model)
+            huggingface.open_folder(spec).check(model)
 
     wte = "transformer.wte.weight"
     refused({wte: None}, f"{wte} is missing")
-    refused({wte: tensors[wte][:-1].copy()}, rf"{wte} has the shape \(10, 16\), not \(11, 16\)")
-    refused({wte: tensors[wte].astype(np.int8)}, f"{wte} is of the type I8, none of F32")
-    refused({"h.0.crossattention.c_attn.weight": tensors[wte]}, "crossattention.* to no such model")
+    refused({wte: weights[wte][:-1].copy()}, rf"{wte} has the shape \(10, 16\), not \(11, 16\)")
+    refused({wte: weights[wte].astype(np.int8)}, f"{wte} is of the type I8, none of F32")
+    refused({"h.0.crossattention.c_attn.weight": weights[wte]}, "crossattention.* to no such model")
+    save_file(weights | {"lm_head.weight": weights[wte] + 1}, path)
+    with pytest.raises(ConfigError, match=r"lm_head\.weight is not the embedding, though tie_"):
+        huggingface.read(spec, model)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ConfigError, match=r"can't be used \(SafetensorError: "):
         huggingface.read(spec, model)
