@@ -219,12 +219,12 @@ def test_names_of_old_folders_are_known(tmp_path):
     old["h.0.attn.bias"] = np.ones((1, 1, 8, 8), np.float32)
     save_file(old, tmp_path / "model.safetensors")
     values = json.loads((tmp_path / "config.json").read_text())
-    kept = ("model_type", "n_embd", "n_head", "n_layer", "n_positions", "vocab_size")
+    kept = ("model_type", "n_embd", "n_head", "n_layer", "n_positions", "n_inner", "vocab_size")
     values = {key: values[key] for key in kept}
     (tmp_path / "config.json").write_text(json.dumps(values))
     folder = huggingface.open_folder(spec)
     # What is left out is GPT-2's.
-    original = dataclasses.replace(model, norm_epsilon=1e-5, mlp_dim=64)
+    original = dataclasses.replace(model, norm_epsilon=1e-5)
     folder.check(original)
     for one, other in zip(
         jax.tree.leaves(folder.read(model)), jax.tree.leaves(expected), strict=True
