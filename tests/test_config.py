@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
 from jaxdp import config as configs
-from jaxdp.config import CHOICES, RANGES, ConfigError
+from jaxdp.config import ADDED, CHOICES, RANGES, ConfigError
 from jaxdp.configs import default
 
 KEYS = configs.flatten(default.get_config())
@@ -73,6 +73,7 @@ def test_the_test_config_is_valid(config):
         ("data.path", "", "data.path=FILE.txt"),
         ("data.eval_fraction", 1.0, "to 0.99"),
         ("objective", "seq2seq", "causal, masked"),
+        ("init_from", "gpt2", "hf:FOLDER or hf:NAME"),
         ("model.positions", "alibi", "learned, rotary"),
         ("model.dtype", "float16", "float32, bfloat16"),
         ("model.tied_head", 1, "give a bool"),
@@ -154,7 +155,7 @@ def test_every_number_has_a_range():
 
 
 def test_every_check_is_of_a_key_that_exists():
-    assert set(CHOICES) | set(RANGES) | set(configs.NOT_IDENTITY) <= set(KEYS)
+    assert set(CHOICES) | set(RANGES) | set(configs.NOT_IDENTITY) | set(ADDED) <= set(KEYS)
     groups = {key.split(".")[0] for key in KEYS}
     assert set(configs.IDENTITY) <= set(KEYS) | groups
 
@@ -260,6 +261,18 @@ def test_a_saved_config_is_loaded_as_it_was(config, tmp_path):
     assert configs.flatten(loaded) == configs.flatten(config)
     configs.validate(loaded)
     configs.check_same_run(loaded, config)
+
+
+def test_a_config_of_before_keys_were_added_has_their_defaults(config, tmp_path):
+    values = config.to_dict()
+    for key in ADDED:
+        group, _, name = key.rpartition(".")
+        del (values[group] if group else values)[name]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    loaded = configs.load(tmp_path / "config.json")
+    assert configs.flatten(loaded) == configs.flatten(config)
+    with pytest.raises(ConfigError, match=r"model\.norm_position='post' \(was 'pre'\)"):
+        configs.check_same_run(with_key(config, "model.norm_position", "post"), loaded)
 
 
 def test_saving_replaces_the_file_and_leaves_no_other(config, tmp_path):

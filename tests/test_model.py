@@ -42,6 +42,9 @@ VARIANTS = {
     "gpt2": SMALL,
     "gpt2 with biases": dataclasses.replace(SMALL, bias=True),
     "llama": LLAMA,
+    "post-norm": dataclasses.replace(
+        SMALL, norm_position="post", activation="gelu_exact", head_transform=True, bias=True
+    ),
     "scanned": dataclasses.replace(SMALL, scan_layers=True),
     "scanned llama, remat": dataclasses.replace(LLAMA, scan_layers=True, remat=True),
 }
