@@ -118,7 +118,11 @@ def _constant(node: ast.expr) -> Any:
     except ValueError:
         module, _, name = ast.unparse(node).partition(".")
     source = ROOT / "jaxdp" / f"{module}.py"
-    found = re.search(rf"^{re.escape(name)} = (.+)$", source.read_text(), re.M) if name.isupper() else None
+    found = (
+        re.search(rf"^{re.escape(name)} = (.+)$", source.read_text(), re.M)
+        if name.isupper()
+        else None
+    )
     return ast.literal_eval(found[1]) if found else None
 
 

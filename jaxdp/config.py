@@ -43,7 +43,11 @@ class BatchSizes:
 
 
 def flatten(config: ConfigDict | dict, prefix: str = "") -> dict[str, Any]:
-    """Returns {"group.key": value} of a nested config."""
+    """Returns {"group.key": value} of a nested config.
+
+    >>> flatten({"seed": 0, "model": {"num_layers": 4}})
+    {'seed': 0, 'model.num_layers': 4}
+    """
     flat: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, ConfigDict | dict) and len(value):
@@ -217,6 +221,9 @@ def _check_sync(config: ConfigDict) -> None:
 
 def batch_sizes(config: ConfigDict, process_count: int, device_count: int) -> BatchSizes:
     """Splits the global batch equally; raises ConfigError where it can't be.
+
+    >>> batch_sizes(default.get_config(), process_count=2, device_count=8)
+    BatchSizes(global_=16, per_host=8, per_device=2, micro=2)
 
     Args:
       config: a valid config.
