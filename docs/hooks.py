@@ -67,7 +67,7 @@ def on_page_markdown(markdown, page, config, files):
     name = page.file.src_uri
     if name == "commands.md":
         markdown += "".join(map(flags_section, modules()))
-    folder = (ROOT / COPIES.get(name, "docs/")).parent if name in COPIES else ROOT / "docs"
+    folder = (ROOT / COPIES.get(name, f"docs/{name}")).parent
 
     def on_site(match):
         path = (folder / match[1]).resolve()
@@ -83,10 +83,10 @@ def on_page_markdown(markdown, page, config, files):
 
 
 def _target(path: str, page: str) -> str | None:
-    """The page of the site that shows a file of the repository; None where there is none."""
-    pages = {file: page for page, file in COPIES.items()} | {"configs/default.py": "config.md"}
-    pages |= {f"{module.replace('.', '/')}.py": _page(module) for module in modules()}
-    found = pages.get(path, path.removeprefix("docs/") if path.startswith("docs/") else None)
+    """The page that shows a file of the repository; None where that is `page`, or there is none."""
+    shown = {file: copy for copy, file in COPIES.items()} | {"configs/default.py": "config.md"}
+    shown |= {f"{module.replace('.', '/')}.py": _page(module) for module in modules()}
+    found = shown.get(path, path.removeprefix("docs/") if path.startswith("docs/") else None)
     return None if found == page else found
 
 
@@ -117,13 +117,10 @@ def _constant(node: ast.expr) -> Any:
         return ast.literal_eval(node)
     except ValueError:
         module, _, name = ast.unparse(node).partition(".")
-    source = ROOT / "jaxdp" / f"{module}.py"
-    found = (
-        re.search(rf"^{re.escape(name)} = (.+)$", source.read_text(), re.M)
-        if name.isupper()
-        else None
-    )
-    return ast.literal_eval(found[1]) if found else None
+    if not name.isupper():
+        return None
+    source = (ROOT / "jaxdp" / f"{module}.py").read_text()
+    return ast.literal_eval(re.findall(rf"^{name} = (.+)$", source, re.MULTILINE)[0])
 
 
 def config_page() -> str:

@@ -41,8 +41,9 @@ class Evaluation:
     def bits_per_byte(self, tokens_per_byte: float) -> float:
         """The loss in bits per byte of text, comparable between tokenizers.
 
-        >>> round(Evaluation(loss=math.log(16), tokens=1000).bits_per_byte(0.25), 6)
-        1.0
+        Examples:
+          >>> round(Evaluation(loss=math.log(16), tokens=1000).bits_per_byte(0.25), 6)
+          1.0
         """
         return self.loss / math.log(2) * tokens_per_byte
 

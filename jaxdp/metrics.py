@@ -120,8 +120,9 @@ class _PatientFiles:
 def to_json(record: Mapping[str, float | None]) -> str:
     """A line of metrics.jsonl; JSON has no infinity, so what isn't finite is null.
 
-    >>> to_json({"step": 10, "train/loss": math.inf})
-    '{"step": 10, "train/loss": null}'
+    Examples:
+      >>> to_json({"step": 10, "train/loss": math.inf})
+      '{"step": 10, "train/loss": null}'
     """
     return json.dumps({name: _finite(value) for name, value in record.items()})
 

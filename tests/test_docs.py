@@ -52,7 +52,7 @@ def test_every_key_of_the_config_is_in_the_reference(site):
     cells = [re.findall(r"<td[^>]*>(.*?)</td>", row, re.DOTALL) for row in rows]
     plain = [[html.unescape(re.sub("<[^>]+>", "", c)) for c in row] for row in cells if row]
     found = {key: (value, limits, comment) for key, value, limits, comment in plain}
-    assert list(found) and found.keys() == KEYS.keys()
+    assert found.keys() == KEYS.keys()
     for key, (value, limits, comment) in found.items():
         assert value == repr(KEYS[key])
         assert limits and len(comment) > 10, key
@@ -120,12 +120,20 @@ def shell_commands(text: str) -> list[str]:
     return [*lines, *re.findall(r"`([^`\n]*\bpython[^`\n]*)`", text)]
 
 
+def split(line: str) -> list[str]:
+    """The words of a line, as a shell takes them; its quotes may end in another line."""
+    try:
+        return shlex.split(line, comments=True)
+    except ValueError:
+        return line.split()
+
+
 def programs() -> list[tuple[str, str, list[str]]]:
     """(page, program, its arguments) of each `python -m MODULE` and `python FILE.py`."""
     found = []
     for page, text in TEXT.items():
         for line in shell_commands(text):
-            words = shlex.split(line, comments=True)
+            words = split(line)
             for i, word in enumerate(words):
                 if re.fullmatch(r"([\w.-]+/)*python3?", word):
                     rest = words[i + 1 :]
