@@ -104,11 +104,11 @@ def flags_section(module: str) -> str:
 
 
 def flags(tree: ast.Module) -> Iterator[tuple[str, Any, str]]:
-    """(name, default, help) of each flag that a module defines."""
+    """(name, default, help) of each flag that a module defines; an alias has but two arguments."""
     for call in ast.walk(tree):
         if isinstance(call, ast.Call) and ".DEFINE_" in ast.unparse(call.func):
-            name, value, text = call.args[:3]
-            yield ast.literal_eval(name), _constant(value), ast.literal_eval(text)
+            name, value, *text = map(_constant, call.args[:3])
+            yield (name, value, text[0]) if text else (name, None, f"The same as --{value}.")
 
 
 def _constant(node: ast.expr) -> Any:
