@@ -38,6 +38,10 @@ FIGURES = 1000
 NETWORKS = {"NVLink (H100: 900 GB/s, half of it each way)": 450e9, "400 Gbit/s": 400e9 / 8}
 MODELS = {
     "GPT-2 124M, 60 sequences x 1,024 per device": {},
+    "GPT-2 124M, 4 sequences x 1,024 per device": {
+        "global_batch_size": 4 * DEVICES,
+        "grad_accum_steps": 1,
+    },
     "GPT-2 1.3B, 16 sequences x 2,048 per device": {
         "model.num_layers": 24,
         "model.num_heads": 16,
@@ -72,7 +76,10 @@ def introduction() -> str:
 JAX {jax.__version__}, Python {platform.python_version()}, {len(os.sched_getaffinity(0))} cores of \
 {platform.machine()}. **Nothing here is a measurement on GPUs**:
 the programs are those of XLA's CPU backend, and the efficiencies are computed by the formula of
-[docs/plan.md](../docs/plan.md)."""
+[docs/plan.md](../docs/plan.md) for GPUs of {TFLOPS.value:g} TFLOP/s and messages that take \
+{LATENCY.value:g} us, on one ring of equal
+links, with as many sequences more as there are devices more. *Hidden*: the bound if the all-reduce
+went on during the backward pass, two thirds of the computing, at no cost to it."""
 
 
 def collective_rows(config: ConfigDict) -> Iterator[str]:
@@ -104,13 +111,13 @@ def collective_rows(config: ConfigDict) -> Iterator[str]:
             yield f"| | {len(small)} small ones | {sum(small)} | | | | |"
     flops = prediction.step_flops(config, VOCAB_SIZE.value, DEVICES)[1]
     yield f"""
-Bytes of the buffers, in the order of the schedule; what a method is predicted to send is its arrays,
-and a collective may have up to {FIGURES} bytes of figures (loss, tokens) with them. *Place*: among the
-instructions that do something. *Products before*: the share of the program's matrix products
-({quantity(schedule.flops)} FLOPs in a round of diloco, {quantity(flops)} per step by the formula of
-`mfu`, which counts masked attention, too) that come before it. *Could hide*: the share of them that
-neither lead to the collective nor wait for it, which is all that an asynchronous collective could be
-hidden behind."""
+Bytes of the buffers, in the order of the schedule. A method is predicted to send its arrays; a
+collective may have up to {FIGURES:,} bytes of figures (loss, tokens) with them. *Place*: among the
+instructions that do something. *Products before*: the share of the program's matrix products that
+come before it ({quantity(schedule.flops / other.sync.every)} FLOPs per step; \
+{quantity(flops)} by the formula of `mfu`, which counts masked attention, too).
+*Could hide*: the share of them that neither lead to the collective nor wait for it: all that it
+could be hidden behind if it were asynchronous."""
 
 
 def predicted_traffic(config: ConfigDict, vocab: int) -> list[price.Collective]:

@@ -1,4 +1,4 @@
-"""A comparison in turns: the side that asks, and that of a contestant, which may be a peer's Python."""
+"""A comparison in turns: who asks, and a contestant, which may run in a peer's Python."""
 
 import os
 import subprocess

@@ -38,8 +38,9 @@ while true; do
     kill -0 "$step" 2>/dev/null || break
 done
 
-# srun's status is the highest of its tasks'. A node that fails makes SLURM queue the job again.
-if ((status == stopped)); then
+# srun's status is the highest of its tasks'. A job that a user has canceled runs no longer, and must
+# not come back; one whose node fails is queued again by SLURM.
+if ((status == stopped)) && [[ $(squeue --noheader --job="$SLURM_JOB_ID" --format=%T) == RUNNING ]]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

@@ -53,6 +53,10 @@ SCANCEL = """#!/bin/bash
 SCONTROL = """#!/bin/bash
 echo "$@" >> "$FAKES/asked"
 """
+SQUEUE = """#!/bin/bash
+[[ $* == "--noheader --job=$SLURM_JOB_ID --format=%T" ]] && echo "$STATE"
+"""
+FAKES = {"ssh": SSH, "srun": SRUN, "scancel": SCANCEL, "scontrol": SCONTROL, "squeue": SQUEUE}
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -110,7 +114,7 @@ def launch(tmp_path, monkeypatch):
     """Starts a script as a user does, with stand-ins first on PATH."""
     fakes = tmp_path / "fakes"
     fakes.mkdir()
-    for name, text in (("ssh", SSH), ("srun", SRUN), ("scancel", SCANCEL), ("scontrol", SCONTROL)):
+    for name, text in FAKES.items():
         (fakes / name).write_text(text)
         (fakes / name).chmod(0o755)
     # SLURM's port is one of 4,096, chosen by the number of the job.
@@ -123,16 +127,16 @@ def launch(tmp_path, monkeypatch):
     }
     by_script = {
         "ssh.sh": {"JAX_COORDINATOR_PORT": str(61440 + job)},
-        "slurm.sh": {"SLURM_JOB_ID": str(job), "SLURM_NTASKS": "2"},
+        "slurm.sh": {"SLURM_JOB_ID": str(job), "SLURM_NTASKS": "2", "STATE": "RUNNING"},
     }
     started = []
 
-    def start(script, *arguments):
+    def start(script, *arguments, **more):
         (fakes / "tasks").unlink(missing_ok=True)
         process = subprocess.Popen(
             [LAUNCH / script, *arguments],
             cwd=REPOSITORY,
-            env=environ | by_script[script],
+            env=environ | by_script[script] | more,
             stdout=(tmp_path / "printed").open("a"),
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -192,3 +196,22 @@ def test_a_slurm_job_saves_and_is_queued_again(config, tmp_path, launch):
     stop_and_go_on(functools.partial(launch, "slurm.sh"), config, tmp_path)
     [asked] = (tmp_path / "fakes/asked").read_text().splitlines()
     assert re.fullmatch(r"requeue \d+", asked)
+
+
+@pytest.mark.parametrize(
+    ("status", "state", "requeued"),
+    [
+        (75, "RUNNING", True),
+        (75, "COMPLETING", False),
+        (1, "RUNNING", False),
+        (0, "RUNNING", False),
+    ],
+)
+def test_a_slurm_job_is_queued_again_only_when_stopped_as_asked(
+    tmp_path, launch, status, state, requeued
+):
+    """And not when its user has canceled it, which SLURM shows as completing."""
+    (tmp_path / "fakes/python").write_text(f"#!/bin/sh\nexit {status}\n")
+    (tmp_path / "fakes/python").chmod(0o755)
+    assert launch("slurm.sh", STATE=state).wait(60) == status
+    assert (tmp_path / "fakes/asked").exists() == requeued
