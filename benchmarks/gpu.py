@@ -16,7 +16,6 @@ import datetime
 import functools
 import itertools
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -30,44 +29,31 @@ import numpy as np
 import steps
 import turns
 from absl import flags
+from gpu_checks import attention_errors, attention_rows, loss_rows
+from gpu_models import (
+    LARGER,
+    MODELS,
+    REHEARSE,
+    REMAT,
+    SEQUENCES,
+    environment,
+    model_config,
+    some,
+    this,
+    vocab,
+)
 from ml_collections import ConfigDict
 from turns import Contestant, OutOfMemory
 
-from jaxdp import attention, command, metrics, prediction
-from jaxdp.configs import gpt2_124m
-from jaxdp.metrics import read_jsonl
+from jaxdp import command, metrics, prediction
 from jaxdp.parallel import Replicas
 
 NANOGPT = flags.DEFINE_string("nanogpt", None, "A checkout of nanoGPT; None: no comparison.")
 TORCH_PYTHON = flags.DEFINE_string("torch_python", None, "A Python that has PyTorch.")
 STEPS = flags.DEFINE_integer("steps", 20, "Steps in a turn.")
 TURNS = flags.DEFINE_integer("turns", 7, "Turns.")
-REHEARSE = flags.DEFINE_bool("rehearse", False, "On a CPU, with tiny models.")
 SERVE = flags.DEFINE_string("serve", None, "Be a contestant with these keys, JSON (internal).")
 ASK = flags.DEFINE_bool("ask", False, "Print what the parent wants to know, JSON (internal).")
-
-VOCAB = 50304  # GPT-2's, padded as in nanoGPT.
-# What replaces the keys of configs/gpt2_124m.py, and sequences per batch.
-MODELS = {
-    "GPT-2 124M": ({}, (8, 16, 32, 64)),
-    "GPT-2 350M": ({"num_layers": 24, "num_heads": 16, "embed_dim": 1024}, (4, 8, 16, 32)),
-    "GPT-2 1.3B": (
-        {"num_layers": 24, "num_heads": 16, "embed_dim": 2048, "seq_len": 2048},
-        (1, 2, 4, 8),
-    ),
-}
-REMAT = {
-    "none": {},
-    "remat": {"remat": True},
-    "remat, scan": {"remat": True, "scan_layers": True},
-}
-SEQUENCES = tuple(1024 * 2**i for i in range(9))
-LARGER = {
-    f"{layers} x {width}": {"num_layers": layers, "num_heads": width // 64, "embed_dim": width}
-    for layers, width in ((36, 1280), (48, 1600), (32, 2560), (32, 3200), (32, 4096), (40, 5120))
-}
-# In place of all of these, where only the way through is tried.
-TINY = {"num_layers": 1, "num_heads": 2, "embed_dim": 16, "seq_len": 32}
 
 
 def main() -> int:
@@ -76,14 +62,13 @@ def main() -> int:
         turns.run(serve)
         return 0
     if ASK.value:
-        device = jax.local_devices()[0]
-        peak = metrics.peak_flops(device)
-        answer = {"kind": device.device_kind, "peak": peak, "errors": attention_errors()}
-        print(json.dumps(answer))
+        gpu, errors = jax.local_devices()[0], attention_errors()
+        peak = metrics.peak_flops(gpu)
+        print(json.dumps({"kind": gpu.device_kind, "peak": peak, "errors": errors}))
         return 0
     jax.config.update("jax_platforms", "cpu")  # The GPU is for the others.
     print(introduction())
-    for part in (attention_rows(), loss_rows(), *speed_tables(), *limits()):
+    for part in (attention_rows(device()["errors"]), loss_rows(), *speed_tables(), *limits()):
         for line in part:
             print(line, flush=True)
     return 0
@@ -96,18 +81,6 @@ def device() -> dict[str, Any]:
     return json.loads(answer)
 
 
-def this() -> list[str]:
-    """The command that this is, for a process that has the GPU to itself."""
-    return [sys.executable, *sys.argv]
-
-
-def environment() -> dict[str, str]:
-    """Of all processes: they share the device's memory as they need it, and one device."""
-    own = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "CUDA_VISIBLE_DEVICES": "0"}
-    rehearsed = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
-    return os.environ | own | (rehearsed if REHEARSE.value else {})
-
-
 def introduction() -> str:
     """How the document came about."""
     unmeasured = "\n**A rehearsal on a CPU: no figure here means anything.**\n"
@@ -115,104 +88,6 @@ def introduction() -> str:
 {unmeasured * REHEARSE.value}
 Made by `python benchmarks/gpu.py {" ".join(sys.argv[1:])}` on {datetime.date.today():%d %B %Y}: \
 {device()["kind"]}, JAX {jax.__version__}, Python {platform.python_version()}."""
-
-
-def model_config(keys: dict, batch: int) -> ConfigDict:
-    """GPT-2's config with other keys, in steps of one micro-batch."""
-    config = gpt2_124m.get_config()
-    keys = keys | (TINY if REHEARSE.value else {})
-    config.seq_len = keys.pop("seq_len", config.seq_len)
-    config.model.update(keys)
-    config.update({"global_batch_size": batch, "grad_accum_steps": 1, "num_train_steps": 10**9})
-    return config
-
-
-def some(things: Any) -> list[Any]:
-    """Those of a tuple, or the items of a dict; for a rehearsal the first only."""
-    found = list(things.items() if isinstance(things, dict) else things)
-    return found[:1] if REHEARSE.value else found
-
-
-def vocab() -> int:
-    """The models' vocabulary size."""
-    return 256 if REHEARSE.value else VOCAB
-
-
-# Correctness.
-
-
-def attention_errors() -> dict[str, float]:
-    """By model: the worst relative error of bfloat16 attention or one of its gradients."""
-    found = {}
-    for name, (keys, batches) in MODELS.items():
-        config = model_config(keys, batches[0])
-        heads, length = config.model.num_heads, config.seq_len
-        shape = (batches[0], length, heads, config.model.embed_dim // heads)
-        exact = [jax.random.normal(key, shape) for key in jax.random.split(jax.random.key(0), 4)]
-        rounded = [x.astype("bfloat16") for x in exact]
-        kernel = attention.kernel("bfloat16", shape[-1], masked=False)
-        pairs = zip(
-            attended(*rounded), attended(*[x.astype("float32") for x in rounded]), strict=True
-        )
-        errors = (np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in pairs)
-        found[f"{name} ({kernel})"] = float(max(errors))
-    return found
-
-
-@jax.jit
-def _attended(query, key, value, weights):
-    def loss(query, key, value):
-        out = attention.attend(query, key, value, causal=True)
-        return (out * weights).astype("float32").sum(), out
-
-    (_, out), gradients = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(query, key, value)
-    return out, *gradients
-
-
-def attended(*arrays: jax.Array) -> list[np.ndarray]:
-    """Attention, and the gradients of a weighted sum of it, as float32."""
-    return [np.asarray(x, np.float32) for x in _attended(*arrays)]
-
-
-def attention_rows() -> Iterator[str]:
-    """Ends the benchmark where an error is more than rounding to 8 bits makes it."""
-    yield "\n## Attention in bfloat16 against XLA's in float32\n"
-    yield "| model (kernel) | relative error of results and gradients, the worst |\n|---|---|"
-    for name, error in device()["errors"].items():
-        yield f"| {name} | {error:.4f} |"
-        if not error < 0.02:  # bfloat16 rounds to 2^-9; a handful of such roundings meet.
-            raise SystemExit(f"attention is wrong: {name}, relative error {error}")
-
-
-def loss_rows() -> Iterator[str]:
-    """Trains the quickstart in both types; ends the benchmark where losses go apart."""
-    count = 20 if REHEARSE.value else 400
-    keys = [f"--config.num_train_steps={count}", f"--config.eval_every={count}"]
-    keys += [f"--config.log_every={count // 20}", f"--config.checkpoint.every={count}"]
-    if REHEARSE.value:
-        keys += [f"--config.data.path={__file__}", "--config.tokenizer=char"]
-        keys += ["--config.model.num_layers=1", "--config.model.embed_dim=16"]
-        keys += ["--config.seq_len=16", "--config.sample.num_tokens=0"]
-    curves = []
-    for dtype in ("float32", "bfloat16"):
-        with tempfile.TemporaryDirectory() as folder:
-            arguments = [f"--workdir={folder}/run", f"--config.model.dtype={dtype}", *keys]
-            arguments += [f"--config.data.cache_dir={folder}/tokens"]
-            config = str(Path(__file__).parent.parent / "configs/quickstart.py")
-            ours = [sys.executable, "-m", "jaxdp.train", f"--config={config}", *arguments]
-            subprocess.run(ours, check=True, stdout=sys.stderr, env=environment())
-            records = read_jsonl(Path(folder) / "run")
-            curves.append({r["step"]: r["train/loss"] for r in records if "train/loss" in r})
-    yield "\n## Losses of the quickstart\n"
-    yield "| step | float32 | bfloat16 |\n|---|---|---|"
-    for step in list(curves[0])[:: max(1, len(curves[0]) // 8)]:
-        yield f"| {step} | {curves[0][step]:.4f} | {curves[1][step]:.4f} |"
-    ends = [np.mean(list(curve.values())[-5:]) for curve in curves]
-    if not abs(ends[1] - ends[0]) < 0.05:
-        raise SystemExit(f"bfloat16 learns something else: {ends[0]:.3f}, {ends[1]:.3f}")
-
-
-# Speed.
 
 
 def serve() -> None:
@@ -314,9 +189,6 @@ def sweep_rows(keys: dict, batches: tuple[int, ...]) -> Iterator[str]:
         if found:
             figures = cells(model_config(keys, batch), *found["jaxdp"])
         yield f"| {batch} | {policy} | {figures} |"
-
-
-# Limits.
 
 
 def limits() -> Iterator[Iterator[str]]:
