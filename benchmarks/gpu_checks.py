@@ -59,7 +59,7 @@ def attention_rows(errors: dict[str, float]) -> Iterator[str]:
 
 def loss_rows() -> Iterator[str]:
     """Trains the quickstart in both types; ends the benchmark where losses go apart."""
-    count = 20 if REHEARSE.value else 400
+    count = 60 if REHEARSE.value else 400
     keys = [f"--config.num_train_steps={count}", f"--config.eval_every={count}"]
     keys += [f"--config.log_every={count // 20}", f"--config.checkpoint.every={count}"]
     if REHEARSE.value:
