@@ -180,6 +180,13 @@ def largest_batch(config: ConfigDict, vocab: int, count: int, limit: int) -> int
 
 def compiled_memory(config: ConfigDict, vocab: int, count: int) -> int:
     """XLA's own figure for a device, in bytes: arguments, results not donated, temporary."""
+    sizes = compiled_step(config, vocab, count).memory_analysis()
+    results = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    return sizes.argument_size_in_bytes + results + sizes.temp_size_in_bytes
+
+
+def compiled_step(config: ConfigDict, vocab: int, count: int) -> Any:
+    """The step of a round, compiled for `count` local devices; see `jax.stages.Compiled`."""
     step, state, batch = abstract_step(config, vocab, count)
     method, replicas = step.keywords["method"], Replicas(jax.local_devices()[:count])
 
@@ -190,9 +197,7 @@ def compiled_memory(config: ConfigDict, vocab: int, count: int) -> int:
         state = state.replace(opt_state=on_all(state.opt_state))
     axes = state_axes(state, method)
     p_step = replicas.pmap(step, state_axes=axes, out_axes=(axes, None), donate=True)
-    sizes = p_step.lower(state, on_all(batch)).compile().memory_analysis()
-    results = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
-    return sizes.argument_size_in_bytes + results + sizes.temp_size_in_bytes
+    return p_step.lower(state, on_all(batch)).compile()
 
 
 def step_flops(config: ConfigDict, vocab: int, count: int) -> tuple[int, int]:

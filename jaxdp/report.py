@@ -7,11 +7,12 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from jaxdp import price
+from jaxdp import attention, price
 from jaxdp.config import BatchSizes
 from jaxdp.data import feed, mixture, pipeline
 from jaxdp.data.cache import TokenCache
 from jaxdp.data.sequences import Examples
+from jaxdp.data.sequences import keys as sequence_keys
 from jaxdp.display import duration, quantity
 from jaxdp.evaluation import Evaluation
 from jaxdp.model import ModelConfig, flops_per_token, num_parameters
@@ -42,6 +43,7 @@ def header(
         "batch": f"{sizes.global_} sequences x {config.seq_len} tokens = {per_step:,} a step",
         "": f"(per host {sizes.per_host}, per device {sizes.per_device}, micro {sizes.micro})",
         "parameters": f"{quantity(parameters)}, computed with in {config.model.dtype}",
+        "attention": f"by {_kernel(config)}",
         "data": f"{config.data.path}, {quantity(len(cache.train))} training and "
         f"{quantity(len(cache.validation))} validation tokens",
         "vocabulary": f"{cache.vocab_size:,} tokens ({config.tokenizer})",
@@ -51,6 +53,14 @@ def header(
         **_sources(config, cache),
         **_examples(config, cache),
     }
+
+
+def _kernel(config: ConfigDict) -> str:
+    """What computes attention in training."""
+    masked = "segments" in sequence_keys(config.objective, config.data.packing)
+    model = config.model
+    found = attention.kernel(model.dtype, model.embed_dim // model.num_heads, masked)
+    return {"cudnn": "cuDNN's fused kernel", "xla": "XLA"}[found]
 
 
 def _sources(config: ConfigDict, cache: TokenCache) -> dict[str, str]:
