@@ -22,6 +22,9 @@ def get_config() -> ConfigDict:
     c.log_every = 10  # Steps between lines of metrics.jsonl.
     c.eval_every = 250  # Steps between evaluations; there is always one at the end.
     c.eval_max_batches = 0  # Batches per evaluation; 0: the whole validation split.
+    # More texts to evaluate on, by name: "code=text:GLOB,wiki=tfds:NAME". Files as a whole, of TFDS
+    # data.eval_split; logged as eval/NAME/loss. Early stopping and the best checkpoint ignore them.
+    c.eval_sets = ""
     # Without progress for so many seconds, or 10 times the longest it took before, a process ends
     # with an error, for a scheduler to start it again. 10 times that to compile or save; 0: never.
     c.hang_seconds = 300

@@ -4,7 +4,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from ml_collections import ConfigDict
 
 from jaxdp import disk, parallel, tokenizer
 from jaxdp.config import BatchSizes, ConfigError, check_text, shown
-from jaxdp.data import mixture
+from jaxdp.data import eval_sets, mixture
 from jaxdp.data.cache import TokenCache
+from jaxdp.data.eval_sets import Split
 from jaxdp.data.feed import sequences
 from jaxdp.data.layout import SPLITS
 from jaxdp.display import quantity
@@ -65,6 +66,18 @@ def check_split(config: ConfigDict, cache: TokenCache, split: str) -> None:
             f"{config.tokenizer!r} has none ({', '.join(tokenizer.END_NAMES)}): use another "
             "tokenizer, such as 'byte', or data.packing='stream'"
         )
+
+
+def open_eval_sets(
+    config: ConfigDict, cache: TokenCache, report: Callable[[str], None]
+) -> dict[str, Split]:
+    """Opens eval_sets with the tokenizer of a cache, and refuses those that can't be used."""
+    sets = {}
+    for name in eval_sets.parse(config.eval_sets):
+        with eval_sets.named(config, name):
+            sets[name] = eval_sets.open_set(config, name, cache, report)
+            check_split(sets[name].config, sets[name].cache, "validation")
+    return sets
 
 
 def same_tokens(config: ConfigDict, cache: TokenCache, step: int, saved: dict) -> bool:

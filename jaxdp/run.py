@@ -4,6 +4,7 @@ The loop itself is in `loop`.
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import time
@@ -21,11 +22,12 @@ from jaxdp.agreement import ReplicaCheck
 from jaxdp.checkpoint import Checkpoints
 from jaxdp.config import BatchSizes, RunError
 from jaxdp.data.cache import TokenCache
+from jaxdp.data.eval_sets import Split
 from jaxdp.data.feed import Feed
 from jaxdp.data.sequences import Batch
 from jaxdp.display import Display
 from jaxdp.divergence import Divergence, Trouble
-from jaxdp.evaluation import Evaluation, compiled, evaluate
+from jaxdp.evaluation import Evaluation, Evaluations, compiled, evaluate_all, figures
 from jaxdp.metrics import MetricsWriter, Throughput, load_balance
 from jaxdp.model import Transformer, flops_per_token, num_parameters
 from jaxdp.parallel import Replicas
@@ -43,14 +45,19 @@ class Result:
       step: optimizer steps done in all.
       finished: whether these are all, or it stopped early; if not, it was asked to stop, and has
         saved.
-      evaluation: of the last step, where this call evaluated it.
+      evaluations: of the last step, where this call evaluated it; see `evaluation.Evaluations`.
       state: the last one, replicated over the devices.
     """
 
     step: int
     finished: bool
-    evaluation: Evaluation | None
+    evaluations: Evaluations
     state: Any
+
+    @property
+    def evaluation(self) -> Evaluation | None:
+        """On the validation split, of the last step, where this call evaluated it."""
+        return self.evaluations.get("")
 
 
 @dataclasses.dataclass
@@ -62,6 +69,7 @@ class Run:
     replicas: Replicas
     sizes: BatchSizes
     cache: TokenCache
+    eval_sets: dict[str, Split]
     model: Transformer
     first_state: Callable[[], Any]
     program: Program
@@ -210,19 +218,20 @@ class Run:
             "from the newest checkpoint"
         )
 
-    def evaluate(self, done: int, state: Any) -> Evaluation:
-        """Evaluates on the validation split, and logs the result."""
+    def evaluate(self, done: int, state: Any) -> Evaluations:
+        """Evaluates on the validation split and the sets beside it, and logs the results."""
         before = time.perf_counter()
-        batches = self.watchdog.each(self.feed.evaluation(), "evaluating", done)
-        evaluation = evaluate(self.p_eval_step, state.params, batches, self.replicas)
-        tokens_per_byte = self.cache.tokens_per_byte
-        self.writer.write(done, evaluation.figures(tokens_per_byte))
-        self.display.line(report.evaluated(done, evaluation, tokens_per_byte), "bold")
-        self.stopping.add(done, evaluation.loss)
+        watch = functools.partial(self.watchdog.each, doing="evaluating", done=done)
+        splits = {"": Split(self.config, self.cache)} | self.eval_sets
+        found = evaluate_all(self.p_eval_step, state.params, splits, self.replicas, watch)
+        self.writer.write(done, figures(found))
+        for name, evaluation in found.items():
+            self.display.line(report.evaluated(done, evaluation, name), "bold")
+        self.stopping.add(done, found[""].loss)
         self.throughput.pause(time.perf_counter() - before)
-        return evaluation
+        return found
 
-    def save(self, done: int, state: Any, evaluation: Evaluation | None) -> None:
+    def save(self, done: int, state: Any, evaluations: Evaluations) -> None:
         """Starts to save a checkpoint; all figures until then go to disk, too."""
         self.watchdog.beat("saving", done, slow=True)
         self.writer.flush()
@@ -232,7 +241,8 @@ class Run:
             "divergence": self.judge.to_json(),
             "stopping": self.stopping.to_json(),
         }
-        self.checkpoints.save(done, state, extra, evaluation.loss if evaluation else None)
+        loss = evaluations[""].loss if evaluations else None
+        self.checkpoints.save(done, state, extra, loss)
 
     def finish(self, result: Result) -> None:
         """Returns when all is on disk; raises RunError, in all processes, where it can't be."""
@@ -253,7 +263,7 @@ class Run:
             text = self._sample(result.state.params)
             self.display.text("Sample", text)
             self.writer.write_text(result.step, "sample", text)
-        rows = report.summary(self.config, self.workdir, self.cache, result, self.display.seconds())
+        rows = report.summary(self.config, self.workdir, result, self.display.seconds())
         rows |= report.agreement(self.program, result.state, self.replicas.device_count)
         if result.finished and result.step < self.config.num_train_steps:
             rows["stopped early"] = self.stopping.reason()
