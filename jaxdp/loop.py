@@ -128,7 +128,7 @@ def _train(
                 transform,
                 stop_requested,
             )
-            with contextlib.closing(program):
+            with contextlib.closing(program), contextlib.closing(run.profile):
                 result = _steps(run, state, start)
             watchdog.beat("writing the last checkpoint", result.step, slow=True)
             run.finish(result)
@@ -141,7 +141,7 @@ def _steps(run: Run, state: Any, start: int) -> Result:
     """Trains from `start` to the end, or until asked to stop."""
     total = run.config.num_train_steps
     rounds = run.rounds(start)
-    run.start_clock(state)
+    run.start_clock(start, state)
     run.display.line("Compiling the training step ...")
     done, pending, stop, finished = start, None, False, False
     evaluations: Evaluations = {}
@@ -154,7 +154,8 @@ def _steps(run: Run, state: Any, start: int) -> Result:
         new = run.program.is_new(done)
         run.watchdog.beat("compiling a step" if new else "training", done, slow=new)
         steps = run.program.round_length(done)
-        state, metrics = run.program(done, state, batch)
+        with run.profile.round(done, state, new):
+            state, metrics = run.program(done, state, batch)
         # A round's figures are read after the next is dispatched, so that the devices never
         # wait for Python. More than two steps in flight can deadlock CPU devices.
         dispatched = time.perf_counter()
@@ -167,7 +168,7 @@ def _steps(run: Run, state: Any, start: int) -> Result:
             run.throughput.start(steps=-steps)
         if done == start:
             run.display.start(start, total)
-        if run.program.trace(metrics):
+        if run.program.trace(metrics) or run.profile.stop(done + steps, metrics):
             run.throughput.start(steps=-steps)
         run.busy = dispatched - asked
         run.checkpoints.check()

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxdp import disk, parallel, tokenizer
+from jaxdp import disk, parallel, profiling, tokenizer
 from jaxdp.config import BatchSizes, ConfigError, check_text, shown
 from jaxdp.data import eval_sets, mixture
 from jaxdp.data.cache import TokenCache
@@ -94,7 +94,7 @@ def same_tokens(config: ConfigDict, cache: TokenCache, step: int, saved: dict) -
 def check_workdir(workdir: Path) -> None:
     """Refuses a workdir in which something else has the name of what the run writes."""
     check_text("--workdir", str(workdir))
-    kinds = {"checkpoints": Path.is_dir, "tensorboard": Path.is_dir}
+    kinds = dict.fromkeys(("checkpoints", "tensorboard", profiling.FOLDER), Path.is_dir)
     kinds |= dict.fromkeys(("config.json", "tokenizer.json", "metrics.jsonl"), Path.is_file)
     try:
         for name, fits in kinds.items():

@@ -44,7 +44,8 @@ def header(
         + ("process" if processes == 1 else "processes"),
         "batch": f"{sizes.global_} sequences x {config.seq_len} tokens = {per_step:,} a step",
         "": f"(per host {sizes.per_host}, per device {sizes.per_device}, micro {sizes.micro})",
-        "parameters": f"{quantity(parameters)}, computed with in {config.model.dtype}",
+        "parameters": f"{quantity(parameters)}, computed with in {config.model.dtype}"
+        + (f"; evaluated: their EMA, decay {config.ema.decay:g}" if config.ema.decay else ""),
         "data": f"{config.data.path}, {quantity(len(cache.train))} training and "
         f"{quantity(len(cache.validation))} validation tokens",
         "vocabulary": f"{cache.vocab_size:,} tokens ({config.tokenizer})",

@@ -31,6 +31,7 @@ from jaxdp.evaluation import Evaluation, Evaluations, compiled, evaluate_all, fi
 from jaxdp.metrics import MetricsWriter, Throughput, load_balance
 from jaxdp.model import Transformer, flops_per_token, num_parameters
 from jaxdp.parallel import Replicas
+from jaxdp.profiling import Profile
 from jaxdp.program import Program
 from jaxdp.step import Transform
 from jaxdp.stopping import Stopping
@@ -87,10 +88,12 @@ class Run:
         self.feed = Feed(self.config, self.cache)
         self.tokenizer_digest = tokenizer.digest(self.cache.tokenizer)
         self.replica_check = ReplicaCheck(self.replicas)
+        self.profile = Profile(self.config, self.workdir, self.display.line)
         self.busy = 0.0  # Seconds that this process was last busy with a step, not with waiting.
 
-    def start_clock(self, state: Any) -> None:
-        """Begins to measure the speed."""
+    def start_clock(self, done: int, state: Any) -> None:
+        """Begins to measure the speed after so many steps."""
+        self.profile.start(done)
         flops = flops_per_token(self.model.config, num_parameters(state.params))
         self.throughput = Throughput(flops, self.replicas.device_count)
 
@@ -131,6 +134,8 @@ class Run:
             shared = {"params": state.params, "outer": state.outer}
             if not self.program.method.own_opt_state:
                 shared["opt_state"] = state.opt_state
+            if not self.program.method.own_ema:
+                shared["ema"] = state.ema
             self.watchdog.beat("comparing replicas", done)
             self.replica_check(shared, done)
 
@@ -222,12 +227,15 @@ class Run:
         """Evaluates on the validation split and the sets beside it, and logs the results."""
         before = time.perf_counter()
         watch = functools.partial(self.watchdog.each, doing="evaluating", done=done)
+        params = self.program.to_evaluate(state)
         splits = {"": Split(self.config, self.cache)} | self.eval_sets
-        found = evaluate_all(self.p_eval_step, state.params, splits, self.replicas, watch)
+        found = evaluate_all(self.p_eval_step, params, splits, self.replicas, watch)
         self.writer.write(done, figures(found))
         for name, evaluation in found.items():
             self.display.line(report.evaluated(done, evaluation, name), "bold")
         self.stopping.add(done, found[""].loss)
+        if self.config.sample.at_eval and done < self.config.num_train_steps:
+            self._sample(done, params)
         self.throughput.pause(time.perf_counter() - before)
         return found
 
@@ -258,11 +266,10 @@ class Run:
     def summarise(self, result: Result) -> None:
         """Shows a sample of text, what was reached, and where everything lies."""
         self.display.stop()
-        sampling_wanted = self.config.objective == "causal" and self.config.sample.num_tokens
-        if result.finished and sampling_wanted and parallel.is_main():
-            text = self._sample(result.state.params)
-            self.display.text("Sample", text)
-            self.writer.write_text(result.step, "sample", text)
+        if result.finished:
+            text = self._sample(result.step, self.program.to_evaluate(result.state))
+            if text:
+                self.display.text("Sample", text)
         rows = report.summary(self.config, self.workdir, result, self.display.seconds())
         rows |= report.agreement(self.program, result.state, self.replicas.device_count)
         if result.finished and result.step < self.config.num_train_steps:
@@ -274,7 +281,12 @@ class Run:
         title = "Finished" if result.finished else "Stopped as asked; run again to go on"
         self.display.table(title, rows)
 
-    def _sample(self, params: Any) -> str:
+    def _sample(self, done: int, params: Any) -> str:
+        """Shows a sample of text in TensorBoard and returns it; nothing where none is wanted."""
+        wanted = self.config.objective == "causal" and self.config.sample.num_tokens
+        if not wanted or not parallel.is_main():
+            return ""
+        self.watchdog.beat("sampling", done, slow=True)
         [prompt] = tokenizer.encode(self.cache.tokenizer, [self.config.sample.prompt])
         [ids] = sampling.sample(
             self.model,
@@ -285,4 +297,6 @@ class Run:
             temperature=sampling.TEMPERATURE,
             seed=self.config.seed,
         )
-        return self.cache.tokenizer.decode([*prompt, *ids], skip_special_tokens=False)
+        text = self.cache.tokenizer.decode([*prompt, *ids], skip_special_tokens=False)
+        self.writer.write_text(done, "sample", text)
+        return text
