@@ -34,8 +34,7 @@ SLOW: tuple[str, ...] = (
     *("exp", "exp2", "expm1", "log", "log1p", "tanh", "logistic", "erf", "erf_inv", "pow"),
     *("rsqrt", "sqrt", "cbrt", "sin", "cos", "div"),
 )
-# Views of one array; a transposition becomes part of the matrix product that reads it.
-VIEWS = ("reshape", "squeeze", "expand_dims", "transpose", "copy")
+VIEWS = ("reshape", "squeeze", "expand_dims", "copy")  # Of one array.
 IN_PLACE = ("scatter", "dynamic_update_slice")  # Calls that change an operand that ends there.
 
 
@@ -113,6 +112,7 @@ def _inline(jaxpr: Jaxpr, args: Any, ops: list[Op]) -> list[Value | None]:
     """Appends a jaxpr's operations, those of inner functions in place; returns its results."""
     values: dict[Var, Any] = dict(zip(jaxpr.invars, args, strict=True))
     values |= {var: Value(0) for var in jaxpr.constvars}
+    slices: dict[tuple, list[Any]] = {}
 
     def read(var) -> Value | None:
         return None if isinstance(var, Literal) else values[var]
@@ -130,6 +130,9 @@ def _inline(jaxpr: Jaxpr, args: Any, ops: list[Op]) -> list[Value | None]:
             outputs = list(op.outputs)
             _look_inside(eqn, op, inputs)
             ops.append(op)
+        if name == "slice":  # XLA cuts the same part once, for the backward pass, too.
+            same = (inputs[0], eqn.params["start_indices"], eqn.params["limit_indices"])
+            outputs = slices.setdefault(same, outputs)
         values |= dict(zip(eqn.outvars, outputs, strict=True))
     return [read(var) for var in jaxpr.outvars]
 
@@ -245,7 +248,7 @@ def _transposed(op: Op) -> Value:
     XLA swaps the operands instead of transposing the result, as for a weight's gradient.
     """
     value, swapped = op.outputs[0], False
-    while len(value.users) == 1 and value.users[0].name in VIEWS:
+    while len(value.users) == 1 and value.users[0].name in (*VIEWS, "transpose"):
         swapped ^= value.users[0].name == "transpose"
         [value] = value.users[0].outputs
     return op.inputs[0 if swapped else -1]
