@@ -75,10 +75,10 @@ def validate(config: ConfigDict) -> None:
             f"{config.data.packing!r}: use 'padded', or leave it empty"
         )
     profile = config.profile
-    if profile.num_steps and profile.start_step >= config.num_train_steps:
+    if profile.num_steps and profile.start_step + profile.num_steps > config.num_train_steps:
         raise ConfigError(
-            f"profile.start_step={profile.start_step} is never reached: make it smaller than "
-            f"num_train_steps={config.num_train_steps}"
+            f"profile.start_step={profile.start_step} and profile.num_steps={profile.num_steps} "
+            f"reach beyond num_train_steps={config.num_train_steps}: make them smaller"
         )
     _check_model(config)
     _check_sync(config)

@@ -18,6 +18,7 @@ from absl import flags
 
 from jaxdp import command, drawing
 from jaxdp.config import ConfigError, check_text, shown
+from jaxdp.data.eval_sets import NAME
 from jaxdp.display import quantity
 from jaxdp.limits import MOST
 from jaxdp.metrics import JSONL, read_jsonl
@@ -30,7 +31,7 @@ PANELS = (
     ("tokens per second", 1, ("tokens_per_second",)),
     ("learning rate", 1, ("train/learning_rate",)),
 )
-EVAL_SET = re.compile("eval/(.+)/loss")
+EVAL_SET = re.compile(f"eval/({NAME})/loss")
 MARKERS = "o^sDvPX*"  # Of the validation split, and of eval_sets in the order of their names.
 SMOOTH = 50  # Points of a training curve that are still read as they are.
 

@@ -234,7 +234,8 @@ class Run:
         for name, evaluation in found.items():
             self.display.line(report.evaluated(done, evaluation, name), "bold")
         self.stopping.add(done, found[""].loss)
-        if self.config.sample.at_eval and done < self.config.num_train_steps:
+        ends = done == self.config.num_train_steps or self.stopping.over
+        if self.config.sample.at_eval and not ends:  # At the end it is shown, too.
             self._sample(done, params)
         self.throughput.pause(time.perf_counter() - before)
         return found
