@@ -109,6 +109,9 @@ def check_known(flat: dict[str, Any]) -> None:
     """
     known = flatten(default.get_config())
     for key, value in flat.items():
+        group = any(name.startswith(f"{key}.") for name in known)
+        if group and isinstance(value, ConfigDict | dict):  # An empty one: its keys are missing.
+            continue
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]}?" if near else "see configs/default.py for all keys"

@@ -10,72 +10,86 @@ from jaxdp.config import ConfigError, validate
 from jaxdp.profiling import Profile
 
 
-@pytest.fixture
-def events(config, tmp_path):
-    """Trains and returns what is recorded: how often an event of each name is there."""
-    config.update({"num_train_steps": 12, "eval_every": 12})
-    config.optimizer.warmup_steps = 1
+def events(workdir):
+    """How often an event of each name was recorded."""
+    [file] = (workdir / "profile").rglob("perfetto_trace.json.gz")
+    trace = json.loads(gzip.decompress(file.read_bytes()))
+    return Counter(event.get("name", "") for event in trace["traceEvents"])
 
-    def run(workdir=tmp_path, devices=2, **options):
-        loop.train(config, workdir, devices=jax.local_devices()[:devices], **options)
-        files = list((workdir / "profile").rglob("perfetto_trace.json.gz"))
-        if not files:
-            return None
-        [file] = files
-        trace = json.loads(gzip.decompress(file.read_bytes()))
-        return Counter(event.get("name") for event in trace["traceEvents"])
+
+@pytest.mark.parametrize(
+    ("method", "asked", "recorded", "steps"),
+    [("gradient_mean", 3, 3, "5 to 7"), ("diloco", 2, 1, "7 to 9")],  # A round of three steps.
+)
+def test_whole_rounds_are_recorded(config, tmp_path, capsys, method, asked, recorded, steps):
+    """An all-reduce on each device for each of them; no half of one more."""
+    config.update({"num_train_steps": 12, "eval_every": 12})
+    config.sync.method = method
+    config.profile.update({"start_step": 4, "num_steps": asked})
+    loop.train(config, tmp_path, devices=jax.local_devices()[:2])
+    found = events(tmp_path)
+    assert found["train"] == recorded
+    reduces = [n for name, n in found.items() if name.startswith("all-reduce")]
+    assert reduces and all(n == 2 * recorded for n in reduces)
+    out = capsys.readouterr().out
+    assert f"Profile of steps {steps}: xprof --logdir {tmp_path / 'profile'} " in out
+
+
+def test_where_the_profiler_is_in_use_the_run_goes_on(config, tmp_path, capsys):
+    config.profile.update({"start_step": 2, "num_steps": 2})
+    own = price.Trace((), 1)
+    result = loop.train(config, tmp_path, devices=jax.local_devices()[:1])
+    own.stop()
+    assert result.finished and not (tmp_path / "profile").exists()
+    assert "No profile could be made (Profile has already been started" in capsys.readouterr().out
+
+
+@pytest.fixture
+def rounds(config, tmp_path, monkeypatch):
+    """Goes through rounds of a run: when the profiler starts and stops, and what is said."""
+    log = []
+
+    def run(numbers, length=1, new=()):
+        profile = Profile(config, tmp_path, log.append)
+        monkeypatch.setattr(jax.profiler, "start_trace", lambda *a, **k: log.append(f"on {done}"))
+        monkeypatch.setattr(jax.profiler, "stop_trace", lambda: log.append(f"off {done}"))
+        profile.start(numbers[0])
+        for done in numbers:
+            with profile.round(done, (), done in new):
+                pass
+            if profile.stop(done + length, ()):
+                log.append("ended")
+        profile.close()
+        profile.close()
+        return [line.split(": xprof")[0] for line in log]
 
     return run
 
 
-@pytest.mark.parametrize(
-    ("method", "start", "asked", "recorded", "steps"),
-    [
-        ("gradient_mean", 5, 3, 3, "6 to 8"),
-        ("gradient_mean", 0, 2, 2, "2 to 3"),  # The first is compiled.
-        ("diloco", 4, 2, 1, "7 to 9"),  # A round of three steps.
-    ],
-)
-def test_whole_rounds_are_recorded(
-    config, events, tmp_path, capsys, method, start, asked, recorded, steps
-):
-    """An all-reduce on each device for each of them; no half of one more."""
-    config.sync.method = method
-    config.profile.update({"start_step": start, "num_steps": asked})
-    found = events()
-    assert found["train"] == recorded
-    reduces = [n for name, n in found.items() if name and name.startswith("all-reduce")]
-    assert reduces and all(n == 2 * recorded for n in reduces)
-    out = capsys.readouterr().out
-    assert f"Profile of steps {steps}: " in out and f"xprof --logdir {tmp_path / 'profile'} " in out
+def test_none_by_default(rounds):
+    assert rounds(range(100)) == []
 
 
-def test_none_by_default(config, events, tmp_path, capsys):
-    assert events() is None
-    assert not (tmp_path / "profile").exists() and "Profile" not in capsys.readouterr().out
+def test_what_has_to_be_compiled_is_not_recorded(config, rounds):
+    config.profile.update({"start_step": 0, "num_steps": 2})
+    assert rounds(range(9), new=[0]) == ["on 1", "off 2", "Profile of steps 2 to 3", "ended"]
 
 
-def test_what_is_past_is_not_recorded(config, events, capsys):
-    asked = iter(range(100))
-    events(stop_requested=lambda: next(asked) >= 5)
-    config.profile.update({"start_step": 2, "num_steps": 2})
-    assert events() is None
+def test_what_is_past_is_not_recorded(config, rounds):
+    config.profile.update({"start_step": 4, "num_steps": 2})
+    assert rounds(range(5, 20)) == []
+    assert rounds(range(4, 20)) == ["on 4", "off 5", "Profile of steps 5 to 6", "ended"]
 
 
-def test_where_the_profiler_is_in_use_the_run_goes_on(config, events, tmp_path, capsys):
-    config.profile.update({"start_step": 2, "num_steps": 2})
-    own = price.Trace((), 1)
-    assert events(tmp_path / "run") is None
-    own.stop()
-    assert "No profile could be made (Profile has already been started" in capsys.readouterr().out
+def test_rounds_are_whole(config, rounds):
+    config.profile.update({"start_step": 4, "num_steps": 4})
+    said = ["on 6", "off 9", "Profile of steps 7 to 12", "ended"]
+    assert rounds(range(0, 30, 3), length=3) == said
 
 
-def test_a_run_that_is_interrupted_leaves_what_is_recorded(config, events, capsys):
-    config.profile.update({"start_step": 2, "num_steps": 9})
-    asked = iter(range(100))
-    found = events(stop_requested=lambda: next(asked) >= 5)
-    assert 1 <= found["train"] < 9
-    assert "Profile of the steps after 2: " in capsys.readouterr().out
+def test_a_run_that_is_interrupted_leaves_what_is_recorded(config, rounds):
+    config.profile.update({"start_step": 4, "num_steps": 4})
+    assert rounds(range(6)) == ["on 4", "off 5", "Profile of the steps after 4"]
 
 
 def test_a_full_disk_costs_no_run(config, tmp_path, monkeypatch):
