@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from test_methods import bits, choose
-from test_runs import figures
+from test_runs import assert_close_losses, figures, start_group
 from test_step import batches, start
 
 from jaxdp import average, evaluation, loop
@@ -154,6 +154,18 @@ def test_slices_go_on_as_a_whole_and_on_other_devices(config, tmp_path):
     config.sync.method = "gradient_mean"
     result = loop.train(config, tmp_path, devices=jax.local_devices()[:1])
     assert result.step == 6 and bits(result.state.ema) == bits(sharded)
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_same(config, tmp_path):
+    """Each has a slice, which is put together to evaluate, to save and to go on."""
+    config.ema.decay, config.sync.method = 0.8, "sharded"
+    config.optimizer.schedule = "constant"  # Whatever the number of steps.
+    loop.train(config, tmp_path / "one", devices=jax.local_devices()[:2])
+    for steps in (3, 6):
+        config.num_train_steps = steps
+        start_group(config, tmp_path / "two", processes=2, devices=1)
+    assert_close_losses(figures(tmp_path / "one"), figures(tmp_path / "two"))
 
 
 def test_a_checkpoint_without_it_is_of_another_run(trained, workdir, config):
