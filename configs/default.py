@@ -13,6 +13,7 @@ def get_config() -> ConfigDict:
     c = ConfigDict()
 
     # The run.
+
     c.seed = 0  # Decides initial parameters, data order, dropout; same seed, same run.
     c.num_train_steps = 1000  # Optimizer steps.
     c.num_epochs = 0  # Instead: as many steps as this many passes over the training split take.
@@ -53,6 +54,7 @@ def get_config() -> ConfigDict:
     c.tokenizer = "byte"
 
     # The model.
+
     c.objective = "causal"  # "causal": predict the next token; "masked": BERT's cloze task.
     c.model = ConfigDict()
     c.model.num_layers = 4  # Blocks of attention and MLP.

@@ -43,7 +43,12 @@ class BatchSizes:
 
 
 def flatten(config: ConfigDict | dict, prefix: str = "") -> dict[str, Any]:
-    """Returns {"group.key": value} of a nested config."""
+    """Returns {"group.key": value} of a nested config.
+
+    Examples:
+      >>> flatten({"seed": 0, "model": {"num_layers": 4}})
+      {'seed': 0, 'model.num_layers': 4}
+    """
     flat: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, ConfigDict | dict) and len(value):
@@ -158,8 +163,9 @@ def check_text(key: str, text: str) -> None:
 def shown(value: Any, length: int = 200, as_text: Callable[[Any], str] = repr) -> str:
     r"""A value as a message shows it: not too long, and whatever it is.
 
-    >>> shown(0.5), shown("a\n"), shown(10**5000)
-    ('0.5', "'a\\n'", 'an int')
+    Examples:
+      >>> shown(0.5), shown("a\n"), shown(10**5000)
+      ('0.5', "'a\\n'", 'an int')
     """
     try:
         text = as_text(value).strip().replace("\n", " ")
@@ -226,6 +232,10 @@ def _check_sync(config: ConfigDict) -> None:
 
 def batch_sizes(config: ConfigDict, process_count: int, device_count: int) -> BatchSizes:
     """Splits the global batch equally; raises ConfigError where it can't be.
+
+    Examples:
+      >>> batch_sizes(default.get_config(), process_count=2, device_count=8)
+      BatchSizes(global_=16, per_host=8, per_device=2, micro=2)
 
     Args:
       config: a valid config.

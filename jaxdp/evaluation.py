@@ -43,7 +43,12 @@ class Evaluation:
 
     @property
     def bits_per_byte(self) -> float:
-        """The loss in bits per byte of text, comparable between tokenizers."""
+        """The loss in bits per byte of text, comparable between tokenizers.
+
+        Examples:
+          >>> round(Evaluation(math.log(16), tokens=1000, tokens_per_byte=0.25).bits_per_byte, 6)
+          1.0
+        """
         return self.loss / math.log(2) * self.tokens_per_byte
 
 

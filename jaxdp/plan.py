@@ -118,8 +118,9 @@ def memory_rows(config: ConfigDict, vocab: int, count: int) -> dict[str, str]:
 def in_bytes(size: float) -> str:
     """A size in short.
 
-    >>> in_bytes(3.1e9)
-    '3.1GB'
+    Examples:
+      >>> in_bytes(3.1e9)
+      '3.1GB'
     """
     return quantity(size).replace("B", "G") + "B"
 

@@ -54,8 +54,9 @@ def main(workdirs: Sequence[str]) -> int:
 def names(workdirs: Sequence[str]) -> list[str]:
     """The last parts of paths, as many as tell them apart; as given where none do.
 
-    >>> names(["runs/a", "runs/b/"]), names(["x/run", "y/run"])
-    (['a', 'b'], ['x/run', 'y/run'])
+    Examples:
+      >>> names(["runs/a", "runs/b/"]), names(["x/run", "y/run"])
+      (['a', 'b'], ['x/run', 'y/run'])
     """
     parts = [Path(os.path.abspath(os.path.expanduser(path))).parts for path in workdirs]
     for count in range(1, max(map(len, parts)) + 1):
