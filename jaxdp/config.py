@@ -79,6 +79,12 @@ def validate(config: ConfigDict) -> None:
             f"data.prompt_key={shown(config.data.prompt_key)} has no meaning with data.packing="
             f"{config.data.packing!r}: use 'padded', or leave it empty"
         )
+    profile = config.profile
+    if profile.num_steps and profile.start_step + profile.num_steps > config.num_train_steps:
+        raise ConfigError(
+            f"profile.start_step={profile.start_step} and profile.num_steps={profile.num_steps} "
+            f"reach beyond num_train_steps={config.num_train_steps}: make them smaller"
+        )
     _check_model(config)
     _check_sync(config)
     optimizer = config.optimizer
@@ -108,6 +114,9 @@ def check_known(flat: dict[str, Any]) -> None:
     """
     known = flatten(default.get_config())
     for key, value in flat.items():
+        group = any(name.startswith(f"{key}.") for name in known)
+        if group and isinstance(value, ConfigDict | dict):  # An empty one: its keys are missing.
+            continue
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]}?" if near else "see configs/default.py for all keys"
@@ -268,6 +277,10 @@ def check_same_run(config: ConfigDict, saved: ConfigDict) -> None:
     methods = [flat.get("sync.method", "gradient_mean") for flat in (new, old)]
     if methods[0] != methods[1] and "diloco" in methods:
         differing.append(f"sync.method={methods[0]!r} (was {methods[1]!r})")
+    # An average has to begin with the run, and can't be forgotten by a part of it.
+    decays = [flat.get("ema.decay", 0.0) for flat in (new, old)]
+    if bool(decays[0]) != bool(decays[1]):
+        differing.append(f"ema.decay={decays[0]!r} (was {shown(decays[1])})")
     if differing:
         raise ConfigError(
             f"this workdir holds a different run: {', '.join(differing)}; "

@@ -33,6 +33,7 @@ class Memory:
     """Bytes per device, in the step's most demanding moment."""
 
     parameters: int
+    average: int
     optimizer: int
     gradients: int
     activations: int
@@ -58,7 +59,8 @@ def abstract_step(
     optimizer, params = get_optimizer(config, schedule), parameter_shapes(model)
     init = functools.partial(method.init, optimizer)
     opt_state, outer = trace(init, count, params)[1]
-    state = State(shape((), "int32"), model.apply, params, optimizer, opt_state, outer)
+    ema = trace(method.part, count, params)[1] if method.ema_decay else ()
+    state = State(shape((), "int32"), model.apply, params, optimizer, opt_state, outer, ema)
     sequences = (method.every, sizes.per_device)
     keys = sequence_keys(config.objective, config.data.packing)
     batch = {name: shape((*sequences, config.seq_len), dtype) for name, dtype in keys.items()}
@@ -127,6 +129,7 @@ def predict_memory(config: ConfigDict, vocab: int, count: int) -> Memory:
     gradients = min(num_bytes(state.params), peak)
     return Memory(
         parameters=num_bytes(state.params),
+        average=num_bytes(state.ema),
         optimizer=num_bytes((state.opt_state, state.outer)),
         gradients=gradients,
         activations=peak - gradients,
@@ -195,6 +198,8 @@ def compiled_step(config: ConfigDict, vocab: int, count: int) -> Any:
 
     if method.own_opt_state:
         state = state.replace(opt_state=on_all(state.opt_state))
+    if method.own_ema:
+        state = state.replace(ema=on_all(state.ema))
     axes = state_axes(state, method)
     p_step = replicas.pmap(step, state_axes=axes, out_axes=(axes, None), donate=True)
     return p_step.lower(state, on_all(batch)).compile()
