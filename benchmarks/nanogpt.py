@@ -12,16 +12,16 @@ run: fed by its data pipeline, metrics read a step behind.
 """
 
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
+import steps
 import turns
 from absl import flags
 from ml_collections import config_flags
+from turns import Contestant
 
 from jaxdp import command
 from jaxdp.data.cache import open_cache
@@ -34,35 +34,6 @@ TURNS = flags.DEFINE_integer("turns", 15, "Turns.")
 SERVE = flags.DEFINE_integer("serve", 0, "Be a contestant with so many devices (internal).")
 
 
-class Contestant:
-    """A process that trains when it is told to."""
-
-    def __init__(self, *arguments: str, **environ: str):
-        """Starts it and waits until it is warm."""
-        self._process = subprocess.Popen(
-            arguments,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | environ,
-        )
-        for line in self._process.stdout:
-            if line == "ready\n":
-                return
-        raise SystemExit(f"{arguments[:3]} has ended with {self._process.wait()}")
-
-    def __call__(self) -> float:
-        """Seconds per step of one turn."""
-        self._process.stdin.write(f"{STEPS.value}\n")
-        self._process.stdin.flush()
-        return float(self._process.stdout.readline()) / STEPS.value
-
-    def end(self) -> None:
-        """Ends it."""
-        self._process.stdin.close()
-        self._process.wait()
-
-
 def main() -> int:
     """Times, prints a table."""
     if SERVE.value:
@@ -72,7 +43,7 @@ def main() -> int:
         seconds = {name: [] for name in contestants}
         for _ in range(TURNS.value):
             for name, contestant in contestants.items():
-                seconds[name].append(contestant())
+                seconds[name].append(contestant(STEPS.value))
         for contestant in contestants.values():
             contestant.end()
     tokens = CONFIG.value.global_batch_size * CONFIG.value.seq_len
@@ -89,23 +60,10 @@ def start(config, folder: Path) -> dict[str, Contestant]:
     """All contestants, by name."""
     cache = open_cache(config)
     np.asarray(cache.train, np.uint16).tofile(folder / "tokens.bin")
-    settings = {
+    settings = steps.peer_settings(config, cache.vocab_size) | {
         "nanogpt": NANOGPT.value,
         "tokens": str(folder / "tokens.bin"),
-        "batch_size": config.global_batch_size,
-        "learning_rate": config.optimizer.learning_rate,
-        "weight_decay": config.optimizer.weight_decay,
-        "betas": [config.optimizer.b1, config.optimizer.b2],
-        "grad_clip": config.optimizer.clip_norm,
-        "model": {
-            "block_size": config.seq_len,
-            "vocab_size": cache.vocab_size,
-            "n_layer": config.model.num_layers,
-            "n_head": config.model.num_heads,
-            "n_embd": config.model.embed_dim,
-            "dropout": config.model.dropout,
-            "bias": config.model.bias,
-        },
+        "device": "cpu",
     }
     peer = str(Path(__file__).with_name("nanogpt_steps.py"))
     ours = [sys.executable, *sys.argv]
@@ -126,38 +84,17 @@ def serve(config, devices: int) -> int:
     """Trains as many steps as each line of stdin says, and prints the seconds."""
     import jax
 
-    from jaxdp import cpu, parallel
+    from jaxdp import cpu
     from jaxdp.data.feed import Feed
-    from jaxdp.model import ModelConfig, Transformer
-    from jaxdp.optimizer import get_optimizer, get_schedule
     from jaxdp.parallel import Replicas
-    from jaxdp.program import Program
-    from jaxdp.step import create_state, plain
 
     command.prepare_jax()
     cpu.prepare(config)
     assert jax.device_count() == devices
-    cache, replicas, schedule = open_cache(config), Replicas(), get_schedule(config)
+    cache = open_cache(config)
     config.num_train_steps = 10**9
-    program = Program(config, replicas, schedule, plain)
-    model = Transformer(ModelConfig.from_config(config, cache.vocab_size))
-    optimizer = get_optimizer(config, schedule)
-    state = create_state(model, optimizer, config.seed, replicas, program.method)
-    said = {name: np.zeros(config.global_batch_size, np.float32) for name in ("stop", "busy")}
-    hosts = ([batch | said] for batch in Feed(config, cache).train(0))
-    rounds, done = parallel.prefetch(hosts, replicas.shard_steps), 0
-
-    def steps(count):
-        nonlocal state, done
-        before = None
-        for _ in range(count):
-            state, metrics = program(done, state, next(rounds))
-            jax.device_get(before)
-            before, done = metrics, done + 1
-        jax.device_get(before)
-
-    steps(3)
-    turns.serve(steps)
+    batches = Feed(config, cache).train(0)
+    turns.serve(steps.trainer(config, cache.vocab_size, Replicas(), batches))
     return 0
 
 

@@ -1,14 +1,82 @@
-"""A contestant's side of a comparison in turns; it runs in a peer's Python, too."""
+"""A comparison in turns: who asks, and a contestant, which may run in a peer's Python."""
 
+import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 
+OUT_OF_MEMORY = 3  # Exit status.
 
-def serve(steps: Callable[[int], None]) -> None:
-    """Says "ready"; then does N steps for each line N of stdin, and prints the seconds."""
+
+class OutOfMemory(Exception):
+    """A contestant's device has too little."""
+
+
+class Contestant:
+    """A process that trains when it is told to.
+
+    Attributes:
+      peak: bytes of the device that were in use at once; 0 where it isn't known.
+    """
+
+    def __init__(self, *arguments: str, **environ: str):
+        """Starts it and waits until it is warm.
+
+        Raises:
+          OutOfMemory: it has said so.
+        """
+        self._arguments = arguments
+        self._process = subprocess.Popen(
+            arguments,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | environ,
+        )
+        while self._line() != "ready":
+            pass
+
+    def __call__(self, steps: int) -> float:
+        """Seconds per step of one turn."""
+        self._process.stdin.write(f"{steps}\n")
+        self._process.stdin.flush()
+        seconds, self.peak = map(float, self._line().split())
+        return seconds / steps
+
+    def _line(self) -> str:
+        line = self._process.stdout.readline()
+        if line:
+            return line.strip()
+        if self._process.wait() == OUT_OF_MEMORY:
+            raise OutOfMemory
+        raise SystemExit(f"{self._arguments[:3]} has ended with {self._process.returncode}")
+
+    def end(self) -> None:
+        """Ends it."""
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def serve(steps: Callable[[int], None], peak: Callable[[], int] = int) -> None:
+    """Warms up and says "ready"; then for each line N of stdin does N steps.
+
+    Prints the seconds that they took and peak(), the bytes of the device that were in use at once.
+    """
+    steps(3)
     print("ready", flush=True)
     for line in sys.stdin:
         began = time.perf_counter()
         steps(int(line))
-        print(time.perf_counter() - began, flush=True)
+        print(time.perf_counter() - began, peak(), flush=True)
+
+
+def run(main: Callable[[], None]) -> None:
+    """A contestant's main(); its status tells of a device that has too little memory."""
+    try:
+        main()
+    except Exception as error:
+        if not any(x in str(error) for x in ("RESOURCE_EXHAUSTED", "out of memory")):
+            raise
+        print(f"out of memory: {str(error)[:200]}", file=sys.stderr)
+        sys.exit(OUT_OF_MEMORY)

@@ -13,6 +13,7 @@ def get_config() -> ConfigDict:
     c = ConfigDict()
 
     # The run.
+
     c.seed = 0  # Decides initial parameters, data order, dropout; same seed, same run.
     c.num_train_steps = 1000  # Optimizer steps.
     c.num_epochs = 0  # Instead: as many steps as this many passes over the training split take.
@@ -22,6 +23,9 @@ def get_config() -> ConfigDict:
     c.log_every = 10  # Steps between lines of metrics.jsonl.
     c.eval_every = 250  # Steps between evaluations; there is always one at the end.
     c.eval_max_batches = 0  # Batches per evaluation; 0: the whole validation split.
+    # More texts to evaluate on, by name: "code=text:GLOB,wiki=tfds:NAME". Files as a whole, of TFDS
+    # data.eval_split; logged as eval/NAME/loss. Early stopping and the best checkpoint ignore them.
+    c.eval_sets = ""
     # Without progress for so many seconds, or 10 times the longest it took before, a process ends
     # with an error, for a scheduler to start it again. 10 times that to compile or save; 0: never.
     c.hang_seconds = 300
@@ -54,6 +58,7 @@ def get_config() -> ConfigDict:
     c.init_from = ""
 
     # The model.
+
     c.objective = "causal"  # "causal": predict the next token; "masked": BERT's cloze task.
     c.model = ConfigDict()
     c.model.num_layers = 4  # Blocks of attention and MLP.
@@ -108,6 +113,11 @@ def get_config() -> ConfigDict:
     c.sync.virtual_replicas = 8  # "fixed_order": parts of the batch, a power of two; sets the bits.
     c.sync.check_every = 100  # Steps between comparisons of all devices' states; 0: never.
 
+    # Exponential moving average (EMA) of the parameters (jaxdp/average.py), with which the run then
+    # evaluates, samples and chooses its best checkpoint, as generate and evaluate do.
+    c.ema = ConfigDict()
+    c.ema.decay = 0.0  # What stays of it in a step, such as 0.999; 0: no average.
+
     # When a run stops learning. An update whose loss or gradient isn't finite is always skipped.
     c.divergence = ConfigDict()
     # Skipped updates in a row, after which the run goes back to the last good checkpoint and leaves
@@ -128,10 +138,16 @@ def get_config() -> ConfigDict:
     c.checkpoint.keep_last = 2  # The newest ones kept (the best by validation loss stays too).
     c.checkpoint.keep_every = 0  # Also keep those at multiples of this many steps; 0: none.
 
-    # The sample of text shown at the end of a run (causal models, no extra cost before that).
+    # The sample of text shown at the end of a run, and in TensorBoard (causal models).
     c.sample = ConfigDict()
+    c.sample.at_eval = False  # Also at each evaluation, in TensorBoard.
     c.sample.prompt = "\n"  # What the sample goes on from.
     c.sample.num_tokens = 200  # 0: no sample.
+
+    # A record of some steps by JAX's profiler, in WORKDIR/profile (docs/seeing.md).
+    c.profile = ConfigDict()
+    c.profile.start_step = 10  # Steps done before; those up to a resumed run's start are past.
+    c.profile.num_steps = 0  # Steps to record; 0: none.
 
     c.wandb_project = ""  # Also log to this Weights & Biases project (pip install 'jaxdp[wandb]').
     return c

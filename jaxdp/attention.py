@@ -12,6 +12,28 @@ MAX_BLOCKS = 4
 SMALLEST_BLOCK = 64
 
 
+def kernel(dtype: jnp.dtype, width: int, masked: bool) -> str:
+    """Which implementation `attend` uses, "cudnn" or "xla".
+
+    That of cuDNN (FlashAttention, Dao et al. 2022; it stores no [L, S] array) has been on NVIDIA
+    GPUs since Ampere, for 16 bits and such head widths. Other masks than the causal one it takes as
+    an array of all pairs only, so masked attention stays with XLA.
+
+    Args:
+      dtype: of query, key and value.
+      width: K.
+      masked: whether there is a mask.
+    """
+    fits = jnp.dtype(dtype).itemsize == 2 and width % 8 == 0 and width <= 128 and not masked
+    return "cudnn" if fits and _on_nvidia() else "xla"
+
+
+def _on_nvidia() -> bool:
+    device = jax.local_devices()[0]
+    nvidia = device.platform == "gpu" and "cuda" in device.client.platform_version
+    return nvidia and float(device.compute_capability) >= 8.0
+
+
 def attend(
     query: jax.Array,
     key: jax.Array,
@@ -22,7 +44,8 @@ def attend(
 ) -> jax.Array:
     """Scaled dot-product attention (Vaswani et al. 2017); products and softmax in float32.
 
-    As `jax.nn.dot_product_attention`, but for three things. Causal attention goes through blocks of
+    By the `kernel` for its platform, which without a GPU is the one of this file: as
+    `jax.nn.dot_product_attention`, but for three things. Causal attention goes through blocks of
     queries and leaves out the keys after each. The backward pass takes the softmax's sum from the
     results, which are smaller than the weights (Dao et al. 2022, FlashAttention, section B.2). And
     the softmax divides by multiplying, for a division is compiled differently for one device and
@@ -39,6 +62,10 @@ def attend(
       [B, L, H, K] in the dtype of value.
     """
     batch, length, heads, width = query.shape
+    if kernel(query.dtype, width, mask is not None) == "cudnn":
+        return jax.nn.dot_product_attention(
+            query, key, value, is_causal=causal, implementation="cudnn"
+        )
     query = query * width**-0.5
     # The heads that share keys are rows of the same matrix.
     query = query.reshape(batch, length, key.shape[2], -1, width)

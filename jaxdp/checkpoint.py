@@ -1,6 +1,6 @@
 """The checkpoints of a run: what is in them, what of it is whole, and reading it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,8 @@ class Checkpoints:
 
     Kept are the newest keep_last, the best by validation loss, the multiples of keep_every, and the
     newest of the multiples of `every`, to which a run that diverges goes back.
-    Each holds the state (`step`, `params`, `opt_state`), a fingerprint of each of its arrays, and a
-    small JSON of what the run must find again when it goes on.
+    Each holds the state (`step`, `params`, `opt_state`, ...), a fingerprint of each of its arrays,
+    and a small JSON of what the run must find again when it goes on.
     """
 
     def __init__(
@@ -175,43 +175,49 @@ class Checkpoints:
 
     def _read(self, step: int, state: Any, extra: dict) -> Any:
         """The state of a checkpoint; raises anything where it is damaged."""
-        whole.check_shapes(self._folder / str(step), state.params)
-        target = _shared(state)
-        if self._method.own_opt_state:
-            like = self._method.saved_shapes(_shapes(state), extra["devices"])
+        target, parts = _shared(state), self._parts(state)
+        has = "ema" in whole.check_shapes(self._folder / str(step), state.params)
+        if has != ("ema" in target):
+            raise whole.OtherModelError(f"ema is {'present' if has else 'absent'} in it")
+        for name, like in parts.items():
             # Orbax reads to the host, not to a device, where it is shown a NumPy array.
-            target["opt_state"] = jax.tree.map(
-                lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), like
+            target[name] = jax.tree.map(
+                lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape),
+                self._method.saved_shapes(like, extra["devices"]),
             )
-        target = self._globally(parallel.to_global, target)
+        target = _globally(parallel.to_global, target, parts)
         target = jax.tree.map(
             lambda x: ocp.utils.to_shape_dtype_struct(x) if isinstance(x, jax.Array) else x, target
         )
         args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
         with whole.ending_reads():
             found = dict(self._manager.restore(step, args=args).state)
-        found = self._globally(parallel.to_local, found)
+        found = _globally(parallel.to_local, found, parts)
         whole.check_marks(found, extra[whole.MARKS])
         if int(found["step"]) != step:
             raise ValueError(f"it was saved after step {int(found['step'])}")
-        own = {}
-        if self._method.own_opt_state:
-            saved = self._method.load(found.pop("opt_state"), self._replicas.device_count)
-            own = {"opt_state": self._replicas.put_own(saved)}
+        count = self._replicas.device_count
+        own = {
+            name: self._replicas.put_own(self._method.load(found.pop(name), count))
+            for name in parts
+        }
         return state.replace(**self._replicas.replicate(found), **own)
 
     def _saved(self, state: Any) -> dict:
         """What goes into a checkpoint: the same whatever the number of devices, where it can be."""
         tree = _shared(state)
-        if self._method.own_opt_state:
-            own = self._replicas.gather_own(tree["opt_state"])
-            tree["opt_state"] = self._method.save(own, _shapes(state))
+        for name, like in self._parts(state).items():
+            tree[name] = self._method.save(self._replicas.gather_own(tree[name]), like)
         return tree
 
-    def _globally(self, convert: Callable[[Any], Any], tree: dict) -> dict:
-        """Converts what is on devices; a method's own opt_state is on the host."""
-        own = {name: tree[name] for name in ("opt_state",) if self._method.own_opt_state}
-        return convert({name: x for name, x in tree.items() if name not in own}) | own
+    def _parts(self, state: Any) -> dict[str, Any]:
+        """The fields of which each device has its own: their shapes on one that has it all."""
+        parts = {}
+        if self._method.own_opt_state:
+            parts["opt_state"] = jax.eval_shape(state.tx.init, state.params)
+        if self._method.own_ema and self._method.ema_decay:
+            parts["ema"] = state.params
+        return parts
 
     def _set_aside(self, steps: list[int]) -> None:
         if not steps:
@@ -257,7 +263,7 @@ def load_params(
     which: str = "newest",
     check: Callable[[int, dict], Any] = lambda step, extra: None,
 ) -> tuple[Any, int]:
-    """Reads only the parameters of a checkpoint, on one device.
+    """Reads only the parameters of a checkpoint, or their average if it has one, on one device.
 
     Args:
       workdir: of a run.
@@ -313,11 +319,11 @@ def load_params(
 
 
 def _read_params(folder: Path, params: Any) -> tuple[Any, dict]:
-    """The parameters and the JSON of a checkpoint; raises anything where it is damaged."""
-    whole.check_shapes(folder, params)
+    """See `load_params`; also the JSON of the checkpoint; raises anything where it is damaged."""
+    name = "ema" if "ema" in whole.check_shapes(folder, params) else "params"
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), {"params": params}
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), {name: params}
     )
     restore = ocp.args.PyTreeRestore(
         target,
@@ -329,8 +335,8 @@ def _read_params(folder: Path, params: Any) -> tuple[Any, dict]:
         found = checkpointer.restore(
             folder, args=ocp.args.Composite(state=restore, extra=ocp.args.JsonRestore())
         )
-    whole.check_marks({"params": found.state["params"]}, found.extra[whole.MARKS])
-    return found.state["params"], found.extra
+    whole.check_marks({name: found.state[name]}, found.extra[whole.MARKS])
+    return found.state[name], found.extra
 
 
 def _make(folder: Path) -> None:
@@ -347,10 +353,12 @@ def _folder(workdir: Path) -> Path:
 
 
 def _shared(state: Any) -> dict:
-    fields = ("step", "params", "opt_state") + (("outer",) if jax.tree.leaves(state.outer) else ())
-    return {name: getattr(state, name) for name in fields}
+    fields = {name: getattr(state, name) for name in ("step", "params", "opt_state")}
+    some = {"outer": state.outer, "ema": state.ema}
+    return fields | {name: x for name, x in some.items() if jax.tree.leaves(x)}
 
 
-def _shapes(state: Any) -> Any:
-    """Of the optimizer's state on one device that has it all."""
-    return jax.eval_shape(state.tx.init, state.params)
+def _globally(convert: Callable[[Any], Any], tree: dict, parts: Container[str]) -> dict:
+    """Converts what is on devices; that of which each has its own is on the host."""
+    shared = convert({name: x for name, x in tree.items() if name not in parts})
+    return shared | {name: x for name, x in tree.items() if name in parts}

@@ -51,7 +51,12 @@ class BatchSizes:
 
 
 def flatten(config: ConfigDict | dict, prefix: str = "") -> dict[str, Any]:
-    """Returns {"group.key": value} of a nested config."""
+    """Returns {"group.key": value} of a nested config.
+
+    Examples:
+      >>> flatten({"seed": 0, "model": {"num_layers": 4}})
+      {'seed': 0, 'model.num_layers': 4}
+    """
     flat: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, ConfigDict | dict) and len(value):
@@ -86,6 +91,12 @@ def validate(config: ConfigDict) -> None:
         raise ConfigError(
             f"init_from={shown(config.init_from)} is unknown: write hf:FOLDER or hf:NAME"
         )
+    profile = config.profile
+    if profile.num_steps and profile.start_step + profile.num_steps > config.num_train_steps:
+        raise ConfigError(
+            f"profile.start_step={profile.start_step} and profile.num_steps={profile.num_steps} "
+            f"reach beyond num_train_steps={config.num_train_steps}: make them smaller"
+        )
     _check_model(config)
     _check_sync(config)
     optimizer = config.optimizer
@@ -115,6 +126,9 @@ def check_known(flat: dict[str, Any]) -> None:
     """
     known = flatten(default.get_config())
     for key, value in flat.items():
+        group = any(name.startswith(f"{key}.") for name in known)
+        if group and isinstance(value, ConfigDict | dict):  # An empty one: its keys are missing.
+            continue
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]}?" if near else "see configs/default.py for all keys"
@@ -161,8 +175,9 @@ def check_text(key: str, text: str) -> None:
 def shown(value: Any, length: int = 200, as_text: Callable[[Any], str] = repr) -> str:
     r"""A value as a message shows it: not too long, and whatever it is.
 
-    >>> shown(0.5), shown("a\n"), shown(10**5000)
-    ('0.5', "'a\\n'", 'an int')
+    Examples:
+      >>> shown(0.5), shown("a\n"), shown(10**5000)
+      ('0.5', "'a\\n'", 'an int')
     """
     try:
         text = as_text(value).strip().replace("\n", " ")
@@ -230,6 +245,10 @@ def _check_sync(config: ConfigDict) -> None:
 def batch_sizes(config: ConfigDict, process_count: int, device_count: int) -> BatchSizes:
     """Splits the global batch equally; raises ConfigError where it can't be.
 
+    Examples:
+      >>> batch_sizes(default.get_config(), process_count=2, device_count=8)
+      BatchSizes(global_=16, per_host=8, per_device=2, micro=2)
+
     Args:
       config: a valid config.
       process_count: processes in the run.
@@ -270,6 +289,10 @@ def check_same_run(config: ConfigDict, saved: ConfigDict) -> None:
     methods = [flat.get("sync.method", "gradient_mean") for flat in (new, old)]
     if methods[0] != methods[1] and "diloco" in methods:
         differing.append(f"sync.method={methods[0]!r} (was {methods[1]!r})")
+    # An average has to begin with the run, and can't be forgotten by a part of it.
+    decays = [flat.get("ema.decay", 0.0) for flat in (new, old)]
+    if bool(decays[0]) != bool(decays[1]):
+        differing.append(f"ema.decay={decays[0]!r} (was {shown(decays[1])})")
     if differing:
         raise ConfigError(
             f"this workdir holds a different run: {', '.join(differing)}; "

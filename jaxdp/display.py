@@ -111,8 +111,9 @@ class Display:
 def duration(seconds: float) -> str:
     """Seconds as h:mm:ss or m:ss.
 
-    >>> duration(61.2), duration(3600)
-    ('1:01', '1:00:00')
+    Examples:
+      >>> duration(61.2), duration(3600)
+      ('1:01', '1:00:00')
     """
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
@@ -122,8 +123,9 @@ def duration(seconds: float) -> str:
 def quantity(number: float) -> str:
     """A large number in short.
 
-    >>> quantity(812), quantity(1_536_000), quantity(3.1e9)
-    ('812', '1.54M', '3.1B')
+    Examples:
+      >>> quantity(812), quantity(1_536_000), quantity(3.1e9)
+      ('812', '1.54M', '3.1B')
     """
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:

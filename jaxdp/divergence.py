@@ -126,7 +126,7 @@ def diagnose(
         norms, grad_accum_steps=config.grad_accum_steps, seed=config.seed, transform=transform
     )
     batch = replicas.shard(next(feed.train(step)))
-    bare = replicas.replicate(state.replace(step=np.int32(step), opt_state=(), outer=()))
+    bare = replicas.replicate(state.replace(step=np.int32(step), opt_state=(), outer=(), ema=()))
     found = jax.device_get(replicas.pmap(of_batch)(bare, batch))
     return {
         "step": trouble.step,

@@ -1,7 +1,8 @@
 """The command `python -m jaxdp.evaluate --workdir=DIR [--step=newest|best|N] [--config.key=value]`.
 
-Evaluates a checkpoint of a run on its validation split, or on other data: a line in words, and the
-line of metrics.jsonl, which on the same devices is what the run logged at that step, to the bit.
+Evaluates a checkpoint of a run on its validation split and its eval_sets, or on other data: a line
+in words for each, and the line of metrics.jsonl, which on the same devices is what the run logged
+at that step, to the bit.
 The workdir stays as it is, and may be that of a run under way.
 
 Exit status: 0; 2 a flag, the workdir or the data is wrong; anything else is a fault.
@@ -18,14 +19,19 @@ from jaxdp import command, cpu, preflight, report
 from jaxdp import config as configs
 from jaxdp.config import ConfigError
 from jaxdp.configs import default
-from jaxdp.evaluation import completed, evaluate_checkpoint
+from jaxdp.evaluation import completed, evaluate_checkpoint, figures
 from jaxdp.metrics import to_json
 
-CONFIG = config_flags.DEFINE_config_dict(
-    "config", default.get_config(), "Keys to change, such as --config.data.path=FILE.txt."
-)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.")
 STEP = flags.DEFINE_string("step", "newest", "Which checkpoint: newest, best, or steps done.")
+
+
+def define_config(argv: list[str]) -> None:
+    """Defines --config; ml_collections looks at its keys at once, so they have to be right."""
+    command.check_overrides(argv)
+    config_flags.DEFINE_config_dict(
+        "config", default.get_config(), "Keys to change, such as --config.data.path=FILE.txt."
+    )
 
 
 def main() -> int:
@@ -35,17 +41,16 @@ def main() -> int:
     command.check_step(STEP)
     command.prepare_jax()
     workdir = Path(os.path.expanduser(WORKDIR.value))
-    changes = config_flags.get_override_values(flags.FLAGS[CONFIG.name])
+    changes = config_flags.get_override_values(flags.FLAGS["config"])
     config = completed(configs.load(workdir / "config.json"), changes)
     cpu.prepare(config)
     preflight.check_devices()
-    step, result, tokens_per_byte = evaluate_checkpoint(
-        workdir, STEP.value, changes, say=command.warn
-    )
-    print(report.evaluated(step, result, tokens_per_byte))
-    print(to_json({"step": step, **result.figures(tokens_per_byte)}))
+    step, found = evaluate_checkpoint(workdir, STEP.value, changes, say=command.warn)
+    for name, evaluation in found.items():
+        print(report.evaluated(step, evaluation, name))
+    print(to_json({"step": step, **figures(found)}))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(command.run(main, command.check_overrides))
+    sys.exit(command.run(main, define_config))

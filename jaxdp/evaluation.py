@@ -1,4 +1,4 @@
-"""One exact pass over a validation split: of a run under way, or of a checkpoint."""
+"""Exact passes over validation splits: of a run under way, or of a checkpoint."""
 
 import dataclasses
 import functools
@@ -15,6 +15,7 @@ from jaxdp import checkpoint, preflight, tokenizer
 from jaxdp import config as configs
 from jaxdp.configs import default
 from jaxdp.data.cache import open_cache
+from jaxdp.data.eval_sets import Split
 from jaxdp.data.feed import Feed
 from jaxdp.model import ModelConfig, Transformer, parameter_shapes
 from jaxdp.parallel import Replicas, prefetch
@@ -28,27 +29,41 @@ class Evaluation:
     Attributes:
       loss: mean over tokens, nats.
       tokens: how many there were.
+      tokens_per_byte: of the text.
     """
 
     loss: float
     tokens: int
+    tokens_per_byte: float = 1.0
 
     @property
     def perplexity(self) -> float:
         """exp(loss), infinite where that is beyond a float."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
-    def bits_per_byte(self, tokens_per_byte: float) -> float:
-        """The loss in bits per byte of text, comparable between tokenizers."""
-        return self.loss / math.log(2) * tokens_per_byte
+    @property
+    def bits_per_byte(self) -> float:
+        """The loss in bits per byte of text, comparable between tokenizers.
 
-    def figures(self, tokens_per_byte: float) -> dict[str, float]:
-        """As they are logged."""
-        return {
-            "eval/loss": self.loss,
-            "eval/perplexity": self.perplexity,
-            "eval/bits_per_byte": self.bits_per_byte(tokens_per_byte),
-        }
+        Examples:
+          >>> round(Evaluation(math.log(16), tokens=1000, tokens_per_byte=0.25).bits_per_byte, 6)
+          1.0
+        """
+        return self.loss / math.log(2) * self.tokens_per_byte
+
+
+# By name of the set; that of the validation split is "".
+Evaluations = dict[str, Evaluation]
+
+
+def figures(found: Evaluations) -> dict[str, float]:
+    """As they are logged: eval/loss of the validation split, eval/NAME/loss of a set, ..."""
+    names = ("loss", "perplexity", "bits_per_byte")
+    return {
+        "/".join(filter(None, ("eval", of, name))): getattr(evaluation, name)
+        for of, evaluation in found.items()
+        for name in names
+    }
 
 
 def compiled(model: Any, seed: int, transform: Transform, replicas: Replicas) -> Callable:
@@ -56,6 +71,30 @@ def compiled(model: Any, seed: int, transform: Transform, replicas: Replicas) ->
     return replicas.pmap(
         functools.partial(eval_step, apply_fn=model.apply, seed=seed, transform=transform)
     )
+
+
+def evaluate_all(
+    p_eval_step: Callable,
+    params: Any,
+    splits: Mapping[str, Split],
+    replicas: Replicas,
+    watch: Callable[[Iterable], Iterable] = iter,
+) -> Evaluations:
+    """A pass over each split.
+
+    Args:
+      p_eval_step: of `compiled`.
+      params: replicated.
+      splits: by name.
+      replicas: the devices.
+      watch: gives on what it is given; hears so that there is progress.
+    """
+    found = {}
+    for name, split in splits.items():
+        batches = watch(Feed(split.config, split.cache).evaluation())
+        evaluation = evaluate(p_eval_step, params, batches, replicas)
+        found[name] = dataclasses.replace(evaluation, tokens_per_byte=split.cache.tokens_per_byte)
+    return found
 
 
 def evaluate(
@@ -93,7 +132,7 @@ def evaluate_checkpoint(
     *,
     devices: Sequence[jax.Device] | None = None,
     say: Callable[[str], None] = print,
-) -> tuple[int, Evaluation, float]:
+) -> tuple[int, Evaluations]:
     """Evaluates a checkpoint.
 
     Args:
@@ -104,7 +143,7 @@ def evaluate_checkpoint(
       say: is told in a line what takes time, or is wrong with a checkpoint.
 
     Returns:
-      The step of the checkpoint, the evaluation, and tokens per byte of the text.
+      The step of the checkpoint, and the evaluation of the validation split and each of eval_sets.
 
     Raises:
       ConfigError: the workdir, the changes or the data are not fit for use.
@@ -116,13 +155,13 @@ def evaluate_checkpoint(
     configs.check_same_run(config, saved)
     other = any(key.startswith("data.") and key != "data.cache_dir" for key in changes)
     if other:
-        # The tokenizer could be made from the data. Training text is not needed.
+        # The tokenizer could be made from the data.
         config.tokenizer = str(workdir / "tokenizer.json")
-        config.data.train_split = config.data.eval_split
     replicas = Replicas(devices)
     configs.batch_sizes(config, 1, replicas.device_count)
-    cache = open_cache(config, say)
+    cache = open_cache(config, say, train=not other)
     preflight.check_split(config, cache, "validation")
+    splits = {"": Split(config, cache)} | preflight.open_eval_sets(config, cache, say)
     model = Transformer(ModelConfig.from_config(config, cache.vocab_size))
 
     def fits(step: int, extra: dict[str, Any]) -> None:
@@ -134,9 +173,7 @@ def evaluate_checkpoint(
         workdir, parameter_shapes(model), said, say, which=which, check=fits
     )
     p_eval_step = compiled(model, config.seed, get_transform(config, cache), replicas)
-    batches = Feed(config, cache).evaluation()
-    result = evaluate(p_eval_step, replicas.replicate(params), batches, replicas)
-    return step, result, cache.tokens_per_byte
+    return step, evaluate_all(p_eval_step, replicas.replicate(params), splits, replicas)
 
 
 def completed(saved: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:

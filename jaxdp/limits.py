@@ -52,6 +52,7 @@ RANGES = {
     "sync.outer_momentum": (0, 0.999999),
     "sync.virtual_replicas": (1, MOST),
     "sync.check_every": (0, MOST),
+    "ema.decay": (0, 0.9999999),
     "divergence.max_bad_steps": (1, MOST),
     "divergence.spike_threshold": (0, 1e6),
     "divergence.max_rollbacks": (0, MOST),
@@ -61,6 +62,8 @@ RANGES = {
     "checkpoint.keep_last": (1, MOST),
     "checkpoint.keep_every": (0, MOST),
     "sample.num_tokens": (0, MOST),
+    "profile.start_step": (0, MOST),
+    "profile.num_steps": (0, MOST),
 }
 
 # Keys of IDENTITY that an older version's config.json lacks; their defaults are what it was.

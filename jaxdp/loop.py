@@ -14,10 +14,12 @@ from jaxdp import config as configs
 from jaxdp import huggingface, parallel, preflight, report
 from jaxdp.checkpoint import Checkpoints
 from jaxdp.config import BatchSizes, ConfigError
-from jaxdp.data import feed
+from jaxdp.data import eval_sets, feed
 from jaxdp.data.cache import TokenCache, open_cache
+from jaxdp.data.eval_sets import Split
 from jaxdp.display import Display
 from jaxdp.divergence import Divergence
+from jaxdp.evaluation import Evaluations
 from jaxdp.limits import MOST
 from jaxdp.metrics import MetricsWriter
 from jaxdp.model import ModelConfig, Transformer
@@ -55,15 +57,19 @@ def train(
     preflight.check_init(config, workdir)
     if (workdir / "config.json").exists():
         configs.check_same_run(config, configs.load(workdir / "config.json"))
+    eval_sets.find(config)
     cache = open_cache(config, display.line)
     preflight.check_data(config, cache)
     preflight.check_init(config, workdir, cache.vocab_size)
+    sets = preflight.open_eval_sets(config, cache, display.line)
     config = _with_steps(config, cache)
     preflight.check_memory(config, ModelConfig.from_config(config, cache.vocab_size), sizes)
     preflight.create_workdir(workdir)
     watchdog = Watchdog(config.hang_seconds)
     with preflight.locked(workdir), parallel.others_needed(), watchdog:
-        return _train(config, workdir, replicas, sizes, cache, display, watchdog, stop_requested)
+        return _train(
+            config, workdir, replicas, sizes, cache, sets, display, watchdog, stop_requested
+        )
 
 
 def _train(
@@ -72,6 +78,7 @@ def _train(
     replicas: Replicas,
     sizes: BatchSizes,
     cache: TokenCache,
+    sets: dict[str, Split],
     display: Display,
     watchdog: Watchdog,
     stop_requested: Callable[[], bool],
@@ -101,11 +108,11 @@ def _train(
             state = first_state()
             display.line(f"Starting from the weights of {config.init_from}.")
         traffic = report.traffic(config, program.traffic(state), replicas.device_count)
-        header = report.header(config, workdir, replicas, sizes, cache, state.params)
+        header = report.header(config, workdir, replicas, sizes, cache, sets, state.params)
         display.table("jaxdp", header | traffic)
         if start >= config.num_train_steps or stopping.over:
             display.line(report.already_finished(start, stopping))
-            return Result(start, True, None, state)
+            return Result(start, True, {}, state)
         if found is not None:
             display.line(f"Going on after step {start:,}.")
         parallel.on_main(functools.partial(_describe, config, workdir, cache))
@@ -116,6 +123,7 @@ def _train(
                 replicas,
                 sizes,
                 cache,
+                sets,
                 model,
                 first_state,
                 program,
@@ -128,7 +136,7 @@ def _train(
                 transform,
                 stop_requested,
             )
-            with contextlib.closing(program):
+            with contextlib.closing(program), contextlib.closing(run.profile):
                 result = _steps(run, state, start)
             watchdog.beat("writing the last checkpoint", result.step, slow=True)
             run.finish(result)
@@ -141,9 +149,10 @@ def _steps(run: Run, state: Any, start: int) -> Result:
     """Trains from `start` to the end, or until asked to stop."""
     total = run.config.num_train_steps
     rounds = run.rounds(start)
-    run.start_clock(state)
+    run.start_clock(start, state)
     run.display.line("Compiling the training step ...")
-    done, pending, evaluation, stop, finished = start, None, None, False, False
+    done, pending, stop, finished = start, None, False, False
+    evaluations: Evaluations = {}
 
     while not stop:
         run.watchdog.beat("waiting for data", done)
@@ -153,7 +162,8 @@ def _steps(run: Run, state: Any, start: int) -> Result:
         new = run.program.is_new(done)
         run.watchdog.beat("compiling a step" if new else "training", done, slow=new)
         steps = run.program.round_length(done)
-        state, metrics = run.program(done, state, batch)
+        with run.profile.round(done, state, new):
+            state, metrics = run.program(done, state, batch)
         # A round's figures are read after the next is dispatched, so that the devices never
         # wait for Python. More than two steps in flight can deadlock CPU devices.
         dispatched = time.perf_counter()
@@ -166,7 +176,7 @@ def _steps(run: Run, state: Any, start: int) -> Result:
             run.throughput.start(steps=-steps)
         if done == start:
             run.display.start(start, total)
-        if run.program.trace(metrics):
+        if run.program.trace(metrics) or run.profile.stop(done + steps, metrics):
             run.throughput.start(steps=-steps)
         run.busy = dispatched - asked
         run.checkpoints.check()
@@ -183,15 +193,15 @@ def _steps(run: Run, state: Any, start: int) -> Result:
             run.throughput.pause(time.perf_counter() - before)
             rounds, pending = run.rounds(done), None
             evaluating, saving = run.due(done)
-        evaluation = run.evaluate(done, state) if evaluating else None
+        evaluations = run.evaluate(done, state) if evaluating else {}
         finished = done == total or run.stopping.over
         stop = stop or finished
         if run.check_is_due(first, done) or stop or saving:
             run.check_replicas(done, state)
         # Parameters in doubt don't take the place of good ones.
         if stop or (saving and run.judge.in_a_row == 0):
-            run.save(done, state, evaluation)
-    return Result(done, finished, evaluation, state)
+            run.save(done, state, evaluations)
+    return Result(done, finished, evaluations, state)
 
 
 def _describe(config: ConfigDict, workdir: Path, cache: TokenCache) -> None:

@@ -18,6 +18,12 @@ def cross_entropy(
 ) -> tuple[jax.Array, jax.Array]:
     """Weighted sum of -log p(target), in nats.
 
+    Examples:
+      >>> logits, targets = jnp.zeros([1, 2, 4]), jnp.array([[3, 1]])
+      >>> loss, weight = cross_entropy(logits, targets, weights=jnp.array([[1.0, 0.0]]))
+      >>> round(float(loss), 4), float(weight)
+      (1.3863, 1.0)
+
     Args:
       logits: [B, L, V] of any float dtype; computed with in float32.
       targets: [B, L] int32.

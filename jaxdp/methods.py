@@ -29,11 +29,13 @@ class Sync:
     """
 
     own_opt_state = False
+    own_ema = False  # Likewise of the parameters' average.
     every = 1
 
     def __init__(self, config: ConfigDict, axis_name: str):
         """Takes a valid config and the name of the devices' axis."""
         self.config, self.axis = config.sync, axis_name
+        self.ema_decay = config.ema.decay
         self.grad_accum_steps = config.grad_accum_steps
 
     def init(self, tx: optax.GradientTransformation, params: Tree) -> tuple[Tree, Tree]:
@@ -61,12 +63,21 @@ class Sync:
         del before
         return after, figures
 
-    def save(self, opt_state: Tree, like: Tree) -> Tree:
-        """Own opt_state [N, ...] -> what goes into a checkpoint; `like`: that of one device."""
+    def part(self, params: Tree) -> Tree:
+        """Of the parameters that whose average this device holds."""
+        return params
+
+    def whole(self, part: Tree, like: Tree) -> Tree:
+        """The inverse of `part`; `like`: shapes of the parameters."""
+        del like
+        return part
+
+    def save(self, own: Tree, like: Tree) -> Tree:
+        """Own opt_state or average [N, ...] -> what a checkpoint holds; `like`: that of one."""
         raise NotImplementedError
 
     def saved_shapes(self, like: Tree, count: int) -> Tree:
-        """What `save` made of the opt_state of `count` devices."""
+        """What `save` made of that of `count` devices."""
         del count
         return like
 
@@ -84,9 +95,10 @@ class Sharded(Sync):
     """sharded: ZeRO stage 1 (Rajbhandari et al. 2020), for optimizers that are elementwise."""
 
     own_opt_state = True
+    own_ema = True
 
     def init(self, tx, params):
-        return tx.init(self._mine(params)), ()
+        return tx.init(self.part(params)), ()
 
     def mean(self, sums, figures):
         return sync.scatter_mean(sums, figures, self.axis, self.config.dtype)
@@ -95,13 +107,20 @@ class Sharded(Sync):
         return jnp.sqrt(lax.psum(optax.tree.norm(grads, squared=True), self.axis))
 
     def update(self, state, grads):
-        mine = self._mine(state.params)
+        mine = self.part(state.params)
         updates, opt_state = state.tx.update(grads, state.opt_state, mine)
         params = sync.all_gather(optax.apply_updates(mine, updates), state.params, self.axis)
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state)
 
-    def save(self, opt_state, like):
-        return sync.unslice(opt_state, like)
+    def part(self, params):
+        cut = sync.slices(params, lax.axis_size(self.axis))
+        return jax.tree.map(lambda x: x[lax.axis_index(self.axis)], cut)
+
+    def whole(self, part, like):
+        return sync.all_gather(part, like, self.axis)
+
+    def save(self, own, like):
+        return sync.unslice(own, like)
 
     def load(self, saved, count):
         return jax.tree.map(
@@ -112,10 +131,6 @@ class Sharded(Sync):
         padded = sum(-(-x.size // device_count) * device_count for x in jax.tree.leaves(params))
         size = jnp.dtype(self.config.dtype).itemsize
         return [Collective("reduce-scatter", size * padded), Collective("all-gather", 4 * padded)]
-
-    def _mine(self, params):
-        cut = sync.slices(params, lax.axis_size(self.axis))
-        return jax.tree.map(lambda x: x[lax.axis_index(self.axis)], cut)
 
 
 class FixedOrder(Sync):
@@ -187,8 +202,8 @@ class DiLoCo(ParameterMean):
     def init(self, tx, params):
         return tx.init(params), self.outer.init(params)
 
-    def save(self, opt_state, like):
-        return opt_state
+    def save(self, own, like):
+        return own
 
     def saved_shapes(self, like, count):
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), like)

@@ -118,7 +118,12 @@ class _PatientFiles:
 
 
 def to_json(record: Mapping[str, float | None]) -> str:
-    """A line of metrics.jsonl; JSON has no infinity, so what isn't finite is null."""
+    """A line of metrics.jsonl; JSON has no infinity, so what isn't finite is null.
+
+    Examples:
+      >>> to_json({"step": 10, "train/loss": math.inf})
+      '{"step": 10, "train/loss": null}'
+    """
     return json.dumps({name: _finite(value) for name, value in record.items()})
 
 

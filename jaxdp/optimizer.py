@@ -13,6 +13,12 @@ def get_schedule(config: ConfigDict) -> optax.Schedule:
 
     "wsd" is warm-up, stable, decay (Hu et al. 2024): constant but for a linear decay over the last
     decay_fraction of all steps.
+
+    Examples:
+      >>> from jaxdp.configs import default
+      >>> schedule = get_schedule(default.get_config())
+      >>> [round(float(schedule(step)), 6) for step in (0, 50, 100, 1000)]
+      [0.0, 0.0005, 0.001, 0.0001]
     """
     c, steps = config.optimizer, config.num_train_steps
     peak, final = c.learning_rate, c.learning_rate * c.final_fraction

@@ -101,6 +101,7 @@ def memory_rows(config: ConfigDict, vocab: int, count: int) -> dict[str, str]:
     bad = [str(n) for n in COUNTS if not prediction.splits(config, n)]
     return {
         "parameters": f"{quantity(parameters)} in {in_bytes(predicted.parameters)}",
+        **({"their average": in_bytes(predicted.average)} if config.ema.decay else {}),
         "optimizer state": in_bytes(predicted.optimizer),
         "gradients": in_bytes(predicted.gradients),
         "activations": f"{in_bytes(remat[False].activations)}, with remat "
@@ -117,8 +118,9 @@ def memory_rows(config: ConfigDict, vocab: int, count: int) -> dict[str, str]:
 def in_bytes(size: float) -> str:
     """A size in short.
 
-    >>> in_bytes(3.1e9)
-    '3.1GB'
+    Examples:
+      >>> in_bytes(3.1e9)
+      '3.1GB'
     """
     return quantity(size).replace("B", "G") + "B"
 

@@ -5,7 +5,9 @@ Loss, throughput and learning rate of one or several runs, finished or under way
 Exit status: 0; 2 a workdir or a flag is wrong; anything else is a fault.
 """
 
+import itertools
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +18,7 @@ from absl import flags
 
 from jaxdp import command, drawing
 from jaxdp.config import ConfigError, check_text, shown
+from jaxdp.data.eval_sets import NAME
 from jaxdp.display import quantity
 from jaxdp.limits import MOST
 from jaxdp.metrics import JSONL, read_jsonl
@@ -24,10 +27,12 @@ OUTPUT = flags.DEFINE_string("output", "plot.png", "File for the plot.")
 
 # What is drawn, from top to bottom: what an axis says, its share of the height, and its figures.
 PANELS = (
-    ("loss, nats per token", 3, ("train/loss", "eval/loss")),
+    ("loss, nats per token", 3, ("train/loss", "eval/loss")),  # And those of eval_sets.
     ("tokens per second", 1, ("tokens_per_second",)),
     ("learning rate", 1, ("train/learning_rate",)),
 )
+EVAL_SET = re.compile(f"eval/({NAME})/loss")
+MARKERS = "o^sDvPX*"  # Of the validation split, and of eval_sets in the order of their names.
 SMOOTH = 50  # Points of a training curve that are still read as they are.
 
 MOST_FLOAT = float(np.finfo(np.float32).max)
@@ -49,8 +54,9 @@ def main(workdirs: Sequence[str]) -> int:
 def names(workdirs: Sequence[str]) -> list[str]:
     """The last parts of paths, as many as tell them apart; as given where none do.
 
-    >>> names(["runs/a", "runs/b/"]), names(["x/run", "y/run"])
-    (['a', 'b'], ['x/run', 'y/run'])
+    Examples:
+      >>> names(["runs/a", "runs/b/"]), names(["x/run", "y/run"])
+      (['a', 'b'], ['x/run', 'y/run'])
     """
     parts = [Path(os.path.abspath(os.path.expanduser(path))).parts for path in workdirs]
     for count in range(1, max(map(len, parts)) + 1):
@@ -86,6 +92,8 @@ def curves(workdir: str) -> dict[str, Curve]:
             "run"
         ) from None
     wanted = [name for _, _, figures in PANELS for name in figures]
+    logged = set().union(*records)
+    wanted += sorted(name for name in logged if EVAL_SET.fullmatch(name))
     found = {name: curve for name in wanted if len((curve := _curve(records, name))[0])}
     if not found:
         raise ConfigError(
@@ -122,10 +130,12 @@ def draw(runs: dict[str, dict[str, Curve]]) -> Any:
     few = len(runs) <= 10
     palette = matplotlib.colormaps["tab10" if few else "turbo"]
     colours = [palette(i if few else i / (len(runs) - 1)) for i in range(len(runs))]
+    markers = _markers(runs)
     for axes, (label, _, wanted) in zip(rows, PANELS, strict=True):
+        shown = (*wanted, *(markers if "eval/loss" in wanted else ()))
         for (name, run), colour in zip(runs.items(), colours, strict=True):
-            for figures in [figures for figures in wanted if figures in run]:
-                _line(axes, figures, run[figures], colour, name)
+            for figures in [figures for figures in dict.fromkeys(shown) if figures in run]:
+                _line(axes, figures, run[figures], colour, name, markers.get(figures))
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
@@ -143,15 +153,24 @@ def draw(runs: dict[str, dict[str, Curve]]) -> Any:
     rows[-1].xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 2.5, 5, 10]))
     rows[-1].xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     figure.align_ylabels()
-    _legends(figure, loss, list(runs), colours)
+    _legends(figure, loss, list(runs), colours, markers)
     return figure
 
 
-def _line(axes: Any, figures: str, curve: Curve, colour: Any, name: str) -> None:
+def _markers(runs: dict[str, dict[str, Curve]]) -> dict[str, str]:
+    """{figure: marker} of the validation split, and of each set that any run has."""
+    sets = sorted({name for run in runs.values() for name in run if EVAL_SET.fullmatch(name)})
+    return dict(zip(("eval/loss", *sets), itertools.cycle(MARKERS), strict=False))
+
+
+def _line(
+    axes: Any, figures: str, curve: Curve, colour: Any, name: str, marker: str | None
+) -> None:
     """Draws a curve; of a training loss with many points a mean, with the points behind it."""
     steps, values = curve
-    if figures == "eval/loss":
-        axes.plot(steps, values, "--o", color=colour, markersize=4, label=f"{name}, validation")
+    if marker:
+        style = "--" if figures == "eval/loss" else ":"
+        axes.plot(steps, values, style, marker=marker, color=colour, markersize=4, label=name)
         return
     if figures == "train/loss" and len(steps) > SMOOTH:
         axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.25)
@@ -172,7 +191,9 @@ def _smooth(values: np.ndarray, reach: int) -> np.ndarray:
     return (sums[last + 1] - sums[first]) / (last + 1 - first)
 
 
-def _legends(figure: Any, loss: Any, runs: list[str], colours: list[Any]) -> None:
+def _legends(
+    figure: Any, loss: Any, runs: list[str], colours: list[Any], markers: dict[str, str]
+) -> None:
     """Above the figure which colour is which run, in the loss's corner what the lines are."""
     from matplotlib.lines import Line2D
 
@@ -181,8 +202,16 @@ def _legends(figure: Any, loss: Any, runs: list[str], colours: list[Any]) -> Non
     legend = figure.legend(lines, runs, loc="outside upper center", ncols=columns, frameon=False)
     for text in legend.get_texts():
         text.set_parse_math(False)  # A name may hold a $.
-    kinds = [Line2D([], [], color="0.3"), Line2D([], [], color="0.3", ls="--", marker="o", ms=4)]
-    loss.legend(kinds, ["training", "validation"], frameon=False)
+    kinds = {"training": Line2D([], [], color="0.3")}
+    for figures, marker in markers.items():
+        found = EVAL_SET.fullmatch(figures)
+        style = ":" if found else "--"
+        kinds[f"on {found[1]}" if found else "validation"] = Line2D(
+            [], [], color="0.3", ls=style, marker=marker, ms=4
+        )
+    legend = loss.legend(list(kinds.values()), list(kinds), frameon=False)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
 
 
 if __name__ == "__main__":

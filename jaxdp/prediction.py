@@ -39,6 +39,7 @@ class Memory:
     """Bytes per device, in the step's most demanding moment."""
 
     parameters: int
+    average: int
     optimizer: int
     gradients: int
     activations: int
@@ -64,7 +65,8 @@ def abstract_step(
     optimizer, params = get_optimizer(config, schedule), parameter_shapes(model)
     init = functools.partial(method.init, optimizer)
     opt_state, outer = trace(init, count, params)[1]
-    state = State(shape((), "int32"), model.apply, params, optimizer, opt_state, outer)
+    ema = trace(method.part, count, params)[1] if method.ema_decay else ()
+    state = State(shape((), "int32"), model.apply, params, optimizer, opt_state, outer, ema)
     sequences = (method.every, sizes.per_device)
     keys = sequence_keys(config.objective, config.data.packing)
     batch = {name: shape((*sequences, config.seq_len), dtype) for name, dtype in keys.items()}
@@ -127,6 +129,7 @@ def predict_memory(config: ConfigDict, vocab: int, count: int) -> Memory:
     gradients = min(num_bytes(state.params), peak)
     return Memory(
         parameters=num_bytes(state.params),
+        average=num_bytes(state.ema),
         optimizer=num_bytes((state.opt_state, state.outer)),
         gradients=gradients,
         activations=peak - gradients,
@@ -180,6 +183,13 @@ def largest_batch(config: ConfigDict, vocab: int, count: int, limit: int) -> int
 
 def compiled_memory(config: ConfigDict, vocab: int, count: int) -> int:
     """XLA's own figure for a device, in bytes: arguments, results not donated, temporary."""
+    sizes = compiled_step(config, vocab, count).memory_analysis()
+    results = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    return sizes.argument_size_in_bytes + results + sizes.temp_size_in_bytes
+
+
+def compiled_step(config: ConfigDict, vocab: int, count: int) -> Any:
+    """The step of a round, compiled for `count` local devices; see `jax.stages.Compiled`."""
     step, state, batch = abstract_step(config, vocab, count)
     method, replicas = step.keywords["method"], Replicas(jax.local_devices()[:count])
 
@@ -188,11 +198,11 @@ def compiled_memory(config: ConfigDict, vocab: int, count: int) -> int:
 
     if method.own_opt_state:
         state = state.replace(opt_state=on_all(state.opt_state))
+    if method.own_ema:
+        state = state.replace(ema=on_all(state.ema))
     axes = state_axes(state, method)
     p_step = replicas.pmap(step, state_axes=axes, out_axes=(axes, None), donate=True)
-    sizes = p_step.lower(state, on_all(batch)).compile().memory_analysis()
-    results = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
-    return sizes.argument_size_in_bytes + results + sizes.temp_size_in_bytes
+    return p_step.lower(state, on_all(batch)).compile()
 
 
 def step_flops(config: ConfigDict, vocab: int, count: int) -> tuple[int, int]:

@@ -4,7 +4,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,11 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxdp import disk, huggingface, parallel, tokenizer, whole
+from jaxdp import disk, huggingface, parallel, profiling, tokenizer, whole
 from jaxdp.config import BatchSizes, ConfigError, check_text, shown
-from jaxdp.data import mixture
+from jaxdp.data import eval_sets, mixture
 from jaxdp.data.cache import TokenCache
+from jaxdp.data.eval_sets import Split
 from jaxdp.data.feed import sequences
 from jaxdp.data.layout import SPLITS
 from jaxdp.display import quantity
@@ -67,6 +68,18 @@ def check_split(config: ConfigDict, cache: TokenCache, split: str) -> None:
         )
 
 
+def open_eval_sets(
+    config: ConfigDict, cache: TokenCache, report: Callable[[str], None]
+) -> dict[str, Split]:
+    """Opens eval_sets with the tokenizer of a cache, and refuses those that can't be used."""
+    sets = {}
+    for name in eval_sets.parse(config.eval_sets):
+        with eval_sets.named(config, name):
+            sets[name] = eval_sets.open_set(config, name, cache, report)
+            check_split(sets[name].config, sets[name].cache, "validation")
+    return sets
+
+
 def same_tokens(config: ConfigDict, cache: TokenCache, step: int, saved: dict) -> bool:
     """True; refuses other data than that of a checkpoint, whose JSON has the cache's digest."""
     del step
@@ -81,7 +94,7 @@ def same_tokens(config: ConfigDict, cache: TokenCache, step: int, saved: dict) -
 def check_workdir(workdir: Path) -> None:
     """Refuses a workdir in which something else has the name of what the run writes."""
     check_text("--workdir", str(workdir))
-    kinds = {"checkpoints": Path.is_dir, "tensorboard": Path.is_dir}
+    kinds = dict.fromkeys(("checkpoints", "tensorboard", profiling.FOLDER), Path.is_dir)
     kinds |= dict.fromkeys(("config.json", "tokenizer.json", "metrics.jsonl"), Path.is_file)
     try:
         for name, fits in kinds.items():

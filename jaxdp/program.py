@@ -43,6 +43,10 @@ class Program:
             clip_norm=config.optimizer.clip_norm,
             transform=transform,
         )
+        self._p_whole = replicas.pmap(
+            lambda tree, _: self.method.whole(tree["ema"], tree["params"]),
+            state_axes={"ema": 0, "params": None},
+        )
         self._p_steps: dict[tuple[Sync, int], Any] = {}
         self.collectives: dict[str, Collective] | None = None
         self.drift: float | None = None
@@ -87,13 +91,26 @@ class Program:
         here = np.full(len(self._replicas.devices), step, np.int32)
         return move(state, self._replicas.put(here))
 
+    def to_evaluate(self, state: Any) -> Any:
+        """The parameters to evaluate and sample with, replicated: their average, if there is one.
+
+        Where devices have parts of it, all processes have to call it.
+        """
+        if not self.method.ema_decay:
+            return state.params
+        if not self.method.own_ema:
+            return state.ema
+        unused = self._replicas.shard(np.zeros(len(self._replicas.devices)))
+        return self._p_whole({"ema": state.ema, "params": state.params}, unused)
+
     def trace(self, metrics: dict[str, jax.Array]) -> bool:
         """To be called after each round: lets the profiler measure a few; returns whether it did.
 
         Args:
           metrics: of that round; the profiler starts and stops when they are there.
         """
-        if not self.collectives or not parallel.is_main():
+        # JAX has one profiler, which the run's profile is to have.
+        if not self.collectives or not parallel.is_main() or self.config.profile.num_steps:
             return False
         if self._calls == TRACED.start and self._trace is None:
             jax.block_until_ready(metrics)

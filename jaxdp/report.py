@@ -1,17 +1,20 @@
 """A run in words: its header, its evaluations, its summary."""
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
-from jaxdp import price
+from jaxdp import attention, price
 from jaxdp.config import BatchSizes
 from jaxdp.data import feed, mixture, pipeline
 from jaxdp.data.cache import TokenCache
+from jaxdp.data.eval_sets import Split
 from jaxdp.data.sequences import Examples
+from jaxdp.data.sequences import keys as sequence_keys
 from jaxdp.display import duration, quantity
 from jaxdp.evaluation import Evaluation
 from jaxdp.model import ModelConfig, flops_per_token, num_parameters
@@ -27,6 +30,7 @@ def header(
     replicas: Replicas,
     sizes: BatchSizes,
     cache: TokenCache,
+    sets: Mapping[str, Split],
     params: Any,
 ) -> dict[str, str]:
     """What a user wants to see before anything is trained."""
@@ -41,7 +45,9 @@ def header(
         + ("process" if processes == 1 else "processes"),
         "batch": f"{sizes.global_} sequences x {config.seq_len} tokens = {per_step:,} a step",
         "": f"(per host {sizes.per_host}, per device {sizes.per_device}, micro {sizes.micro})",
-        "parameters": f"{quantity(parameters)}, computed with in {config.model.dtype}",
+        "parameters": f"{quantity(parameters)}, computed with in {config.model.dtype}"
+        + (f"; evaluated: their EMA, decay {config.ema.decay:g}" if config.ema.decay else ""),
+        "attention": f"by {_kernel(config)}",
         "data": f"{config.data.path}, {quantity(len(cache.train))} training and "
         f"{quantity(len(cache.validation))} validation tokens",
         "vocabulary": f"{cache.vocab_size:,} tokens ({config.tokenizer})",
@@ -50,7 +56,24 @@ def header(
         "workdir": str(workdir),
         **_sources(config, cache),
         **_examples(config, cache),
+        **_eval_sets(sets),
     }
+
+
+def _eval_sets(sets: Mapping[str, Split]) -> dict[str, str]:
+    return {
+        f"eval set {name}": f"{split.config.data.path}, {quantity(len(split.cache.validation))} "
+        "tokens"
+        for name, split in sets.items()
+    }
+
+
+def _kernel(config: ConfigDict) -> str:
+    """What computes attention in training."""
+    masked = "segments" in sequence_keys(config.objective, config.data.packing)
+    model = config.model
+    found = attention.kernel(model.dtype, model.embed_dim // model.num_heads, masked)
+    return {"cudnn": "cuDNN's fused kernel", "xla": "XLA"}[found]
 
 
 def _sources(config: ConfigDict, cache: TokenCache) -> dict[str, str]:
@@ -86,17 +109,18 @@ def _examples(config: ConfigDict, cache: TokenCache) -> dict[str, str]:
     return rows
 
 
-def in_words(evaluation: Evaluation, tokens_per_byte: float) -> str:
+def in_words(evaluation: Evaluation) -> str:
     """An evaluation in short."""
     return (
         f"loss {evaluation.loss:.4f}  perplexity {evaluation.perplexity:.2f}  "
-        f"bits/byte {evaluation.bits_per_byte(tokens_per_byte):.4f}  ({evaluation.tokens:,} tokens)"
+        f"bits/byte {evaluation.bits_per_byte:.4f}  ({evaluation.tokens:,} tokens)"
     )
 
 
-def evaluated(step: int, evaluation: Evaluation, tokens_per_byte: float) -> str:
-    """An evaluation in a line."""
-    return f"evaluation at step {step}: {in_words(evaluation, tokens_per_byte)}"
+def evaluated(step: int, evaluation: Evaluation, name: str = "") -> str:
+    """An evaluation of the validation split, or of the set of that name, in a line."""
+    of = f" of {name}" if name else ""
+    return f"evaluation{of} at step {step}: {in_words(evaluation)}"
 
 
 def already_finished(step: int, stopping: Stopping) -> str:
@@ -109,9 +133,7 @@ def already_finished(step: int, stopping: Stopping) -> str:
     return f"Already finished: all {step:,} steps are done. To train on, raise num_train_steps."
 
 
-def summary(
-    config: ConfigDict, workdir: Path, cache: TokenCache, result: Any, seconds: float
-) -> dict[str, str]:
+def summary(config: ConfigDict, workdir: Path, result: Any, seconds: float) -> dict[str, str]:
     """What was reached, and where everything lies."""
     rows = {
         "steps": f"{result.step:,} of {config.num_train_steps:,}, in {duration(seconds)}",
@@ -119,8 +141,8 @@ def summary(
         "metrics": str(workdir / "metrics.jsonl"),
         "curves": f"tensorboard --logdir {workdir}",
     }
-    if result.evaluation is not None:
-        rows["validation"] = in_words(result.evaluation, cache.tokens_per_byte)
+    for name, evaluation in result.evaluations.items():
+        rows[f"{name or 'validation'} loss"] = in_words(evaluation).removeprefix("loss ")
     if config.objective == "causal":
         rows["more text"] = f"python -m jaxdp.generate --workdir={workdir} --prompt=TEXT"
     return rows

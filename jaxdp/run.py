@@ -4,6 +4,7 @@ The loop itself is in `loop`.
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import time
@@ -21,14 +22,16 @@ from jaxdp.agreement import ReplicaCheck
 from jaxdp.checkpoint import Checkpoints
 from jaxdp.config import BatchSizes, RunError
 from jaxdp.data.cache import TokenCache
+from jaxdp.data.eval_sets import Split
 from jaxdp.data.feed import Feed
 from jaxdp.data.sequences import Batch
 from jaxdp.display import Display
 from jaxdp.divergence import Divergence, Trouble
-from jaxdp.evaluation import Evaluation, compiled, evaluate
+from jaxdp.evaluation import Evaluation, Evaluations, compiled, evaluate_all, figures
 from jaxdp.metrics import MetricsWriter, Throughput, load_balance
 from jaxdp.model import Transformer, flops_per_token, num_parameters
 from jaxdp.parallel import Replicas
+from jaxdp.profiling import Profile
 from jaxdp.program import Program
 from jaxdp.step import Transform
 from jaxdp.stopping import Stopping
@@ -43,14 +46,19 @@ class Result:
       step: optimizer steps done in all.
       finished: whether these are all, or it stopped early; if not, it was asked to stop, and has
         saved.
-      evaluation: of the last step, where this call evaluated it.
+      evaluations: of the last step, where this call evaluated it; see `evaluation.Evaluations`.
       state: the last one, replicated over the devices.
     """
 
     step: int
     finished: bool
-    evaluation: Evaluation | None
+    evaluations: Evaluations
     state: Any
+
+    @property
+    def evaluation(self) -> Evaluation | None:
+        """On the validation split, of the last step, where this call evaluated it."""
+        return self.evaluations.get("")
 
 
 @dataclasses.dataclass
@@ -62,6 +70,7 @@ class Run:
     replicas: Replicas
     sizes: BatchSizes
     cache: TokenCache
+    eval_sets: dict[str, Split]
     model: Transformer
     first_state: Callable[[], Any]
     program: Program
@@ -79,10 +88,12 @@ class Run:
         self.feed = Feed(self.config, self.cache)
         self.tokenizer_digest = tokenizer.digest(self.cache.tokenizer)
         self.replica_check = ReplicaCheck(self.replicas)
+        self.profile = Profile(self.config, self.workdir, self.display.line)
         self.busy = 0.0  # Seconds that this process was last busy with a step, not with waiting.
 
-    def start_clock(self, state: Any) -> None:
-        """Begins to measure the speed."""
+    def start_clock(self, done: int, state: Any) -> None:
+        """Begins to measure the speed after so many steps."""
+        self.profile.start(done)
         flops = flops_per_token(self.model.config, num_parameters(state.params))
         self.throughput = Throughput(flops, self.replicas.device_count)
 
@@ -123,6 +134,8 @@ class Run:
             shared = {"params": state.params, "outer": state.outer}
             if not self.program.method.own_opt_state:
                 shared["opt_state"] = state.opt_state
+            if not self.program.method.own_ema:
+                shared["ema"] = state.ema
             self.watchdog.beat("comparing replicas", done)
             self.replica_check(shared, done)
 
@@ -210,19 +223,24 @@ class Run:
             "from the newest checkpoint"
         )
 
-    def evaluate(self, done: int, state: Any) -> Evaluation:
-        """Evaluates on the validation split, and logs the result."""
+    def evaluate(self, done: int, state: Any) -> Evaluations:
+        """Evaluates on the validation split and the sets beside it, and logs the results."""
         before = time.perf_counter()
-        batches = self.watchdog.each(self.feed.evaluation(), "evaluating", done)
-        evaluation = evaluate(self.p_eval_step, state.params, batches, self.replicas)
-        tokens_per_byte = self.cache.tokens_per_byte
-        self.writer.write(done, evaluation.figures(tokens_per_byte))
-        self.display.line(report.evaluated(done, evaluation, tokens_per_byte), "bold")
-        self.stopping.add(done, evaluation.loss)
+        watch = functools.partial(self.watchdog.each, doing="evaluating", done=done)
+        params = self.program.to_evaluate(state)
+        splits = {"": Split(self.config, self.cache)} | self.eval_sets
+        found = evaluate_all(self.p_eval_step, params, splits, self.replicas, watch)
+        self.writer.write(done, figures(found))
+        for name, evaluation in found.items():
+            self.display.line(report.evaluated(done, evaluation, name), "bold")
+        self.stopping.add(done, found[""].loss)
+        ends = done == self.config.num_train_steps or self.stopping.over
+        if self.config.sample.at_eval and not ends:  # At the end it is shown, too.
+            self._sample(done, params)
         self.throughput.pause(time.perf_counter() - before)
-        return evaluation
+        return found
 
-    def save(self, done: int, state: Any, evaluation: Evaluation | None) -> None:
+    def save(self, done: int, state: Any, evaluations: Evaluations) -> None:
         """Starts to save a checkpoint; all figures until then go to disk, too."""
         self.watchdog.beat("saving", done, slow=True)
         self.writer.flush()
@@ -232,7 +250,8 @@ class Run:
             "divergence": self.judge.to_json(),
             "stopping": self.stopping.to_json(),
         }
-        self.checkpoints.save(done, state, extra, evaluation.loss if evaluation else None)
+        loss = evaluations[""].loss if evaluations else None
+        self.checkpoints.save(done, state, extra, loss)
 
     def finish(self, result: Result) -> None:
         """Returns when all is on disk; raises RunError, in all processes, where it can't be."""
@@ -248,12 +267,11 @@ class Run:
     def summarise(self, result: Result) -> None:
         """Shows a sample of text, what was reached, and where everything lies."""
         self.display.stop()
-        sampling_wanted = self.config.objective == "causal" and self.config.sample.num_tokens
-        if result.finished and sampling_wanted and parallel.is_main():
-            text = self._sample(result.state.params)
-            self.display.text("Sample", text)
-            self.writer.write_text(result.step, "sample", text)
-        rows = report.summary(self.config, self.workdir, self.cache, result, self.display.seconds())
+        if result.finished:
+            text = self._sample(result.step, self.program.to_evaluate(result.state))
+            if text:
+                self.display.text("Sample", text)
+        rows = report.summary(self.config, self.workdir, result, self.display.seconds())
         rows |= report.agreement(self.program, result.state, self.replicas.device_count)
         if result.finished and result.step < self.config.num_train_steps:
             rows["stopped early"] = self.stopping.reason()
@@ -264,7 +282,12 @@ class Run:
         title = "Finished" if result.finished else "Stopped as asked; run again to go on"
         self.display.table(title, rows)
 
-    def _sample(self, params: Any) -> str:
+    def _sample(self, done: int, params: Any) -> str:
+        """Shows a sample of text in TensorBoard and returns it; nothing where none is wanted."""
+        wanted = self.config.objective == "causal" and self.config.sample.num_tokens
+        if not wanted or not parallel.is_main():
+            return ""
+        self.watchdog.beat("sampling", done, slow=True)
         [prompt] = tokenizer.encode(self.cache.tokenizer, [self.config.sample.prompt])
         [ids] = sampling.sample(
             self.model,
@@ -275,4 +298,6 @@ class Run:
             temperature=sampling.TEMPERATURE,
             seed=self.config.seed,
         )
-        return self.cache.tokenizer.decode([*prompt, *ids], skip_special_tokens=False)
+        text = self.cache.tokenizer.decode([*prompt, *ids], skip_special_tokens=False)
+        self.writer.write_text(done, "sample", text)
+        return text

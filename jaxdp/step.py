@@ -16,6 +16,7 @@ from jax import lax
 from ml_collections import ConfigDict
 
 from jaxdp import parallel, sync, tokenizer
+from jaxdp.average import moved
 from jaxdp.data.cache import TokenCache
 from jaxdp.losses import cross_entropy, mask_tokens
 from jaxdp.methods import Sync
@@ -46,13 +47,18 @@ def get_transform(config: ConfigDict, cache: TokenCache) -> Transform:
 
 
 class State(TrainState):
-    """What a run is at a step: flax's TrainState, and DiLoCo's outer optimizer's state.
+    """What a run is at a step: flax's TrainState, and what only some runs have.
 
-    Every field is the same on all devices, but for opt_state [N, ...] of the methods of `sync` that
+    Every field is the same on all devices, but for opt_state and ema [N, ...] of the methods that
     say so.
+
+    Attributes:
+      outer: state of DiLoCo's outer optimizer.
+      ema: average of the parameters, or this device's part of it; see `average`.
     """
 
     outer: Any = ()
+    ema: Any = ()
 
 
 def create_state(
@@ -77,7 +83,8 @@ def create_state(
     def state_of(params, _):
         opt_state, outer = method.init(optimizer, params)
         step = jnp.zeros((), jnp.int32)
-        return State(step, model.apply, params, optimizer, opt_state, outer)
+        ema = method.part(params) if method.ema_decay else ()
+        return State(step, model.apply, params, optimizer, opt_state, outer, ema)
 
     draw = jax.jit(functools.partial(_initial_params, model, seed))
     params = replicas.replicate(read() if read else draw())
@@ -102,6 +109,7 @@ def saved_shapes(
         "params": params,
         "opt_state": method.saved_shapes(like, device_count),
         "outer": jax.eval_shape(on_devices, params, np.zeros(device_count)),
+        "ema": params if method.ema_decay else (),
     }
 
 
@@ -112,8 +120,8 @@ def _initial_params(model: Any, seed: int) -> Any:
 
 def state_axes(state: State, method: Sync) -> State:
     """Which fields of a state have an axis of devices, as `jax.pmap` wants to be told."""
-    opt_state = 0 if method.own_opt_state else None
-    return state.replace(step=None, params=None, opt_state=opt_state, outer=None)
+    opt_state, ema = (0 if own else None for own in (method.own_opt_state, method.own_ema))
+    return state.replace(step=None, params=None, opt_state=opt_state, outer=None, ema=ema)
 
 
 def train_step(
@@ -173,7 +181,7 @@ def train_step(
         updated, skipped = method.update(state, grads), at_step(state, state.step + 1)
         return _choose(good, updated, skipped), figures
 
-    steps = len(batch["inputs"])
+    steps, ema, state = len(batch["inputs"]), state.ema, state.replace(ema=())
     if steps == 1:
         after, figures = step(state, jax.tree.map(lambda x: x[0], batch))
         figures = jax.tree.map(lambda x: x[None], figures)
@@ -181,6 +189,9 @@ def train_step(
         after, figures = lax.scan(step, state, batch)
     rates = figures.pop("learning_rate")
     after, figures = method.agree(state, after, figures)
+    if method.ema_decay:
+        part = method.part(after.params)
+        after = after.replace(ema=moved(ema, part, method.ema_decay, state.step, steps))
     figures["loss"] /= jnp.maximum(figures["tokens"].sum(1), 1)
     return after, figures | {"learning_rate": rates}
 

@@ -28,6 +28,10 @@ def get_tokenizer(
 ) -> Tokenizer:
     """Makes, trains or loads the tokenizer that `config.tokenizer` asks for.
 
+    Examples:
+      >>> get_tokenizer("byte", "causal", documents=lambda all: []).encode("hi <|endoftext|>").ids
+      [104, 105, 32, 256]
+
     Args:
       spec: "char", "byte", "train:bpe:SIZE", "hf:NAME", "hf:FOLDER" or the path of a
         tokenizer.json or of a .model of SentencePiece.

@@ -51,8 +51,12 @@ class OtherModelError(ValueError):
     """A checkpoint holds other arrays than asked for."""
 
 
-def check_shapes(folder: Path, params: Any) -> None:
-    """Raises OtherModelError where a checkpoint has parameters of other names or shapes."""
+def check_shapes(folder: Path, params: Any) -> set[str]:
+    """What the state of a checkpoint consists of, such as params.
+
+    Raises:
+      OtherModelError: it has parameters of other names or shapes.
+    """
     with ending_reads():
         metadata = ocp.PyTreeCheckpointHandler().metadata(folder / "state")
     saved = _shapes_by_name(metadata.tree["params"])
@@ -63,6 +67,7 @@ def check_shapes(folder: Path, params: Any) -> None:
                 f"params/{name} is {saved.get(name, 'absent')} in checkpoint {folder.name} and "
                 f"{wanted.get(name, 'absent')} by the config and the tokenizer"
             )
+    return set(metadata.tree)
 
 
 def _shapes_by_name(tree: Any) -> dict[str, tuple[int, ...]]:

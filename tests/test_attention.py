@@ -2,8 +2,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
+from jax.sharding import Mesh, PartitionSpec
 
-from jaxdp.attention import attend, rotate
+from jaxdp import attention
+from jaxdp.attention import attend, kernel, rotate
 
 
 def arrays(length, heads, groups, dtype="float32"):
@@ -59,6 +62,51 @@ def test_bfloat16_is_near_float32():
         # bfloat16 rounds to 2^-9 = 0.002; weights, results and gradients are rounded once each.
         error = jnp.linalg.norm(one.astype("float32") - other) / jnp.linalg.norm(other)
         assert error < 0.01
+
+
+@pytest.fixture
+def an_h100(monkeypatch):
+    """What JAX asks before it gives attention to cuDNN, answered as one would."""
+    monkeypatch.setattr(attention, "_on_nvidia", lambda: True)
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda least: float(least) <= 9.0)
+    monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda one: one == "9.0")
+
+
+def test_cudnn_attends_where_it_can(an_h100):
+    assert kernel("bfloat16", 64, masked=False) == kernel("float16", 128, masked=False) == "cudnn"
+    for dtype, width, masked in (
+        ("float32", 64, False),
+        ("bfloat16", 60, False),
+        ("bfloat16", 256, False),
+        ("bfloat16", 64, True),
+    ):
+        assert kernel(dtype, width, masked) == "xla"
+
+
+def test_xla_attends_on_a_cpu():
+    assert kernel("bfloat16", 64, masked=False) == "xla"
+
+
+def test_what_cudnn_gets_is_compiled_for_a_gpu(an_h100):
+    """As far as that goes without one: forward and backward kernel, on several devices, too."""
+
+    def loss(query, key, value):
+        return attend(query, key, value, causal=True).astype("float32").sum()
+
+    split = PartitionSpec("batch")
+    gradients = jax.jit(
+        jax.shard_map(
+            jax.grad(loss, (0, 1, 2)),
+            mesh=Mesh(jax.local_devices()[:2], "batch"),
+            in_specs=split,
+            out_specs=split,
+        )
+    )
+    query, key, value, _ = arrays(128, 4, 2, "bfloat16")
+    text = gradients.trace(query, key, value).lower(lowering_platforms=("cuda",)).as_text()
+    assert "@__cudnn$fmhaSoftmax(" in text and "@__cudnn$fmhaSoftmaxBackward(" in text
+    assert "dot_general" not in text and "CustomSPMDPartitioning" not in text
 
 
 def test_scores_of_any_size_are_no_harm():

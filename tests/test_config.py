@@ -358,6 +358,20 @@ def test_a_run_may_go_on_with_a_method_of_the_same_state(config, method):
     configs.check_same_run(changed(config, sync__method=method), config)
 
 
+def test_an_average_begins_with_the_run_but_may_decay_otherwise(config):
+    old = config.copy_and_resolve_references()
+    old.ema.decay = 0.99
+    with pytest.raises(ConfigError, match=r"different run: ema\.decay=0\.0 \(was 0\.99\)"):
+        configs.check_same_run(config, old)
+    with pytest.raises(ConfigError, match=r"different run: ema\.decay=0\.99 \(was 0\.0\)"):
+        configs.check_same_run(old, config)
+    other = old.copy_and_resolve_references()
+    other.ema.decay = 0.9
+    configs.check_same_run(other, old)
+    del old.ema  # As a version without the key saved it.
+    configs.check_same_run(config, old)
+
+
 @pytest.mark.parametrize("methods", [("diloco", "sharded"), ("gradient_mean", "diloco")])
 def test_a_run_may_not_change_to_or_from_diloco(config, methods):
     new, old = (changed(config, sync__method=method) for method in methods)

@@ -1,11 +1,4 @@
-import doctest
-
-from jaxdp import display
 from jaxdp.display import Display
-
-
-def test_examples():
-    assert doctest.testmod(display).failed == 0
 
 
 def test_plain_lines_where_there_is_no_terminal(capsys):

@@ -8,7 +8,7 @@ from bad_input import contents
 from conftest import TEXT
 from test_runs import figures, flags
 
-from jaxdp import loop, whole
+from jaxdp import evaluation, loop, whole
 from jaxdp.config import ConfigError, RunError
 from jaxdp.evaluation import evaluate_checkpoint
 
@@ -24,8 +24,8 @@ def evaluated(workdir, which="newest", **changes):
     """Its step, and its figures as they are logged, on one device."""
     changes = {key.replace("__", "."): value for key, value in changes.items()}
     devices = jax.local_devices()[:1]
-    step, result, tokens_per_byte = evaluate_checkpoint(workdir, which, changes, devices=devices)
-    return step, result.figures(tokens_per_byte)
+    step, found = evaluate_checkpoint(workdir, which, changes, devices=devices)
+    return step, evaluation.figures(found)
 
 
 def test_it_is_what_the_run_logged_to_the_bit_and_changes_nothing(workdir):
@@ -113,8 +113,8 @@ def test_the_command_says_what_the_run_logged(config, tmp_path, command, objecti
     loop.train(config, workdir, devices=jax.local_devices()[:2])
     devices = jax.local_devices()[:2]
     for step in (3, 6):
-        found, result, per_byte = evaluate_checkpoint(workdir, str(step), devices=devices)
-        assert (found, result.figures(per_byte)) == (step, logged(workdir, step))
+        found, result = evaluate_checkpoint(workdir, str(step), devices=devices)
+        assert (found, evaluation.figures(result)) == (step, logged(workdir, step))
     before = contents(workdir)
     words, line = command("evaluate", f"--workdir={workdir}", devices=2).stdout.splitlines()
     assert words.startswith("evaluation at step 6: loss ") and words.endswith("tokens)")

@@ -9,10 +9,10 @@ from jaxdp.parallel import AXIS, Replicas
 
 
 def test_perplexity_and_bits_per_byte():
-    evaluation = Evaluation(loss=math.log(8), tokens=10)
+    evaluation = Evaluation(loss=math.log(8), tokens=10, tokens_per_byte=0.5)
     assert evaluation.perplexity == pytest.approx(8)
     # Three bits per token, half a token per byte.
-    assert evaluation.bits_per_byte(0.5) == pytest.approx(1.5)
+    assert evaluation.bits_per_byte == pytest.approx(1.5)
     assert Evaluation(1000.0, 1).perplexity == math.inf
 
 

@@ -50,17 +50,23 @@ def test_a_flushed_step_is_on_disk(tmp_path, config):
         assert read_jsonl(tmp_path) == [{"step": 1, "train/loss": 2.0}]
 
 
-def test_tensorboard_gets_the_scalars(tmp_path, config):
-    with MetricsWriter(tmp_path, config, 0) as writer:
-        writer.write(3, {"train/loss": 2.0})
-        writer.write_text(3, "sample", "Once upon a time")
-    [path] = (tmp_path / "tensorboard").iterdir()
+def logged(workdir):
+    """[(step, tag)] of TensorBoard's events."""
+    [path] = (workdir / "tensorboard").iterdir()
     tags, data = [], path.read_bytes()
     while data:  # TFRecord: length, its checksum, event, its checksum.
         length = int.from_bytes(data[:8], "little")
         event = event_pb2.Event.FromString(data[12 : 12 + length])
         tags += [(event.step, value.tag) for value in event.summary.value]
         data = data[16 + length :]
+    return tags
+
+
+def test_tensorboard_gets_the_scalars(tmp_path, config):
+    with MetricsWriter(tmp_path, config, 0) as writer:
+        writer.write(3, {"train/loss": 2.0})
+        writer.write_text(3, "sample", "Once upon a time")
+    tags = logged(tmp_path)
     assert (3, "train/loss") in tags
     assert any(tag.startswith("sample") for _, tag in tags)
 

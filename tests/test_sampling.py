@@ -2,7 +2,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_metrics import logged
 
+from jaxdp import loop
 from jaxdp.model import ModelConfig, Transformer
 from jaxdp.sampling import filter_logits, sample
 
@@ -86,3 +88,11 @@ LOGITS = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
 def test_filter_keeps_the_likeliest(options, kept):
     filtered = filter_logits(LOGITS, *options)[0]
     assert (jnp.isfinite(filtered) == (jnp.arange(4) < kept)).all()
+
+
+@pytest.mark.parametrize(("at_eval", "steps"), [(True, [3, 6]), (False, [6])])
+def test_a_run_samples_where_it_is_asked_to(config, tmp_path, at_eval, steps):
+    config.sample.at_eval = at_eval
+    loop.train(config, tmp_path, devices=jax.local_devices()[:2])
+    found = [step for step, tag in logged(tmp_path) if tag.startswith("sample")]
+    assert found == steps

@@ -27,7 +27,7 @@ from jaxdp import tokenizer as tokenizers
 from jaxdp.config import ConfigError, shown
 from jaxdp.data import building, layout
 from jaxdp.data.layout import SPLITS, DamagedError
-from jaxdp.data.sources import Source, get_sources
+from jaxdp.data.sources import Source, ValidationOnly, get_sources
 
 FORMAT = 2  # Raise it when the same config would give other tokens than before.
 WHOLE = 2**30  # To read so much takes a second or two.
@@ -70,7 +70,9 @@ class TokenCache:
         return tokens / self.validation_bytes
 
 
-def open_cache(config: ConfigDict, report: Callable[[str], None] = print) -> TokenCache:
+def open_cache(
+    config: ConfigDict, report: Callable[[str], None] = print, train: bool = True
+) -> TokenCache:
     """Opens the token cache for a config and builds it first if it isn't there.
 
     Processes that start at once wait for the one that builds. Where one dies while it builds, the
@@ -79,11 +81,14 @@ def open_cache(config: ConfigDict, report: Callable[[str], None] = print) -> Tok
     Args:
       config: a valid config.
       report: is told in a line what takes time.
+      train: whether training tokens are wanted; else there are none.
 
     Raises:
       ConfigError: there is no such data or tokenizer.
     """
     sources = get_sources(config)
+    if not train:
+        sources = [ValidationOnly(source) for source in sources]
     root = Path(os.path.expanduser(config.data.cache_dir or "~/.cache/jaxdp/tokens"))
     try:
         root.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,11 @@ LONGEST = 100_000  # Turns of a cycle.
 
 
 def parse(path: str) -> dict[str, int]:
-    """What a data.path such as "0.7*tfds:lm1b+0.3*text:GLOB" names, each with its share.
+    """What a data.path names, each with its share.
+
+    Examples:
+      >>> parse("0.7*tfds:lm1b+0.3*text:books/*.txt"), parse("books/*.txt")
+      ({'tfds:lm1b': 7, 'text:books/*.txt': 3}, {'books/*.txt': 1})
 
     Returns:
       {path: turns in a cycle}; one path with 1 where there are no weights.
@@ -66,6 +70,10 @@ class Cycle:
 
 def cycle(shares: Sequence[int]) -> Cycle:
     """A cycle in which, after any number of turns, each source is within one of its share.
+
+    Examples:
+      >>> cycle([3, 2]).turns.tolist()
+      [0, 1, 0, 1, 0]
 
     Each turn goes to whom is owed one, and of these to whose is due first: so a source's m-th turn
     is in the window from floor((m - 1) / w) to ceil(m / w) of its weight w (Baruah et al. 1996,

@@ -202,7 +202,12 @@ Sequences = Windows | Examples
 
 
 def split(window: np.ndarray, objective: str) -> tuple[np.ndarray, np.ndarray]:
-    """[P, L + 1] -> inputs and targets, [P, L] each."""
+    """[P, L + 1] -> inputs and targets, [P, L] each.
+
+    Examples:
+      >>> [x.tolist() for x in split(np.array([[5, 6, 7, 8]]), "causal")]
+      [[[5, 6, 7]], [[6, 7, 8]]]
+    """
     if objective == "masked":
         return window[:, 1:], window[:, 1:]
     return window[:, :-1], window[:, 1:]
@@ -210,6 +215,11 @@ def split(window: np.ndarray, objective: str) -> tuple[np.ndarray, np.ndarray]:
 
 def documents(inputs: np.ndarray, end: int) -> Batch:
     """Which document of its sequence a token is of, and its place there.
+
+    Examples:
+      >>> found = documents(np.array([[5, 6, 0, 7, 8]]), end=0)
+      >>> found["segments"].tolist(), found["positions"].tolist()
+      ([[0, 0, 0, 1, 1]], [[0, 1, 2, 0, 1]])
 
     Args:
       inputs: [P, L] int32.

@@ -1,5 +1,6 @@
 """Where documents come from: a TFDS dataset, text files or JSON lines, each split in two."""
 
+import dataclasses
 import glob
 import itertools
 import json
@@ -37,6 +38,25 @@ class Source(Protocol):
 
     def examples(self, split: str) -> Iterator[Example]:
         """Yields them in two parts: a prompt ("" without data.prompt_key), and what follows it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ValidationOnly:
+    """A source of which only the validation split is wanted: its training split is empty."""
+
+    source: Source
+
+    def identity(self) -> dict:
+        """The source's, and that this is not all of it."""
+        return self.source.identity() | {"train": None}
+
+    def documents(self, split: str) -> Iterator[str]:
+        """The source's, of "validation"."""
+        return iter(()) if split == "train" else self.source.documents(split)
+
+    def examples(self, split: str) -> Iterator[Example]:
+        """Likewise."""
+        return iter(()) if split == "train" else self.source.examples(split)
 
 
 def get_sources(config: ConfigDict) -> list[Source]:

@@ -1,0 +1,202 @@
+"""What a run costs beyond its compiled step: data, figures, checkpoints, checks, dispatch.
+
+    python benchmarks/overheads.py --config=configs/shakespeare_char.py --workdir=runs/overheads \
+        --config.data.path=tinyshakespeare.txt --config.global_batch_size=8
+
+A real run, set up by `loop.train`, whose parts are called here one by one. Those that work on this
+thread (figures, the check of the replicas, dispatch) are timed while the devices have nothing to
+do, which is more than what they cost in a run, where a step is under way meanwhile. What works in
+the background, too, and takes time from the step by that, is timed by the steps beside it: in
+turns with steps that have nothing beside them, the figure being the median over turns of the
+difference within one (below 0 where it drowns in noise). A checkpoint's turn is a save, and as many
+steps as go by until it is on disk. Figures for each step are spread: a checkpoint's over 100 steps,
+the check's over sync.check_every.
+"""
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from ml_collections import config_flags
+
+from jaxdp import command, cpu, loop
+from jaxdp.config import ConfigError
+from jaxdp.model import num_parameters
+from jaxdp.run import Result, Run
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config().")
+WORKDIR = flags.DEFINE_string("workdir", None, "A new folder for the run.")
+TURNS = flags.DEFINE_integer("turns", 8, "Turns.")
+STEPS = 10  # In a turn; a multiple of log_every.
+SAVE_EVERY = 100  # Steps over which a checkpoint's time is spread.
+
+
+class Overheads:
+    """A run in place of whose loop its parts are measured."""
+
+    def __init__(self, run: Run, state: Any, start: int):
+        """Compiles the step, and everything else that is compiled when it is first used."""
+        self.run, self.state, self.done = run, state, start
+        run.start_clock(state)
+        run.display.start(start, run.config.num_train_steps)
+        self.rounds = run.rounds(start)
+        self.batch = next(self.rounds)
+        self.dispatched: list[float] = []
+        self.logged: list[float] = []
+        self.steps(3)
+        run.check_replicas(self.done, self.state)
+        self.save_steps = self.save_until_done()
+
+    def steps(
+        self, count: int, fed: bool = False, log: bool = False, until: Callable = lambda: False
+    ) -> list[float]:
+        """Trains, as the loop does with its metrics read a step behind; seconds of each step."""
+        pending, seconds = None, []
+        for _ in range(count):
+            began = time.perf_counter()
+            batch = next(self.rounds) if fed else self.batch
+            waited = time.perf_counter() - began
+            self.state, metrics = self.run.program(self.done, self.state, batch)
+            if pending is not None:
+                jax.block_until_ready(pending[1])
+                if log:
+                    self.run.log(*pending)
+            pending, self.done = (self.done, metrics, waited), self.done + 1
+            seconds.append(time.perf_counter() - began)
+            if until():
+                break
+        began = time.perf_counter()
+        jax.block_until_ready(self.state)
+        seconds[-1] += time.perf_counter() - began
+        if log:
+            self.run.log(*pending)
+        return seconds
+
+    def save_until_done(self) -> int:
+        """Saves; the steps that go by until it is on disk."""
+        self.run.save(self.done, self.state, None)
+        manager = self.run.checkpoints._manager
+        return len(self.steps(1000, until=lambda: not manager.is_saving_in_progress()))
+
+    def alone(self, count: int) -> None:
+        """Steps one at a time: seconds until the call returns, and for the figures of each."""
+        for _ in range(count):
+            before = self.done
+            began = time.perf_counter()
+            self.state, metrics = self.run.program(before, self.state, self.batch)
+            self.dispatched.append(time.perf_counter() - began)
+            jax.block_until_ready((self.state, metrics))
+            self.done += 1
+            began = time.perf_counter()
+            self.run.log(before, metrics, 0.0)
+            self.logged.append(time.perf_counter() - began)
+
+    def checked(self) -> float:
+        """Seconds of a check of the replicas."""
+        return _seconds(lambda: self.run.check_replicas(self.done, self.state))
+
+    def saved(self) -> tuple[float, float, float]:
+        """Seconds that a save takes in all, until it returns, and that it holds a step up at most.
+
+        The former by the same number of steps without it, half before and half after.
+        """
+        count = self.save_steps
+        without = self.steps(count)
+        call = _seconds(lambda: self.run.save(self.done, self.state, None))
+        during = self.steps(count)
+        self.run.checkpoints.check()
+        self.run.checkpoints.wait()
+        without = (sum(without) + sum(self.steps(count))) / 2
+        step = without / count
+        return call + sum(during) - without, call, max(call, max(during) - step)
+
+
+def _seconds(function: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    function()
+    return time.perf_counter() - began
+
+
+def measure(run: Run, state: Any, start: int) -> Result:
+    """Takes the place of the run's loop: measures, and prints a table."""
+    o = Overheads(run, state, start)
+    bare, fed, logged, checks, saves = [], [], [], [], []
+    for _ in range(TURNS.value):
+        bare.append(sum(o.steps(STEPS)) / STEPS)
+        fed.append(sum(o.steps(STEPS, fed=True)) / STEPS)
+        logged.append(sum(o.steps(STEPS, fed=True, log=True)) / STEPS)
+        o.alone(STEPS)
+        checks.append(o.checked())
+        saves.append(o.saved())
+    step, every = statistics.median(bare), run.config.sync.check_every
+    many, one = merged(run, o.state)
+    extra, call, stall = (statistics.median(x) for x in zip(*saves, strict=True))
+    waits = [_seconds(lambda: next(o.rounds)) for _ in range(STEPS)]
+    rows = {
+        "waiting for a batch (this thread)": statistics.median(waits),
+        "data, beside the step": _difference(fed, bare),
+        "data, figures and progress, beside the step": _difference(logged, bare),
+        "figures and progress (this thread)": statistics.mean(o.logged),
+        f"a checkpoint, over {SAVE_EVERY} steps": extra / SAVE_EVERY,
+        f"a check of the replicas, over {every} steps": statistics.median(checks) / every,
+        "dispatch of the step (this thread)": statistics.median(o.dispatched),
+    }
+    o.run.display.stop()
+    leaves = len(jax.tree.leaves(o.state))
+    print(
+        f"{num_parameters(o.state.params):,} parameters, {run.replicas.device_count} x "
+        f"{jax.devices()[0].device_kind}, step {1e3 * step:.1f} ms ({leaves} arrays)\n\n"
+        "| | ms per step | % of the step |\n|---|---|---|"
+    )
+    for name, seconds in rows.items():
+        print(f"| {name} | {1e3 * seconds:.2f} | {100 * seconds / step:.2f} |")
+    print(
+        f"\nA checkpoint: {1e3 * extra:.0f} ms in all, of which the loop stands still for "
+        f"{1e3 * call:.0f}; on disk after {o.save_steps} steps; a step held up by at most "
+        f"{1e3 * max(s for *_, s in saves):.0f} ms (median {1e3 * stall:.0f}). A check: "
+        f"{1e3 * statistics.median(checks):.1f} ms. Dispatch of a program that only adds: "
+        f"{1e3 * many:.2f} ms with {leaves} arrays, {1e3 * one:.2f} ms with one of the same size."
+    )
+    return Result(o.done, False, None, o.state)
+
+
+def _difference(some: list[float], bare: list[float]) -> float:
+    return statistics.median(x - y for x, y in zip(some, bare, strict=True))
+
+
+def merged(run: Run, state: Any) -> tuple[float, float]:
+    """Seconds until a call returns that adds 1 to each array of a state, and to one as large."""
+    add = run.replicas.pmap(lambda tree, _: jax.tree.map(lambda x: x + 1, tree), donate=True)
+    nothing = run.replicas.put(np.zeros(len(run.replicas.devices)))
+    many = jax.device_get(jax.tree.leaves(state))
+    one = np.zeros(sum(x.size for x in many), np.float32)
+    found = []
+    for arrays in (many, one):
+        tree, seconds = add(run.replicas.replicate(arrays), nothing), []
+        for _ in range(30):
+            jax.block_until_ready(tree)
+            began = time.perf_counter()
+            tree = add(tree, nothing)
+            seconds.append(time.perf_counter() - began)
+        found.append(statistics.median(seconds))
+    return found[0], found[1]
+
+
+def main() -> int:
+    """Starts a run whose loop is `measure`."""
+    if not (CONFIG.value and WORKDIR.value):
+        raise ConfigError("--config or --workdir is missing: give a config and a new folder")
+    command.prepare_jax()
+    cpu.prepare(CONFIG.value)
+    loop._steps = measure
+    loop.train(CONFIG.value, WORKDIR.value)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(command.run(main, command.check_overrides))

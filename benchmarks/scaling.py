@@ -1,0 +1,151 @@
+"""What stands between each method and perfect scaling: its collectives, and what they cost.
+
+    JAX_NUM_CPU_DEVICES=8 python benchmarks/scaling.py --config=configs/shakespeare_char.py \
+        > benchmarks/scaling.md
+
+Nothing is trained. Each method's step is compiled for 8 devices, and its collectives are looked for
+in the optimized program: how many, of how many bytes (which must be those that jaxdp.price
+predicts), and where. Then the same formula as in jaxdp.plan says what that means for GPT-2.
+"""
+
+import datetime
+import os
+import platform
+import sys
+from collections.abc import Iterator
+
+import jax
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+from schedule import Schedule
+
+from jaxdp import command, methods, prediction, price
+from jaxdp.configs import gpt2_124m
+from jaxdp.display import quantity
+from jaxdp.methods import METHODS
+from jaxdp.model import ModelConfig, Transformer
+from jaxdp.optimizer import get_optimizer, get_schedule
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config().")
+VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 65, "Of the config's tokenizer.")
+TFLOPS = flags.DEFINE_float("tflops", 400.0, "10^12 FLOP/s that a GPU reaches.")
+LATENCY = flags.DEFINE_float("latency_us", 10.0, "Microseconds that a message takes.")
+
+DEVICES = 8
+# Bytes of the largest figures (loss, tokens, a norm), fewer than those of any parameter array.
+FIGURES = 1000
+# Bytes per second that a device sends.
+NETWORKS = {"NVLink (H100: 900 GB/s, half of it each way)": 450e9, "400 Gbit/s": 400e9 / 8}
+MODELS = {
+    "GPT-2 124M, 60 sequences x 1,024 per device": {},
+    "GPT-2 124M, 4 sequences x 1,024 per device": {
+        "global_batch_size": 4 * DEVICES,
+        "grad_accum_steps": 1,
+    },
+    "GPT-2 1.3B, 16 sequences x 2,048 per device": {
+        "model.num_layers": 24,
+        "model.num_heads": 16,
+        "model.embed_dim": 2048,
+        "seq_len": 2048,
+        "global_batch_size": 16 * DEVICES,
+        "grad_accum_steps": 1,
+    },
+}
+
+
+def main() -> int:
+    """Prints the document."""
+    assert jax.local_device_count() == DEVICES, "set JAX_NUM_CPU_DEVICES=8"
+    print("# What scaling costs\n")
+    print(introduction())
+    print("\n## In the compiled program\n")
+    print("\n".join(collective_rows(CONFIG.value)))
+    for name, keys in MODELS.items():
+        print(f"\n## {name}")
+        for network, bandwidth in NETWORKS.items():
+            print(f"\n{network}:\n")
+            print("\n".join(efficiency_rows(model_config(keys), bandwidth)))
+    return 0
+
+
+def introduction() -> str:
+    """How the document came about."""
+    arguments = " ".join(sys.argv[1:])
+    return f"""Made by `JAX_NUM_CPU_DEVICES={DEVICES} python benchmarks/scaling.py {arguments}` on \
+{datetime.date.today():%d %B %Y},
+JAX {jax.__version__}, Python {platform.python_version()}, {len(os.sched_getaffinity(0))} cores of \
+{platform.machine()}. **Nothing here is a measurement on GPUs**:
+the programs are those of XLA's CPU backend, and the efficiencies are computed by the formula of
+[docs/plan.md](../docs/plan.md) for GPUs of {TFLOPS.value:g} TFLOP/s and messages that take \
+{LATENCY.value:g} us, on one ring of equal
+links, with as many sequences more as there are devices more. *Hidden*: the bound if the all-reduce
+went on during the backward pass, two thirds of the computing, at no cost to it."""
+
+
+def collective_rows(config: ConfigDict) -> Iterator[str]:
+    """A row for each large collective of each method's program.
+
+    Raises:
+      AssertionError: they are not those that `methods.traffic` predicts.
+    """
+    yield "| sync.method | collective | bytes | predicted | place | products before | could hide |"
+    yield "|---|---|---|---|---|---|---|"
+    for name in METHODS:
+        other = prediction.changed(config, "sync.method", name)
+        text = prediction.compiled_step(other, VOCAB_SIZE.value, DEVICES).as_text()
+        found = price.collectives(text, DEVICES)
+        large = {key: c for key, c in found.items() if c.bytes > FIGURES}
+        predicted = predicted_traffic(other, VOCAB_SIZE.value)
+        assert [c.kind for c in large.values()] == [c.kind for c in predicted], (large, predicted)
+        schedule = Schedule(text)
+        for (key, collective), expected in zip(large.items(), predicted, strict=True):
+            assert 0 <= collective.bytes - expected.bytes <= FIGURES, (key, collective, expected)
+            place = schedule.place(key)
+            yield (
+                f"| {name} | {collective.kind} | {collective.bytes:,} | {expected.bytes:,} | "
+                f"{place.number} of {schedule.length} | {place.flops_before:.1%} | "
+                f"{place.flops_free:.1%} |"
+            )
+        small = [c.bytes for c in found.values() if c.bytes <= FIGURES]
+        if small:
+            yield f"| | {len(small)} small ones | {sum(small)} | | | | |"
+    flops = prediction.step_flops(config, VOCAB_SIZE.value, DEVICES)[1]
+    yield f"""
+Bytes of the buffers, in the order of the schedule. A method is predicted to send its arrays; a
+collective may have up to {FIGURES:,} bytes of figures (loss, tokens) with them. *Place*: among the
+instructions that do something. *Products before*: the share of the program's matrix products that
+come before it ({quantity(schedule.flops / other.sync.every)} FLOPs per step; \
+{quantity(flops)} by the formula of `mfu`, which counts masked attention, too).
+*Could hide*: the share of them that neither lead to the collective nor wait for it: all that it
+could be hidden behind if it were asynchronous."""
+
+
+def predicted_traffic(config: ConfigDict, vocab: int) -> list[price.Collective]:
+    """`methods.traffic` of a config on 8 devices."""
+    params = prediction.parameter_shapes(Transformer(ModelConfig.from_config(config, vocab)))
+    opt_state = jax.eval_shape(get_optimizer(config, get_schedule(config)).init, params)
+    return methods.traffic(config, params, opt_state, DEVICES)
+
+
+def model_config(keys: dict) -> ConfigDict:
+    """GPT-2's config with other keys."""
+    config = gpt2_124m.get_config()
+    config.update_from_flattened_dict(keys)
+    return config
+
+
+def efficiency_rows(config: ConfigDict, bandwidth: float) -> Iterator[str]:
+    """Efficiencies by number of devices, also if the backward pass hid all that it can."""
+    rate, latency = TFLOPS.value * 1e12, LATENCY.value / 1e6
+    table = prediction.efficiencies(config, 50257, DEVICES, rate, bandwidth, latency)
+    yield f"| devices | {' | '.join(table)} | gradient_mean, hidden |"
+    yield "|---|" + "---|" * (len(table) + 1)
+    for count in prediction.COUNTS[3:]:
+        cells = [f"{row[count]:.1%}" if count in row else "" for row in table.values()]
+        # In units of the step's computing, two thirds of which are the backward pass.
+        exposed = max(0.0, 1 / table["gradient_mean"][count] - 1 - 2 / 3)
+        yield f"| {count:,} | {' | '.join(cells)} | {1 / (1 + exposed):.1%} |"
+
+
+if __name__ == "__main__":
+    sys.exit(command.run(main))

@@ -1,0 +1,138 @@
+"""Seconds from the start of the process to the end of the first step, side by side with nanoGPT.
+
+    python benchmarks/startup.py --nanogpt=nanoGPT --torch_python=torch-venv/bin/python \
+        --config.data.path=tinyshakespeare.txt
+
+As users start them, each with the model of nanoGPT's character config for CPUs: `python -m
+jaxdp.train`, and nanoGPT's `train.py`, whose evaluation before the first step is kept to one batch.
+The text is tokenised already, for both. "Cold" is with empty caches of compiled programs. In
+turns; medians.
+"""
+
+import os
+import pickle
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+from ml_collections import config_flags
+
+from jaxdp import command
+from jaxdp.configs import shakespeare_char_cpu
+from jaxdp.data.cache import open_cache
+
+CONFIG = config_flags.DEFINE_config_dict("config", shakespeare_char_cpu.get_config())
+NANOGPT = flags.DEFINE_string("nanogpt", None, "A checkout of nanoGPT; it is not changed.")
+TORCH_PYTHON = flags.DEFINE_string("torch_python", None, "A Python that has PyTorch.")
+TURNS = flags.DEFINE_integer("turns", 5, "Turns.")
+
+
+def first_step(sign: str, *arguments: str, cwd: Path, **environ: str) -> float:
+    """Seconds until a process prints a line that starts with a sign; it is killed then."""
+    began = time.perf_counter()
+    process = subprocess.Popen(
+        arguments,
+        cwd=cwd,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"} | environ,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    printed = []
+    for line in process.stdout:
+        printed.append(line)
+        if line.startswith(sign):
+            seconds = time.perf_counter() - began
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return seconds
+    raise SystemExit("".join(printed))
+
+
+def ours(folder: Path) -> Callable[[bool], float]:
+    """A start of jaxdp, cold or not."""
+    compiled, workdir = folder / "xla", folder / "run"
+    given = [x for x in sys.argv[1:] if x.startswith("--config.")]
+    arguments = ["--config=" + shakespeare_char_cpu.__file__, f"--workdir={workdir}", *given]
+
+    def start(cold: bool) -> float:
+        shutil.rmtree(workdir, ignore_errors=True)
+        if cold:
+            shutil.rmtree(compiled, ignore_errors=True)
+        return first_step(
+            "step ",
+            *(sys.executable, "-m", "jaxdp.train", *arguments, "--config.log_every=1"),
+            cwd=Path.cwd(),
+            JAX_COMPILATION_CACHE_DIR=str(compiled),
+        )
+
+    return start
+
+
+def theirs(folder: Path, config, compiling: bool) -> Callable[[bool], float]:
+    """A start of nanoGPT, cold or not."""
+    copy, caches = folder / f"nanoGPT{compiling:d}", folder / f"inductor{compiling:d}"
+    shutil.copytree(NANOGPT.value, copy, ignore=shutil.ignore_patterns(".git"))
+    cache, data = open_cache(config), copy / "data" / "shakespeare_char"
+    np.asarray(cache.train, np.uint16).tofile(data / "train.bin")
+    np.asarray(cache.validation, np.uint16).tofile(data / "val.bin")
+    (data / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": cache.vocab_size}))
+    settings = {
+        "device": "cpu",
+        "compile": compiling,
+        "eval_iters": 1,
+        "log_interval": 1,
+        "block_size": config.seq_len,
+        "batch_size": config.global_batch_size,
+        "n_layer": config.model.num_layers,
+        "n_head": config.model.num_heads,
+        "n_embd": config.model.embed_dim,
+        "dropout": config.model.dropout,
+    }
+    arguments = [f"--{key}={value}" for key, value in settings.items()]
+
+    def start(cold: bool) -> float:
+        if cold:
+            shutil.rmtree(caches, ignore_errors=True)
+        return first_step(
+            "iter 0",
+            *(TORCH_PYTHON.value, "train.py", "config/train_shakespeare_char.py", *arguments),
+            cwd=copy,
+            TORCHINDUCTOR_CACHE_DIR=str(caches),
+        )
+
+    return start
+
+
+def main() -> int:
+    """Times, prints a table."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        contestants = {
+            "jaxdp": ours(folder),
+            "nanoGPT eager": theirs(folder, CONFIG.value, False),
+            "nanoGPT compiled": theirs(folder, CONFIG.value, True),
+        }
+        seconds: dict[tuple[str, bool], list[float]] = {}
+        for _ in range(TURNS.value):
+            for cold in (True, False):
+                for name, start in contestants.items():
+                    seconds.setdefault((name, cold), []).append(start(cold))
+    print("| | cold: s | warm: s |\n|---|---|---|")
+    for name in contestants:
+        cold, warm = (statistics.median(seconds[name, cold]) for cold in (True, False))
+        print(f"| {name} | {cold:.1f} | {warm:.1f} |")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(command.run(main, command.check_overrides))

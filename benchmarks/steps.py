@@ -1,0 +1,67 @@
+"""What contestants train: our step as a run does it, and nanoGPT's settings for the same model."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from jaxdp import parallel
+from jaxdp.model import ModelConfig, Transformer
+from jaxdp.optimizer import get_optimizer, get_schedule
+from jaxdp.parallel import Replicas
+from jaxdp.program import Program
+from jaxdp.step import create_state, plain
+
+
+def trainer(
+    config: ConfigDict, vocab_size: int, replicas: Replicas, batches: Iterable[dict[str, Any]]
+) -> Callable[[int], None]:
+    """A function that trains so many steps; metrics are read a step behind.
+
+    Args:
+      config: with more steps to come than will be asked for.
+      vocab_size: of the tokenizer.
+      replicas: to train on.
+      batches: of `pipeline.train_batches`.
+    """
+    schedule = get_schedule(config)
+    program = Program(config, replicas, schedule, plain)
+    model = Transformer(ModelConfig.from_config(config, vocab_size))
+    optimizer = get_optimizer(config, schedule)
+    state = create_state(model, optimizer, config.seed, replicas, program.method)
+    said = {name: np.zeros(config.global_batch_size, np.float32) for name in ("stop", "busy")}
+    hosts = ([batch | said] for batch in batches)
+    rounds, done = parallel.prefetch(hosts, replicas.shard_steps), 0
+
+    def steps(count: int) -> None:
+        nonlocal state, done
+        before = None
+        for _ in range(count):
+            state, metrics = program(done, state, next(rounds))
+            jax.device_get(before)
+            before, done = metrics, done + 1
+        jax.device_get(before)
+
+    return steps
+
+
+def peer_settings(config: ConfigDict, vocab_size: int) -> dict[str, Any]:
+    """Those of nanogpt_steps.py, but for nanogpt, tokens, device and compile."""
+    return {
+        "batch_size": config.global_batch_size,
+        "learning_rate": config.optimizer.learning_rate,
+        "weight_decay": config.optimizer.weight_decay,
+        "betas": [config.optimizer.b1, config.optimizer.b2],
+        "grad_clip": config.optimizer.clip_norm,
+        "model": {
+            "block_size": config.seq_len,
+            "vocab_size": vocab_size,
+            "n_layer": config.model.num_layers,
+            "n_head": config.model.num_heads,
+            "n_embd": config.model.embed_dim,
+            "dropout": config.model.dropout,
+            "bias": config.model.bias,
+        },
+    }

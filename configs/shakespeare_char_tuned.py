@@ -1,0 +1,22 @@
+"""nanoGPT's character model for CPUs in a recipe of today: the same parameters, steps and tokens.
+
+    python -m jaxdp.train --config=configs/shakespeare_char_tuned.py --workdir=runs/char_tuned \
+        --config.data.path=tinyshakespeare.txt
+
+Rotary positions (Su et al. 2021), SwiGLU (Shazeer 2020) and Muon (Jordan et al. 2024) in place of
+learned positions, GELU and AdamW; the rest is as in shakespeare_char_cpu.py.
+"""
+
+from ml_collections import ConfigDict
+
+from jaxdp.configs import shakespeare_char_cpu
+
+
+def get_config() -> ConfigDict:
+    """Returns the config, complete but for data.path."""
+    c = shakespeare_char_cpu.get_config()
+    c.model.positions = "rotary"
+    c.model.activation = "swiglu"
+    c.model.mlp_dim = 344  # 8/3 of 128: as many parameters as GELU's 4 x 128.
+    c.optimizer.name = "muon"
+    return c

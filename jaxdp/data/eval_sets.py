@@ -1,0 +1,95 @@
+"""Texts to evaluate on beside the validation split, each under a name: config.eval_sets."""
+
+import contextlib
+import dataclasses
+import re
+from collections.abc import Callable, Iterator
+
+from ml_collections import ConfigDict
+
+from jaxdp.config import ConfigError, shown
+from jaxdp.data.cache import TokenCache, open_cache
+from jaxdp.data.sources import get_sources
+
+NAME = r"[A-Za-z0-9_.-]{1,40}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """The validation split of a config.
+
+    Attributes:
+      config: a valid one.
+      cache: of its data.
+    """
+
+    config: ConfigDict
+    cache: TokenCache
+
+
+def parse(text: str) -> dict[str, str]:
+    """{name: path} of such as "code=text:GLOB,wiki=tfds:NAME"; a path may hold commas.
+
+    Raises:
+      ConfigError: a set has no name, no path, or another's name.
+    """
+    sets: dict[str, str] = {}
+    for part in re.split(rf",(?={NAME}=)", text) if text else []:
+        name, equals, path = part.partition("=")
+        if not equals or not path or not re.fullmatch(NAME, name):
+            raise ConfigError(
+                f"eval_sets={shown(text)} has {shown(part)}, which is no set: write them as "
+                "NAME=PATH,NAME=PATH, with names of letters, digits, '_', '.' and '-'"
+            )
+        if name in sets:
+            raise ConfigError(
+                f"eval_sets={shown(text)} has two sets named {name!r}: give one another name"
+            )
+        sets[name] = path
+    return sets
+
+
+def find(config: ConfigDict) -> None:
+    """Looks for all sets; raises ConfigError where one is wrong or isn't there."""
+    for name in parse(config.eval_sets):
+        with named(config, name):
+            get_sources(_config_of(config, name))
+
+
+def open_set(
+    config: ConfigDict, name: str, cache: TokenCache, report: Callable[[str], None]
+) -> Split:
+    """Opens a set, tokenised as a run's data are; it has a cache of its own.
+
+    Args:
+      config: of the run.
+      name: of the set.
+      cache: of the run's data.
+      report: is told in a line what takes time.
+
+    Raises:
+      ConfigError: it can't be read, or has a character that the tokenizer doesn't know.
+    """
+    own = _config_of(config, name)
+    own.tokenizer = str(cache.folder / "tokenizer.json")
+    return Split(own, open_cache(own, report, train=False))
+
+
+@contextlib.contextmanager
+def named(config: ConfigDict, name: str) -> Iterator[None]:
+    """Says of an error of which set it is."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"eval_sets: {name}={shown(_path(config, name))}: {error}") from None
+
+
+def _path(config: ConfigDict, name: str) -> str:
+    return parse(config.eval_sets)[name]
+
+
+def _config_of(config: ConfigDict, name: str) -> ConfigDict:
+    """The run's, with a set as its validation split, files as a whole."""
+    own = ConfigDict(config.to_dict())
+    own.data.path, own.data.eval_fraction = _path(config, name), 1.0
+    return own
