@@ -42,7 +42,7 @@ class Overheads:
     def __init__(self, run: Run, state: Any, start: int):
         """Compiles the step, and everything else that is compiled when it is first used."""
         self.run, self.state, self.done = run, state, start
-        run.start_clock(state)
+        run.start_clock(start, state)
         run.display.start(start, run.config.num_train_steps)
         self.rounds = run.rounds(start)
         self.batch = next(self.rounds)
@@ -162,7 +162,7 @@ def measure(run: Run, state: Any, start: int) -> Result:
         f"{1e3 * statistics.median(checks):.1f} ms. Dispatch of a program that only adds: "
         f"{1e3 * many:.2f} ms with {leaves} arrays, {1e3 * one:.2f} ms with one of the same size."
     )
-    return Result(o.done, False, None, o.state)
+    return Result(o.done, False, {}, o.state)
 
 
 def _difference(some: list[float], bare: list[float]) -> float:
