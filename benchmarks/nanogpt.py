@@ -1,11 +1,12 @@
-"""Training speed on CPUs, side by side with nanoGPT (PyTorch, eager and compiled).
+"""Training speed on CPUs, side by side with nanoGPT (PyTorch, eager and compiled), and nanodo.
 
     git clone https://github.com/karpathy/nanoGPT
     python -m venv torch-venv && torch-venv/bin/pip install torch==2.13.0 numpy
     python benchmarks/nanogpt.py --config=configs/shakespeare_char_cpu.py --nanogpt=nanoGPT \
         --torch_python=torch-venv/bin/python --config.data.path=tinyshakespeare.txt
 
-The same model, batch, optimizer and text for both, in float32. Each contestant is a process of its
+With --nanodo=CHECKOUT --nanodo_python=PYTHON, which has its requirements, against nanodo, too. The
+same model, batch, optimizer and text for all, in float32. Each contestant is a process of its
 own, and they train in turns, a few steps each, so that what else the machine does hits all of them
 alike; a ratio is the median over turns of the times within one. Ours are the steps of a real
 run: fed by its data pipeline, metrics read a step behind.
@@ -29,6 +30,8 @@ from jaxdp.data.cache import open_cache
 CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config().")
 NANOGPT = flags.DEFINE_string("nanogpt", None, "A checkout of nanoGPT.")
 TORCH_PYTHON = flags.DEFINE_string("torch_python", None, "A Python that has PyTorch.")
+NANODO = flags.DEFINE_string("nanodo", None, "A checkout of nanodo; without, it has no part.")
+NANODO_PYTHON = flags.DEFINE_string("nanodo_python", None, "A Python that has its requirements.")
 STEPS = flags.DEFINE_integer("steps", 10, "Steps in a turn.")
 TURNS = flags.DEFINE_integer("turns", 15, "Turns.")
 SERVE = flags.DEFINE_integer("serve", 0, "Be a contestant with so many devices (internal).")
@@ -58,26 +61,37 @@ def main() -> int:
 
 def start(config, folder: Path) -> dict[str, Contestant]:
     """All contestants, by name."""
-    cache = open_cache(config)
-    np.asarray(cache.train, np.uint16).tofile(folder / "tokens.bin")
+    cache, tokens = open_cache(config), folder / "tokens.bin"
+    np.asarray(cache.train, np.uint16).tofile(tokens)
     settings = steps.peer_settings(config, cache.vocab_size) | {
         "nanogpt": NANOGPT.value,
-        "tokens": str(folder / "tokens.bin"),
+        "tokens": str(tokens),
         "device": "cpu",
     }
-    peer = str(Path(__file__).with_name("nanogpt_steps.py"))
+    folder = Path(__file__).parent
+    peer, nanodo = str(folder / "nanogpt_steps.py"), str(folder / "nanodo_steps.py")
     ours = [sys.executable, *sys.argv]
-    return {
-        f"jaxdp, {count} device{'s' * (count > 1)}": Contestant(
-            *ours, f"--serve={count}", JAX_NUM_CPU_DEVICES=str(count)
-        )
-        for count in (1, 2)
-    } | {
-        f"nanoGPT {kind}": Contestant(
-            TORCH_PYTHON.value, peer, json.dumps(settings | {"compile": kind == "compiled"})
-        )
-        for kind in ("eager", "compiled")
-    }
+    given = settings | {"nanodo": NANODO.value}
+    return (
+        {
+            f"jaxdp, {count} device{'s' * (count > 1)}": Contestant(
+                *ours, f"--serve={count}", JAX_NUM_CPU_DEVICES=str(count)
+            )
+            for count in (1, 2)
+        }
+        | {
+            f"nanoGPT {kind}": Contestant(
+                TORCH_PYTHON.value, peer, json.dumps(settings | {"compile": kind == "compiled"})
+            )
+            for kind in ("eager", "compiled")
+        }
+        | {
+            f"nanodo, {count} device{'s' * (count > 1)}": Contestant(
+                NANODO_PYTHON.value, nanodo, json.dumps(given | {"devices": count})
+            )
+            for count in ((1, 2) if NANODO.value else ())
+        }
+    )
 
 
 def serve(config, devices: int) -> int:

@@ -11,7 +11,11 @@ from jaxdp.methods import METHODS
 
 ON_COLAB = "https://colab.research.google.com/github/jaxdp/jaxdp/blob/main/colab"
 # The notebooks, and the config that each one's OVERRIDES are for.
-CONFIGS = {"quickstart": quickstart.get_config, "synchronisation": default.get_config}
+CONFIGS = {
+    "quickstart": quickstart.get_config,
+    "synchronisation": default.get_config,
+    "finetuning": default.get_config,
+}
 SMALL_RUN = """
     "data.path": {text!r},
     "data.cache_dir": "tokens",
@@ -49,6 +53,35 @@ OVERRIDES = {{
     "sync.check_every": 0,"""
     + SMALL_RUN
     + """}}
+"""
+)
+SMALL_FINETUNING = (
+    """
+MODEL = "hf:nobody/has-this"
+WORKDIR = "run"
+NUM_DEVICES = {num_devices}
+OVERRIDES = {{
+    "num_train_steps": 6,
+    "global_batch_size": 8,
+    "seq_len": 16,
+    "optimizer.learning_rate": 1e-3,
+    "optimizer.warmup_steps": 0,
+    "log_every": 1,
+    "eval_every": 3,
+    "eval_max_batches": 4,
+    "checkpoint.every": 3,
+    "sample.num_tokens": 0,
+}}
+STAND_IN = {{
+    "num_train_steps": 6,
+    "optimizer.warmup_steps": 2,
+    "eval_max_batches": 4,"""
+    + SMALL_RUN
+    + """
+    "tokenizer": "byte",
+}}
+PROMPTS = ["1 is", "2"]
+NUM_TOKENS = 8  # transformers goes no further than the context.
 """
 )
 
@@ -121,6 +154,7 @@ def test_is_stored_clean_and_defines_nothing(name):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_what_it_trains_by_default_is_valid(name, num_devices):
     config = CONFIGS[name]()
+    config.data.path = config.data.path or "reference.txt"
     config.update_from_flattened_dict(values(read(name))["OVERRIDES"])
     configs.validate(config)
     configs.batch_sizes(config, 1, num_devices)
@@ -181,3 +215,18 @@ def test_synchronisation_runs_from_top_to_bottom(executed):
     table = dict(line.split(maxsplit=1) for line in stdout(cells["compare"]).splitlines()[1:])
     assert list(table) == list(METHODS)
     assert has_image(cells["plot"]) and has_image(cells["drift"])
+
+
+@pytest.mark.slow
+def test_finetuning_runs_from_top_to_bottom(executed, tmp_path, monkeypatch):
+    """Offline, so with the stand-in."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    cells = executed("finetuning", SMALL_FINETUNING, 2)
+    assert "init_from='hf:nobody/has-this' can't be had" in stdout(cells["weights"])
+    assert "hf:stand_in is of the family gpt2" in stdout(cells["weights"])
+    assert "Starting from the weights of hf:stand_in" in stdout(cells["train"])
+    assert has_image(cells["plot"])
+    assert stdout(cells["sample"]).startswith("1 is") and "\n2" in stdout(cells["sample"])
+    said = stdout(cells["export"])
+    assert "config.json" in said and "model.safetensors" in said and "\n1 is" in said
+    assert (tmp_path / "finetuned" / "model.safetensors").exists()
