@@ -5,7 +5,7 @@
 #
 # From the repository, with the virtual environment active; both lie at the same place on all
 # machines, and ssh asks for no password. HOST0 is the coordinator of jax.distributed, on port
-# JAX_COORDINATOR_PORT. Ctrl-C or SIGTERM stops all processes, with everything saved; where one ends,
+# JAX_COORDINATOR_PORT. Ctrl-C or SIGTERM stops all processes, with everything saved; where one fails,
 # the others are stopped. Exit status: that of the first process that failed; 75 where all were
 # stopped as asked; else 0.
 
@@ -51,6 +51,7 @@ for _ in "${hosts[@]}"; do
     if ((code != 0 && (status == 0 || status == stopped))); then
         status=$code
     fi
-    stop
+    # Where one is done, or has stopped as asked, the others come to that by themselves.
+    ((code == 0 || code == stopped)) || stop
 done
 exit "$status"
