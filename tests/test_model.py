@@ -5,7 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdp.model import Dropout, ModelConfig, Transformer, flops_per_token, num_parameters
+from jaxdp.configs import shakespeare_char_cpu, shakespeare_char_tuned
+from jaxdp.model import (
+    Dropout,
+    ModelConfig,
+    Transformer,
+    flops_per_token,
+    num_parameters,
+    parameter_shapes,
+)
 
 SMALL = ModelConfig(
     vocab_size=11,
@@ -215,3 +223,11 @@ def test_vocabulary_is_padded_to_a_multiple(config):
     config.model.vocab_multiple = 128
     assert ModelConfig.from_config(config, 65).vocab_size == 128
     assert ModelConfig.from_config(config, 128).vocab_size == 128
+
+
+def test_the_tuned_recipe_has_nanogpts_number_of_parameters():
+    plain, tuned = (
+        num_parameters(parameter_shapes(Transformer(ModelConfig.from_config(c, 65))))
+        for c in (shakespeare_char_cpu.get_config(), shakespeare_char_tuned.get_config())
+    )
+    assert abs(tuned / plain - 1) < 0.01
