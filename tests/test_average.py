@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from test_methods import bits, choose
-from test_runs import assert_close_losses, figures, start_group
+from test_runs import after, assert_close_losses, figures, start_group
 from test_step import batches, start
 
 from jaxdp import average, evaluation, loop
@@ -116,10 +116,7 @@ def test_resuming_is_not_stopping_and_all_evaluate_it(config, tmp_path, method, 
     config.sync.method = method
     devices = jax.local_devices()[:devices]
     whole = loop.train(config, tmp_path / "whole", devices=devices)
-    asked = iter(range(100))
-    parts = loop.train(
-        config, tmp_path / "parts", devices=devices, stop_requested=lambda: next(asked) >= 2
-    )
+    parts = loop.train(config, tmp_path / "parts", devices=devices, stop_requested=after(2))
     assert not parts.finished
     parts = loop.train(config, tmp_path / "parts", devices=devices)
     assert bits((whole.state.params, whole.state.ema)) == bits(
@@ -142,12 +139,11 @@ def test_resuming_is_not_stopping_and_all_evaluate_it(config, tmp_path, method, 
 @pytest.mark.slow
 def test_slices_go_on_as_a_whole_and_on_other_devices(config, tmp_path):
     config.ema.decay, config.sync.method = 0.8, "sharded"
-    asked = iter(range(100))
     loop.train(
         config,
         tmp_path,
         devices=jax.local_devices()[:4],
-        stop_requested=lambda: next(asked) >= 2,
+        stop_requested=after(2),
     )
     shapes = loop.train(config, tmp_path, devices=jax.local_devices()[:2]).state.params
     sharded = jax.device_get(load_params(tmp_path, shapes)[0])

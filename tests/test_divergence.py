@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_faults import group
-from test_runs import figures
+from test_runs import figures, train_in_parts
 from test_step import batches, start
 
 from jaxdp import loop
@@ -178,16 +178,7 @@ def test_going_back_leaves_the_same_run_however_it_is_interrupted(diverging, tmp
     records = figures(tmp_path / "whole")
     assert [r["step"] for r in records] == list(range(1, 201))
     assert sum(r["train/loss"] is None for r in records) == records[-1]["train/skipped"] > 1
-    parts, interruptions = None, 0
-    while parts is None or not parts.finished:
-        asked = itertools.count()
-        parts = loop.train(
-            config,
-            tmp_path / "parts",
-            devices=devices,
-            stop_requested=lambda asked=asked: next(asked) >= 57,
-        )
-        interruptions += not parts.finished
+    parts, interruptions = train_in_parts(config, tmp_path / "parts", devices, times=57)
     assert interruptions == 3
     assert records == figures(tmp_path / "parts")
     for a, b in zip(*(jax.tree.leaves(r.state.params) for r in (whole, parts)), strict=True):

@@ -6,7 +6,7 @@ import pytest
 from bad_input import Reached, assert_clear, tries
 from hypothesis import given
 from hypothesis import strategies as st
-from test_runs import figures
+from test_runs import after, figures
 
 from jaxdp import evaluation, loop, plot
 from jaxdp.config import ConfigError
@@ -102,8 +102,7 @@ def test_they_are_logged_and_shown_and_change_nothing_else(config, train, tmp_pa
 
 
 def test_a_run_may_go_on_with_other_sets(config, train, tmp_path):
-    asked = iter(range(100))
-    assert not train(tmp_path / "run", stop_requested=lambda: next(asked) >= 2).finished
+    assert not train(tmp_path / "run", stop_requested=after(2)).finished
     config.eval_sets = config.eval_sets.replace("hard=", "other=")
     assert train(tmp_path / "run").finished
     assert list(losses(tmp_path / "run", "eval/other/loss"))[-1] == 6

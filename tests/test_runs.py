@@ -1,5 +1,6 @@
 """Whole runs, as a user starts them."""
 
+import itertools
 import json
 import os
 import re
@@ -29,6 +30,20 @@ CLOCKED = TIMES | {"balance/slowest_process", "balance/slowest_ms"}
 def figures(workdir):
     """What is logged, without what the clock decides."""
     return [{k: v for k, v in r.items() if k not in CLOCKED} for r in read_jsonl(workdir)]
+
+
+def after(times):
+    """A `stop_requested` that says yes once it has been asked so many times."""
+    asked = iter(range(100))
+    return lambda: next(asked) >= times
+
+
+def train_in_parts(config, workdir, devices, times):
+    """Trains to the end, each time until asked so often; the result, and the interruptions."""
+    for interruptions in itertools.count():
+        result = loop.train(config, workdir, devices=devices, stop_requested=after(times))
+        if result.finished:
+            return result, interruptions
 
 
 def params_of(result):
@@ -109,10 +124,7 @@ def test_resuming_is_not_stopping(config, tmp_path, optimizer):
     config.model.dropout = 0.2
     devices = jax.local_devices()[:2]
     whole = loop.train(config, tmp_path / "whole", devices=devices)
-    asked = iter(range(100))
-    stopped = loop.train(
-        config, tmp_path / "parts", devices=devices, stop_requested=lambda: next(asked) >= 2
-    )
+    stopped = loop.train(config, tmp_path / "parts", devices=devices, stop_requested=after(2))
     assert not stopped.finished and 0 < stopped.step < 6
     parts = loop.train(config, tmp_path / "parts", devices=devices)
     assert parts.finished
@@ -124,12 +136,11 @@ def test_resuming_is_not_stopping(config, tmp_path, optimizer):
 def test_resuming_on_other_devices_is_the_same_run(config, tmp_path):
     config.model.dropout = 0.2
     loop.train(config, tmp_path / "whole", devices=jax.local_devices()[:1])
-    asked = iter(range(100))
     loop.train(
         config,
         tmp_path / "parts",
         devices=jax.local_devices()[:4],
-        stop_requested=lambda: next(asked) >= 2,
+        stop_requested=after(2),
     )
     loop.train(config, tmp_path / "parts", devices=jax.local_devices()[:8])
     assert_close_losses(figures(tmp_path / "whole"), figures(tmp_path / "parts"))
@@ -178,10 +189,7 @@ def test_resuming_is_not_stopping_however_replicas_agree(config, tmp_path, metho
     config.model.dropout = 0.2
     devices = jax.local_devices()[:4]
     whole = loop.train(config, tmp_path / "whole", devices=devices)
-    asked = iter(range(100))
-    stopped = loop.train(
-        config, tmp_path / "parts", devices=devices, stop_requested=lambda: next(asked) >= 1
-    )
+    stopped = loop.train(config, tmp_path / "parts", devices=devices, stop_requested=after(1))
     assert not stopped.finished and 0 < stopped.step < 12
     parts = loop.train(config, tmp_path / "parts", devices=devices)
     for a, b in zip(*map(jax.tree.leaves, (whole.state, parts.state)), strict=True):

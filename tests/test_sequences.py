@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_model import LLAMA, SMALL, VARIANTS, initialised
 from test_pipeline import L, assert_equal, evaluation, joined, train
+from test_runs import after
 from test_step import assert_same_run
 from test_step import train as train_steps
 
@@ -175,12 +176,9 @@ def test_a_run_with_packed_documents_trains_evaluates_and_resumes(config, tmp_pa
     config.data.path, config.data.packing = f"text:{tmp_path}/*.txt", "documents"
     config.tokenizer, config.data.cache_dir = "byte", str(tmp_path / "cache")
     config.sample.num_tokens = 0
-    asked = iter(range(100))
     options = {"devices": jax.local_devices()[:2]}
     whole = loop.train(config, tmp_path / "whole", **options)
-    part = loop.train(
-        config, tmp_path / "parts", stop_requested=lambda: next(asked) >= 2, **options
-    )
+    part = loop.train(config, tmp_path / "parts", stop_requested=after(2), **options)
     assert part.step < 6
     parts = loop.train(config, tmp_path / "parts", **options)
     for a, b in zip(*(jax.tree.leaves(run.state.params) for run in (whole, parts)), strict=True):

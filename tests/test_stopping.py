@@ -6,7 +6,7 @@ import pytest
 from bad_input import tries
 from hypothesis import given
 from hypothesis import strategies as st
-from test_runs import figures, params_of, start_group
+from test_runs import figures, params_of, start_group, train_in_parts
 
 from jaxdp import loop
 from jaxdp.stopping import Stopping
@@ -88,16 +88,7 @@ def test_a_run_that_is_interrupted_stops_early_at_the_same_step(overfitting, tmp
     assert f"best: {losses[best]:.4f} at step {best}\n" in out and "stopped early" in out
     assert (tmp_path / "whole" / "checkpoints" / str(whole.step)).is_dir()
 
-    parts, interruptions = None, 0
-    while parts is None or not parts.finished:
-        asked = iter(range(100))
-        parts = loop.train(
-            config,
-            tmp_path / "parts",
-            devices=devices,
-            stop_requested=lambda asked=asked: next(asked) >= 13,
-        )
-        interruptions += not parts.finished
+    parts, interruptions = train_in_parts(config, tmp_path / "parts", devices, times=13)
     assert interruptions and parts.step == whole.step
     assert figures(tmp_path / "whole") == figures(tmp_path / "parts")
     for a, b in zip(params_of(whole), params_of(parts), strict=True):
