@@ -47,17 +47,13 @@ def main():
         starts = draw.integers(len(tokens) - c.model.L, size=c.batch_size)
         return tokens[starts[:, None] + np.arange(c.model.L)]
 
-    def steps(count):
+    def step():
         nonlocal done
-        before = None
-        for _ in range(count):
-            metrics = trainer.do_step(done, batch())
-            jax.device_get(before)
-            before, done = metrics, done + 1
-        jax.device_get(before)
+        metrics, done = trainer.do_step(done, batch()), done + 1
+        return metrics
 
     with mesh:
-        turns.serve(steps)
+        turns.serve(turns.a_step_behind(step, jax.device_get))
 
 
 turns.run(main)

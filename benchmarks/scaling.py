@@ -23,7 +23,7 @@ from jaxdp import command, methods, prediction, price
 from jaxdp.configs import gpt2_124m
 from jaxdp.display import quantity
 from jaxdp.methods import METHODS
-from jaxdp.model import ModelConfig, Transformer
+from jaxdp.model import ModelConfig, Transformer, parameter_shapes
 from jaxdp.optimizer import get_optimizer, get_schedule
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config().")
@@ -122,7 +122,7 @@ could be hidden behind if it were asynchronous."""
 
 def predicted_traffic(config: ConfigDict, vocab: int) -> list[price.Collective]:
     """`methods.traffic` of a config on 8 devices."""
-    params = prediction.parameter_shapes(Transformer(ModelConfig.from_config(config, vocab)))
+    params = parameter_shapes(Transformer(ModelConfig.from_config(config, vocab)))
     opt_state = jax.eval_shape(get_optimizer(config, get_schedule(config)).init, params)
     return methods.traffic(config, params, opt_state, DEVICES)
 

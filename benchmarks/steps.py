@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import turns
 from ml_collections import ConfigDict
 
 from jaxdp import parallel
@@ -35,16 +36,13 @@ def trainer(
     hosts = ([batch | said] for batch in batches)
     rounds, done = parallel.prefetch(hosts, replicas.shard_steps), 0
 
-    def steps(count: int) -> None:
+    def step() -> Any:
         nonlocal state, done
-        before = None
-        for _ in range(count):
-            state, metrics = program(done, state, next(rounds))
-            jax.device_get(before)
-            before, done = metrics, done + 1
-        jax.device_get(before)
+        state, metrics = program(done, state, next(rounds))
+        done += 1
+        return metrics
 
-    return steps
+    return turns.a_step_behind(step, jax.device_get)
 
 
 def peer_settings(config: ConfigDict, vocab_size: int) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 OUT_OF_MEMORY = 3  # Exit status.
 
@@ -56,6 +57,20 @@ class Contestant:
         """Ends it."""
         self._process.stdin.close()
         self._process.wait()
+
+
+def a_step_behind(step: Callable[[], Any], read: Callable[[Any], Any]) -> Callable[[int], None]:
+    """A function that does so many steps; what one gives is read when the next is dispatched."""
+
+    def steps(count: int) -> None:
+        before = None
+        for _ in range(count):
+            given = step()
+            read(before)
+            before = given
+        read(before)
+
+    return steps
 
 
 def serve(steps: Callable[[int], None], peak: Callable[[], int] = int) -> None:

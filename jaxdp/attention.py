@@ -84,8 +84,9 @@ def _attend(causal, heads, query, key, value, mask):
 
 def _forward(causal, heads, query, key, value, mask):
     outs, saved = [], []
-    for rows, seen, allowed in _blocks(causal, heads, query, key, mask):
+    for tokens, rows, seen in _blocks(causal, heads, query):
         scores = _product("rk,sk->rs", query[:, :, rows], key[:, :, seen])
+        allowed = _allowed(causal, heads, mask, tokens, seen)
         if allowed is not None:
             scores = jnp.where(allowed, scores, -1e30)
         weights = jnp.exp(scores - scores.max(-1, keepdims=True))
@@ -102,8 +103,8 @@ def _backward(causal, heads, residuals, d_out):
     # The softmax's backward pass needs sum(weights * d_weights), which is this.
     sums = (out.astype(jnp.float32) * d_out).sum(-1, keepdims=True)
     d_query, d_key, d_value = [], [], []
-    blocks = _blocks(causal, heads, query, key, None)
-    for (rows, seen, _), weights in zip(blocks, saved, strict=True):
+    blocks = _blocks(causal, heads, query)
+    for (_, rows, seen), weights in zip(blocks, saved, strict=True):
         d_weights = _product("rk,sk->rs", d_out[:, :, rows], value[:, :, seen])
         d_scores = (weights * (d_weights - sums[:, :, rows])).astype(query.dtype)
         d_query.append(_product("rs,sk->rk", d_scores, key[:, :, seen]))
@@ -116,21 +117,24 @@ def _backward(causal, heads, residuals, d_out):
 _attend.defvjp(_forward, _backward)
 
 
-def _blocks(causal, heads, query, key, mask):
-    """The rows of a block, the keys that they can see, and which they may: bool, or None."""
+def _blocks(causal, heads, query):
+    """The tokens of a block, their rows among the queries, and the keys that they can see."""
     length, count = query.shape[2] // heads, 1
     while causal and count < MAX_BLOCKS and length % (2 * count * SMALLEST_BLOCK) == 0:
         count *= 2
     size = length // count
     for start in range(0, length, size):
-        rows, seen = slice(start, start + size), slice(0, start + size if causal else None)
-        allowed = None if mask is None else mask[:, rows, seen]
-        if causal:
-            earlier = jnp.tri(size, start + size, start, dtype=bool)[None]
-            allowed = earlier if allowed is None else allowed & earlier
-        if allowed is not None:
-            allowed = jnp.repeat(allowed, heads, 1)[:, None]
-        yield slice(heads * rows.start, heads * rows.stop), seen, allowed
+        end = start + size
+        yield slice(start, end), slice(heads * start, heads * end), slice(end if causal else None)
+
+
+def _allowed(causal, heads, mask, tokens, seen):
+    """Which keys the rows of a block may look at, bool [B or 1, 1, R, keys]; None: all."""
+    allowed = None if mask is None else mask[:, tokens, seen]
+    if causal:
+        earlier = jnp.tri(tokens.stop - tokens.start, seen.stop, tokens.start, dtype=bool)[None]
+        allowed = earlier if allowed is None else allowed & earlier
+    return None if allowed is None else jnp.repeat(allowed, heads, 1)[:, None]
 
 
 def _product(subscripts, first, second):

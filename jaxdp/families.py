@@ -277,11 +277,8 @@ def to_json(model: ModelConfig, name: str, pad_id: int | None) -> dict[str, Any]
     """
     family = FAMILIES[name]
     found = {key: getattr(model, field) for field, key in family.keys.items()}
-    for field, key in family.keys.items():
-        if field == "activation":
-            found[key] = ACTIVATIONS[model.activation][0]
-        if field == "seq_len":
-            found[key] += offset(name, pad_id)
+    found[family.keys["activation"]] = ACTIVATIONS[model.activation][0]
+    found[family.keys["seq_len"]] += offset(name, pad_id)
     found |= dict.fromkeys(family.dropout, model.dropout)
     found |= dict.fromkeys(family.no_dropout, 0.0)
     if "bias" in family.keys:

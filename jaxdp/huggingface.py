@@ -1,6 +1,7 @@
 """Folders of Hugging Face's transformers, whose weights a run can begin with."""
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -128,8 +129,7 @@ def open_folder(spec: str) -> Folder:
     path = Path(os.path.expanduser(where))
     if not where or not os.path.isdir(path):
         try:
-            patterns = [CONFIG, "model*.safetensors", INDEX]
-            path = Path(huggingface_hub.snapshot_download(where, allow_patterns=patterns))
+            path = _downloaded(where)
         except Exception as error:  # Of the network, the hub, or a name that can be none.
             raise ConfigError(
                 f"init_from={shown(spec)} can't be had ({first_line(error)}): give hf:FOLDER "
@@ -147,6 +147,13 @@ def open_folder(spec: str) -> Folder:
         said = str(error) if isinstance(error, ConfigError) else first_line(error)
         raise unknown.damaged(f"{CONFIG}: {said}") from None
     return Folder(spec, path, name, fields, values.get("pad_token_id", 1))
+
+
+@functools.cache
+def _downloaded(name: str) -> Path:
+    """The folder of a name on the hub, which is asked once, though a start looks several times."""
+    patterns = [CONFIG, "model*.safetensors", INDEX]
+    return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
 
 
 def read(spec: str, model: ModelConfig) -> Any:

@@ -130,12 +130,12 @@ def draw(runs: dict[str, dict[str, Curve]]) -> Any:
     few = len(runs) <= 10
     palette = matplotlib.colormaps["tab10" if few else "turbo"]
     colours = [palette(i if few else i / (len(runs) - 1)) for i in range(len(runs))]
-    markers = _markers(runs)
+    styles = _styles(runs)
     for axes, (label, _, wanted) in zip(rows, PANELS, strict=True):
-        shown = (*wanted, *(markers if "eval/loss" in wanted else ()))
+        shown = (*wanted, *(styles if "eval/loss" in wanted else ()))
         for (name, run), colour in zip(runs.items(), colours, strict=True):
             for figures in [figures for figures in dict.fromkeys(shown) if figures in run]:
-                _line(axes, figures, run[figures], colour, name, markers.get(figures))
+                _line(axes, figures, run[figures], colour, name, styles.get(figures))
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
@@ -153,24 +153,26 @@ def draw(runs: dict[str, dict[str, Curve]]) -> Any:
     rows[-1].xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 2.5, 5, 10]))
     rows[-1].xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     figure.align_ylabels()
-    _legends(figure, loss, list(runs), colours, markers)
+    _legends(figure, loss, list(runs), colours, styles)
     return figure
 
 
-def _markers(runs: dict[str, dict[str, Curve]]) -> dict[str, str]:
-    """{figure: marker} of the validation split, and of each set that any run has."""
+def _styles(runs: dict[str, dict[str, Curve]]) -> dict[str, dict[str, Any]]:
+    """{figure: how its line looks} of the validation split, and of each set that any run has."""
     sets = sorted({name for run in runs.values() for name in run if EVAL_SET.fullmatch(name)})
-    return dict(zip(("eval/loss", *sets), itertools.cycle(MARKERS), strict=False))
+    return {
+        figures: {"linestyle": "--" if figures == "eval/loss" else ":", "marker": marker}
+        for figures, marker in zip(("eval/loss", *sets), itertools.cycle(MARKERS), strict=False)
+    }
 
 
 def _line(
-    axes: Any, figures: str, curve: Curve, colour: Any, name: str, marker: str | None
+    axes: Any, figures: str, curve: Curve, colour: Any, name: str, style: dict[str, Any] | None
 ) -> None:
     """Draws a curve; of a training loss with many points a mean, with the points behind it."""
     steps, values = curve
-    if marker:
-        style = "--" if figures == "eval/loss" else ":"
-        axes.plot(steps, values, style, marker=marker, color=colour, markersize=4, label=name)
+    if style:
+        axes.plot(steps, values, color=colour, markersize=4, label=name, **style)
         return
     if figures == "train/loss" and len(steps) > SMOOTH:
         axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.25)
@@ -192,7 +194,7 @@ def _smooth(values: np.ndarray, reach: int) -> np.ndarray:
 
 
 def _legends(
-    figure: Any, loss: Any, runs: list[str], colours: list[Any], markers: dict[str, str]
+    figure: Any, loss: Any, runs: list[str], colours: list[Any], styles: dict[str, dict[str, Any]]
 ) -> None:
     """Above the figure which colour is which run, in the loss's corner what the lines are."""
     from matplotlib.lines import Line2D
@@ -203,12 +205,10 @@ def _legends(
     for text in legend.get_texts():
         text.set_parse_math(False)  # A name may hold a $.
     kinds = {"training": Line2D([], [], color="0.3")}
-    for figures, marker in markers.items():
+    for figures, style in styles.items():
         found = EVAL_SET.fullmatch(figures)
-        style = ":" if found else "--"
-        kinds[f"on {found[1]}" if found else "validation"] = Line2D(
-            [], [], color="0.3", ls=style, marker=marker, ms=4
-        )
+        line = Line2D([], [], color="0.3", markersize=4, **style)
+        kinds[f"on {found[1]}" if found else "validation"] = line
     legend = loss.legend(list(kinds.values()), list(kinds), frameon=False)
     for text in legend.get_texts():
         text.set_parse_math(False)
