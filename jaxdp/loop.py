@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import importlib
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -66,6 +68,7 @@ def train(
     preflight.check_memory(config, ModelConfig.from_config(config, cache.vocab_size), sizes)
     preflight.create_workdir(workdir)
     watchdog = Watchdog(config.hang_seconds)
+    threading.Thread(target=_import_tensorflow).start()
     with preflight.locked(workdir), parallel.others_needed(), watchdog:
         return _train(
             config, workdir, replicas, sizes, cache, sets, display, watchdog, stop_requested
@@ -155,13 +158,16 @@ def _steps(run: Run, state: Any, start: int) -> Result:
     evaluations: Evaluations = {}
 
     while not stop:
+        new, steps = run.program.is_new(done), run.program.round_length(done)
+        if new:
+            run.watchdog.beat("compiling a step", done, slow=True)
+            shapes = feed.round_shapes(run.config, steps, run.sizes.per_device)
+            run.program.compile(done, state, run.replicas.shapes(shapes))
         run.watchdog.beat("waiting for data", done)
         asked = time.perf_counter()
         batch = next(rounds)
         waited = time.perf_counter() - asked
-        new = run.program.is_new(done)
-        run.watchdog.beat("compiling a step" if new else "training", done, slow=new)
-        steps = run.program.round_length(done)
+        run.watchdog.beat("training", done, slow=new)
         with run.profile.round(done, state, new):
             state, metrics = run.program(done, state, batch)
         # A round's figures are read after the next is dispatched, so that the devices never
@@ -202,6 +208,15 @@ def _steps(run: Run, state: Any, start: int) -> Result:
         if stop or (saving and run.judge.in_a_row == 0):
             run.save(done, state, evaluations)
     return Result(done, finished, evaluations, state)
+
+
+def _import_tensorflow() -> None:
+    """It takes seconds, in which a step can be compiled: the first batch is not needed before.
+
+    What goes wrong is raised where it is imported again, to be used.
+    """
+    with contextlib.suppress(Exception):
+        importlib.import_module("jaxdp.data.tensorflow")
 
 
 def _describe(config: ConfigDict, workdir: Path, cache: TokenCache) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,11 +11,20 @@ from typing import Any
 
 import jax
 from ml_collections import ConfigDict
-from tensorboardX import SummaryWriter
-from tensorboardX.record_writer import register_writer_factory
 
 from jaxdp.config import write_whole
 from jaxdp.disk import PatientFile, reason
+
+# tensorboardX imports PyTorch, where there is one, for things of PyTorch only: it takes seconds.
+_hidden = "torch" not in sys.modules
+if _hidden:
+    sys.modules["torch"] = None  # type: ignore[assignment]
+try:
+    from tensorboardX import SummaryWriter
+    from tensorboardX.record_writer import register_writer_factory
+finally:
+    if _hidden:
+        del sys.modules["torch"]
 
 JSONL = "metrics.jsonl"
 

@@ -72,6 +72,13 @@ class Replicas:
         """Gives each device its part of leaves [N, ...]."""
         return jax.device_put(tree, NamedSharding(self._mesh, PartitionSpec(AXIS)))
 
+    def shapes(self, tree: Any) -> Any:
+        """Of what `put` makes of leaves that have such shapes on one device."""
+        count, sharding = len(self.devices), NamedSharding(self._mesh, PartitionSpec(AXIS))
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype, sharding=sharding), tree
+        )
+
     def put_own(self, tree: Any) -> Any:
         """Gives each device its part of leaves [device_count, ...], the same on all processes."""
         first = jax.process_index() * len(self.devices)

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from jaxdp import config as configs
 from jaxdp import losses, memory, methods, parallel
 from jaxdp.config import ConfigError
-from jaxdp.data.sequences import keys as sequence_keys
+from jaxdp.data.feed import round_shapes
 from jaxdp.disk import num_bytes
 from jaxdp.model import (
     ModelConfig,
@@ -67,10 +67,7 @@ def abstract_step(
     opt_state, outer = trace(init, count, params)[1]
     ema = trace(method.part, count, params)[1] if method.ema_decay else ()
     state = State(shape((), "int32"), model.apply, params, optimizer, opt_state, outer, ema)
-    sequences = (method.every, sizes.per_device)
-    keys = sequence_keys(config.objective, config.data.packing)
-    batch = {name: shape((*sequences, config.seq_len), dtype) for name, dtype in keys.items()}
-    batch |= {name: shape(sequences) for name in ("stop", "busy")}
+    batch = round_shapes(config, method.every, sizes.per_device)
     step = functools.partial(
         train_step,
         method=method,

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,7 +27,8 @@ from jaxdp.model import ModelConfig
 
 def check_data(config: ConfigDict, cache: TokenCache) -> None:
     """Refuses splits that hold not even one sequence, and a sample prompt that can't be read."""
-    import jaxdp.data.tensorflow  # noqa: F401  It refuses to share the accelerators.
+    if "tensorflow" in sys.modules:
+        import jaxdp.data.tensorflow  # noqa: F401  It refuses to share the accelerators.
 
     for split in SPLITS:
         check_split(config, cache, split)

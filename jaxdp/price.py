@@ -64,7 +64,8 @@ def num_bytes(tree: Any, dtype: str | None = None) -> int:
 # The operations that make devices wait for each other, as compiled programs name them; on GPUs
 # each is split into a -start, which is counted, and a -done.
 KINDS = ("all-reduce", "reduce-scatter", "all-gather", "collective-permute", "all-to-all")
-_INSTRUCTION = re.compile(rf"%?(\S+) = (.+?) ({'|'.join(KINDS)})(-start)?\(")
+_CALL = rf" ({'|'.join(KINDS)})(-start)?\("
+_INSTRUCTION = re.compile(rf"%?(\S+) = (.+?){_CALL}")
 _BUFFER = re.compile(r"([a-z]+)(\d+)\[([\d,]*)\]")
 
 
@@ -79,7 +80,9 @@ def collectives(program: str, device_count: int) -> dict[str, Collective]:
       {instruction name: collective}; those in a loop are there once, whatever its length.
     """
     found = {}
-    for name, shape, kind, start in _INSTRUCTION.findall(program):
+    # Most lines are of other instructions, which are told by their call much faster.
+    lines = filter(re.compile(_CALL).search, program.splitlines())
+    for name, shape, kind, start in _INSTRUCTION.findall("\n".join(lines)):
         buffers = [
             int(bits) // 8 * _product(dimensions) for _, bits, dimensions in _BUFFER.findall(shape)
         ]

@@ -68,21 +68,26 @@ class Program:
         method, steps = self._method(done), self.round_length(done)
         assert batch["inputs"].shape[1] == steps
         if self.is_new(done):
-            axes = state_axes(state, method)
-            p_step = self._replicas.pmap(
-                functools.partial(self._step, method=method),
-                state_axes=axes,
-                out_axes=(axes, None),
-                donate=True,
-            )
-            self._p_steps[method, steps] = p_step
-            # The call below finds the program compiled.
-            text = p_step.lower(state, batch).compile().as_text()
-            self.collectives = price.collectives(text, self._replicas.device_count)
-            self.close()
-            self._calls = 0
+            self.compile(done, state, batch)
         self._calls += 1
         return self._p_steps[method, steps](state, batch)
+
+    def compile(self, done: int, state: Any, batch: Any) -> None:
+        """Compiles the round after `done` steps, for a batch or its shapes."""
+        method = self._method(done)
+        axes = state_axes(state, method)
+        p_step = self._replicas.pmap(
+            functools.partial(self._step, method=method),
+            state_axes=axes,
+            out_axes=(axes, None),
+            donate=True,
+        )
+        self._p_steps[method, self.round_length(done)] = p_step
+        # A call finds the program compiled.
+        text = p_step.lower(state, batch).compile().as_text()
+        self.collectives = price.collectives(text, self._replicas.device_count)
+        self.close()
+        self._calls = 0
 
     def at_step(self, state: Any, step: int) -> Any:
         """See `step.at_step`; the state's memory is used again."""

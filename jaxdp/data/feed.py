@@ -11,6 +11,7 @@ from jaxdp import tokenizer
 from jaxdp.data import mixture, pipeline
 from jaxdp.data.cache import TokenCache
 from jaxdp.data.sequences import Batch, Examples, Sequences, Windows
+from jaxdp.data.sequences import keys as sequence_keys
 
 
 class Feed:
@@ -64,6 +65,20 @@ def sequences(config: ConfigDict, cache: TokenCache, split: str) -> Sequences:
         return Examples(tokens, cache.examples[split], *shape, **mix)
     end = tokenizer.end_id(cache.tokenizer) if config.data.packing == "documents" else None
     return Windows(tokens, *shape, end, **mix)
+
+
+def round_shapes(config: ConfigDict, steps: int, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """What a device gets for so many steps of so many rows each.
+
+    Returns:
+      Of the sequences' keys [steps, rows, L]; "stop" and "busy" [steps, rows], which a run adds.
+    """
+    keys = sequence_keys(config.objective, config.data.packing)
+    told = jax.ShapeDtypeStruct((steps, rows), np.float32)
+    return {
+        name: jax.ShapeDtypeStruct((steps, rows, config.seq_len), dtype)
+        for name, dtype in keys.items()
+    } | {"stop": told, "busy": told}
 
 
 def epoch_steps(config: ConfigDict, cache: TokenCache) -> int:

@@ -18,21 +18,36 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 def _quiet() -> Iterator[None]:
     """Keeps from the terminal what C++ writes to stderr, unless the block fails.
 
-    TensorFlow greets with lines about CPUs and missing GPUs that no log level silences.
+    TensorFlow greets with lines about CPUs and missing GPUs that no log level silences. What Python
+    writes there, another thread's error say, is still seen.
     """
     sys.stderr.flush()
-    saved = os.dup(2)
-    with tempfile.TemporaryFile() as said:
+    with os.fdopen(os.dup(2), "w", buffering=1) as terminal, tempfile.TemporaryFile() as said:
+        seen = terminal if sys.stderr is sys.__stderr__ else sys.stderr
         os.dup2(said.fileno(), 2)
         try:
-            yield
+            with contextlib.redirect_stderr(seen):
+                yield
         except BaseException:
             said.seek(0)
-            os.write(saved, said.read())
+            os.write(terminal.fileno(), said.read())
             raise
         finally:
-            os.dup2(saved, 2)
-            os.close(saved)
+            os.dup2(terminal.fileno(), 2)
+
+
+@contextlib.contextmanager
+def _no_keras() -> Iterator[None]:
+    """Keeps TensorFlow from importing Keras, a quarter of its import; who asks for it gets it."""
+    name = "TF_USE_LEGACY_KERAS"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = "1"  # Another one, which isn't there: TensorFlow goes on without.
+    try:
+        yield
+    finally:
+        del os.environ[name]
 
 
 def hide_accelerators() -> None:
@@ -51,7 +66,7 @@ def hide_accelerators() -> None:
         ) from None
 
 
-with _quiet():
+with _quiet(), _no_keras():
     import tensorflow as tf
     import tensorflow_datasets as tfds
 
