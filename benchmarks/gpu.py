@@ -8,8 +8,9 @@
 First whether what is fast is right: attention by the GPU's kernel against XLA's in float32, and a
 run's losses in bfloat16 against float32; if they are not, it ends there. Then GPT-2 in three sizes,
 in bfloat16, on random tokens: each contestant is a process of its own, warm, and they train in
-turns; a ratio is the median over turns. Then sweeps over batch and remat, and what just fits. Our
-steps are those of a real run but for the input pipeline: batches lie in the host's memory.
+turns; a ratio is the median over turns. Then sweeps over batch and remat, width of heads, chunks of
+the loss and XLA's flags, and what just fits. Our steps are those of a real run but for the input
+pipeline: batches lie in the host's memory. Where time is short, --parts does some of it.
 """
 
 import datetime
@@ -40,6 +41,7 @@ from gpu_models import (
     model_config,
     some,
     this,
+    variants,
     vocab,
 )
 from ml_collections import ConfigDict
@@ -53,6 +55,11 @@ TORCH_PYTHON = flags.DEFINE_string("torch_python", None, "A Python that has PyTo
 STEPS = flags.DEFINE_integer("steps", 20, "Steps in a turn.")
 TURNS = flags.DEFINE_integer("turns", 7, "Turns.")
 SERVE = flags.DEFINE_string("serve", None, "Be a contestant with these keys, JSON (internal).")
+PARTS = flags.DEFINE_list(
+    "parts",
+    ["checks", *(x for name in MODELS for x in (name, f"{name} sweep")), "limits"],
+    "What to do of it, by the names that are the default.",
+)
 ASK = flags.DEFINE_bool("ask", False, "Print what the parent wants to know, JSON (internal).")
 
 
@@ -68,9 +75,8 @@ def main() -> int:
         return 0
     jax.config.update("jax_platforms", "cpu")  # The GPU is for the others.
     print(introduction())
-    for part in (attention_rows(device()["errors"]), loss_rows(), *speed_tables(), *limits()):
-        for line in part:
-            print(line, flush=True)
+    for line in itertools.chain.from_iterable(parts()):
+        print(line, flush=True)
     return 0
 
 
@@ -109,9 +115,10 @@ def serve() -> None:
     turns.serve(train, peak)
 
 
-def ours(keys: dict, batch: int) -> Contestant:
+def ours(keys: dict, batch: int, xla_flags: str = "") -> Contestant:
     """Starts it."""
-    return Contestant(*this(), f"--serve={json.dumps(keys | {'batch': batch})}", **environment())
+    served = f"--serve={json.dumps(keys | {'batch': batch})}"
+    return Contestant(*this(), served, **environment(xla_flags))
 
 
 def theirs(keys: dict, batch: int, tokens: Path) -> Contestant:
@@ -152,11 +159,17 @@ def cells(config: ConfigDict, seconds: np.ndarray, peak: float) -> str:
     return f"{rate:,.0f} | {used} | {peak / 2**30:.2f}"
 
 
-def speed_tables() -> Iterator[Iterator[str]]:
-    """Of each model: against nanoGPT, and by batch and remat."""
+def parts() -> Iterator[Iterator[str]]:
+    """Those that are asked for."""
+    if "checks" in PARTS.value:
+        yield from (attention_rows(device()["errors"]), loss_rows())
     for name, (keys, batches) in some(MODELS):
-        yield peer_rows(name, keys, batches[1])
-        yield sweep_rows(keys, batches)
+        if name in PARTS.value:
+            yield peer_rows(name, keys, batches[1])
+        if f"{name} sweep" in PARTS.value:
+            yield sweep_rows(name, keys, batches)
+    if "limits" in PARTS.value:
+        yield from limits()
 
 
 def peer_rows(name: str, keys: dict, batch: int) -> Iterator[str]:
@@ -180,20 +193,27 @@ def peer_rows(name: str, keys: dict, batch: int) -> Iterator[str]:
         yield f"| {contestant} | out of memory | | | |"
 
 
-def sweep_rows(keys: dict, batches: tuple[int, ...]) -> Iterator[str]:
-    """Ours alone, by batch and remat."""
-    yield "\n| sequences | remat | tokens/s | MFU | GiB |\n|---|---|---|---|---|"
-    for batch, (policy, more) in itertools.product(some(batches), some(REMAT)):
-        found = measured({"jaxdp": lambda: ours(keys | more, batch)})  # noqa: B023
+def sweep_rows(name: str, keys: dict, batches: tuple[int, ...]) -> Iterator[str]:
+    """Ours alone: by batch and remat, and what else may be faster."""
+    yield f"\n## {name}, other settings\n"
+    yield "| sequences | | tokens/s | MFU | GiB |\n|---|---|---|---|---|"
+    tried = [
+        (batch, label, more, "")
+        for batch, (label, more) in itertools.product(some(batches), some(REMAT))
+    ]
+    more_tried = variants(keys).items()
+    tried += [(batches[1], label, more, given) for label, (more, given) in more_tried]
+    for batch, label, more, given in tried:
+        found = measured({"jaxdp": lambda: ours(keys | more, batch, given)})  # noqa: B023
         figures = "out of memory | |"
         if found:
-            figures = cells(model_config(keys, batch), *found["jaxdp"])
-        yield f"| {batch} | {policy} | {figures} |"
+            figures = cells(model_config(keys | more, batch), *found["jaxdp"])
+        yield f"| {batch} | {label} | {figures} |"
 
 
 def limits() -> Iterator[Iterator[str]]:
-    """The longest sequence and the largest model, one sequence at a time, with remat."""
-    remat = {"remat": True}
+    """The longest sequence and the largest model, one at a time, with what saves memory."""
+    remat = {"remat": True, "loss_chunks": 8}
     longer = {f"{n:,} tokens": remat | {"seq_len": n} for n in SEQUENCES}
     larger = {name: remat | keys for name, keys in LARGER.items()}
     yield fitting_rows("The longest sequence of GPT-2 124M", longer)
@@ -202,7 +222,7 @@ def limits() -> Iterator[Iterator[str]]:
 
 def fitting_rows(title: str, tried: dict[str, dict]) -> Iterator[str]:
     """From the smallest on, until the memory does not suffice."""
-    yield f"\n## {title}\n\nOne sequence a step, model.remat.\n"
+    yield f"\n## {title}\n\nOne sequence a step, model.remat, loss_chunks=8.\n"
     yield "| | tokens/s | MFU | GiB |\n|---|---|---|---|"
     for name, keys in some(tried):
         found = measured({name: lambda: ours(keys, 1)})  # noqa: B023

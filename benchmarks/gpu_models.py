@@ -1,6 +1,8 @@
 """What `gpu.py` trains, and in what kind of process; in a rehearsal, on a CPU and tiny."""
 
+import functools
 import os
+import subprocess
 import sys
 from typing import Any
 
@@ -22,10 +24,17 @@ MODELS = {
     ),
 }
 REMAT = {
-    "none": {},
+    "as it is": {},
     "remat": {"remat": True},
     "remat, scan": {"remat": True, "scan_layers": True},
 }
+# Tried one by one at the batch of the comparison, where the installed XLA knows them.
+XLA_FLAGS = (
+    "--xla_gpu_enable_latency_hiding_scheduler=true",
+    "--xla_gpu_triton_gemm_any=true",
+    "--xla_gpu_exhaustive_tiling_search=true",
+    "--xla_gpu_enable_command_buffer=",
+)
 SEQUENCES = tuple(1024 * 2**i for i in range(9))
 LARGER = {
     f"{layers} x {width}": {"num_layers": layers, "num_heads": width // 64, "embed_dim": width}
@@ -40,9 +49,15 @@ def this() -> list[str]:
     return [sys.executable, *sys.argv]
 
 
-def environment() -> dict[str, str]:
-    """Of all processes: they share the device's memory as they need it, and one device."""
-    own = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "CUDA_VISIBLE_DEVICES": "0"}
+def environment(xla_flags: str = "") -> dict[str, str]:
+    """Of all processes: they share the device's memory as they need it, and one device.
+
+    Args:
+      xla_flags: beside those of the environment.
+    """
+    given = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags}".strip()
+    own = {"XLA_FLAGS": given} if given else {}
+    own |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "CUDA_VISIBLE_DEVICES": "0"}
     rehearsed = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
     return os.environ | own | (rehearsed if REHEARSE.value else {})
 
@@ -51,10 +66,28 @@ def model_config(keys: dict, batch: int) -> ConfigDict:
     """GPT-2's config with other keys, in steps of one micro-batch."""
     config = gpt2_124m.get_config()
     keys = keys | (TINY if REHEARSE.value else {})
-    config.seq_len = keys.pop("seq_len", config.seq_len)
+    for key in ("seq_len", "loss_chunks"):
+        config[key] = keys.pop(key, config[key])
     config.model.update(keys)
     config.update({"global_batch_size": batch, "grad_accum_steps": 1, "num_train_steps": 10**9})
     return config
+
+
+def variants(keys: dict) -> dict[str, tuple[dict, str]]:
+    """What else may be faster: other keys, and flags of XLA."""
+    width = model_config(keys, 1).model.embed_dim
+    known = [flag for flag in some(XLA_FLAGS) if _known(flag)]
+    return {
+        "heads of 128": ({"num_heads": max(1, width // 128)}, ""),
+        "loss_chunks=8": ({"loss_chunks": 8}, ""),
+    } | {flag: ({}, flag) for flag in known}
+
+
+@functools.cache
+def _known(flag: str) -> bool:
+    """Whether the installed XLA has a flag: one that it hasn't ends the process."""
+    start = [sys.executable, "-c", "import jax; jax.devices('cpu')"]
+    return subprocess.run(start, env=environment(flag), capture_output=True).returncode == 0
 
 
 def some(things: Any) -> list[Any]:

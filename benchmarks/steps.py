@@ -10,10 +10,11 @@ from ml_collections import ConfigDict
 
 from jaxdp import parallel
 from jaxdp.model import ModelConfig, Transformer
+from jaxdp.objective import plain
 from jaxdp.optimizer import get_optimizer, get_schedule
 from jaxdp.parallel import Replicas
 from jaxdp.program import Program
-from jaxdp.step import create_state, plain
+from jaxdp.step import create_state
 
 
 def trainer(

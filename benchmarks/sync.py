@@ -25,10 +25,11 @@ from jaxdp.data.feed import Feed
 from jaxdp.methods import METHODS
 from jaxdp.metrics import read_jsonl
 from jaxdp.model import ModelConfig, Transformer
+from jaxdp.objective import plain
 from jaxdp.optimizer import get_optimizer, get_schedule
 from jaxdp.parallel import Replicas
 from jaxdp.program import Program
-from jaxdp.step import create_state, plain
+from jaxdp.step import create_state
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config().")
 WORKDIR = flags.DEFINE_string("workdir", "runs/sync", "Takes a workdir for each method.")

@@ -19,6 +19,9 @@ def get_config() -> ConfigDict:
     c.num_epochs = 0  # Instead: as many steps as this many passes over the training split take.
     c.global_batch_size = 16  # Sequences per optimizer step, over all devices of all processes.
     c.grad_accum_steps = 1  # Micro-batches a device works through per optimizer step.
+    # Parts of a sequence whose logits are made one after another, and again in the backward pass:
+    # more of them save memory where the vocabulary is large. Divides seq_len.
+    c.loss_chunks = 1
     c.seq_len = 256  # Tokens per sequence; also the longest context of the model.
     c.log_every = 10  # Steps between lines of metrics.jsonl.
     c.eval_every = 250  # Steps between evaluations; there is always one at the end.

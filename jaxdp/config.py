@@ -188,6 +188,11 @@ def shown(value: Any, length: int = 200, as_text: Callable[[Any], str] = repr) -
 
 def _check_model(config: ConfigDict) -> None:
     model = config.model
+    if config.seq_len % config.loss_chunks:
+        raise ConfigError(
+            f"loss_chunks={config.loss_chunks} does not divide seq_len={config.seq_len}: choose a "
+            "divisor, or 1"
+        )
     if model.embed_dim % model.num_heads:
         raise ConfigError(
             f"model.embed_dim={model.embed_dim} is not divisible by model.num_heads="

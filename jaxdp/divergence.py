@@ -12,8 +12,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxdp.data.feed import Feed
+from jaxdp.objective import Batch, Transform, gradients
 from jaxdp.parallel import Replicas
-from jaxdp.step import Batch, State, Transform, gradients
+from jaxdp.step import State
 
 WINDOW = 100  # Losses that a spike is measured against.
 # Median absolute deviation of a normal distribution -> its standard deviation.
@@ -123,7 +124,11 @@ def diagnose(
     """
     step = trouble.step - 1  # Counted from 0, as the state and the data count.
     of_batch = functools.partial(
-        norms, grad_accum_steps=config.grad_accum_steps, seed=config.seed, transform=transform
+        norms,
+        grad_accum_steps=config.grad_accum_steps,
+        seed=config.seed,
+        transform=transform,
+        loss_chunks=config.loss_chunks,
     )
     batch = replicas.shard(next(feed.train(step)))
     bare = replicas.replicate(state.replace(step=np.int32(step), opt_state=(), outer=(), ema=()))
@@ -137,25 +142,19 @@ def diagnose(
     }
 
 
-def norms(
-    state: State, batch: Batch, *, grad_accum_steps: int, seed: int, transform: Transform
-) -> dict[str, Any]:
+def norms(state: State, batch: Batch, **options: Any) -> dict[str, Any]:
     """Norms of the parameters and of a batch's gradient; call it under the axis 'batch'.
 
     Args:
       state: at the step whose batch it is; its opt_state isn't looked at.
-      batch: that of `step.gradients`.
-      grad_accum_steps: likewise.
-      seed: likewise.
-      transform: likewise.
+      batch: that of `objective.gradients`.
+      **options: likewise.
 
     Returns:
       parameters and gradient: {layer: norm}, [] float32, or [layers] of scanned ones; and loss [],
       nats per token.
     """
-    grads, figures = gradients(
-        state, batch, grad_accum_steps=grad_accum_steps, seed=seed, transform=transform
-    )
+    grads, figures = gradients(state, batch, **options)
     return {
         "loss": figures["loss"] / figures["tokens"].sum(),
         "parameters": _layer_norms(state.params),

@@ -18,8 +18,8 @@ from jaxdp.data.cache import open_cache
 from jaxdp.data.eval_sets import Split
 from jaxdp.data.feed import Feed
 from jaxdp.model import ModelConfig, Transformer, parameter_shapes
+from jaxdp.objective import Transform, eval_step, get_transform
 from jaxdp.parallel import Replicas, prefetch
-from jaxdp.step import Transform, eval_step, get_transform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,10 +66,16 @@ def figures(found: Evaluations) -> dict[str, float]:
     }
 
 
-def compiled(model: Any, seed: int, transform: Transform, replicas: Replicas) -> Callable:
-    """The pmapped `step.eval_step` of a model."""
+def compiled(model: Any, config: ConfigDict, transform: Transform, replicas: Replicas) -> Callable:
+    """The pmapped `objective.eval_step` of a model."""
     return replicas.pmap(
-        functools.partial(eval_step, apply_fn=model.apply, seed=seed, transform=transform)
+        functools.partial(
+            eval_step,
+            apply_fn=model.apply,
+            seed=config.seed,
+            transform=transform,
+            loss_chunks=config.loss_chunks,
+        )
     )
 
 
@@ -172,7 +178,7 @@ def evaluate_checkpoint(
     params, step = checkpoint.load_params(
         workdir, parameter_shapes(model), said, say, which=which, check=fits
     )
-    p_eval_step = compiled(model, config.seed, get_transform(config, cache), replicas)
+    p_eval_step = compiled(model, config, get_transform(config, cache), replicas)
     return step, evaluate_all(p_eval_step, replicas.replicate(params), splits, replicas)
 
 

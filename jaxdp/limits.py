@@ -23,6 +23,7 @@ RANGES = {
     "num_epochs": (0, MOST),
     "global_batch_size": (1, MOST),
     "grad_accum_steps": (1, MOST),
+    "loss_chunks": (1, MOST),
     "seq_len": (2, MOST),
     "log_every": (1, MOST),
     "eval_every": (1, MOST),

@@ -25,11 +25,12 @@ from jaxdp.evaluation import Evaluations
 from jaxdp.limits import MOST
 from jaxdp.metrics import MetricsWriter
 from jaxdp.model import ModelConfig, Transformer
+from jaxdp.objective import get_transform
 from jaxdp.optimizer import get_optimizer, get_schedule
 from jaxdp.parallel import Replicas
 from jaxdp.program import Program
 from jaxdp.run import Result, Run
-from jaxdp.step import create_state, get_transform, saved_shapes
+from jaxdp.step import create_state, saved_shapes
 from jaxdp.stopping import Stopping
 from jaxdp.watchdog import Watchdog
 

@@ -3,8 +3,11 @@
 The division comes last, after the sums over micro-batches and devices: a mean of means is wrong
 as soon as the parts hold different numbers of tokens.
 
-Shapes: B batch, L length, V vocabulary.
+Shapes: B batch, L length, D model width, V vocabulary.
 """
+
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +37,39 @@ def cross_entropy(
     """
     losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets)
     return jnp.sum(losses * weights), jnp.sum(weights)
+
+
+def chunked_cross_entropy(
+    to_logits: Callable[[jax.Array], jax.Array],
+    hidden: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    chunks: int,
+) -> tuple[jax.Array, jax.Array]:
+    """`cross_entropy` of to_logits(hidden), of which a part is in memory at once.
+
+    The backward pass makes each part's logits again (Chen et al. 2016, Sublinear memory cost).
+
+    Args:
+      to_logits: [B, L / chunks, D] -> [B, L / chunks, V].
+      hidden: [B, L, D].
+      targets: [B, L] int32.
+      weights: [B, L] float32.
+      chunks: parts into which sequences are cut.
+    """
+    if chunks == 1:
+        return cross_entropy(to_logits(hidden), targets, weights)
+
+    def cut(x):
+        return jnp.moveaxis(x.reshape(len(x), chunks, -1, *x.shape[2:]), 1, 0)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def sums(part):
+        hidden, targets, weights = part
+        return cross_entropy(to_logits(hidden), targets, weights)
+
+    parts = jax.lax.map(sums, (cut(hidden), cut(targets), cut(weights)))
+    return jax.tree.map(jnp.sum, parts)
 
 
 def mask_tokens(

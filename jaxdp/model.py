@@ -75,8 +75,24 @@ class Transformer(nn.Module):
 
     config: ModelConfig
 
+    def setup(self) -> None:
+        """Makes what `hidden` and `logits` share, and what the latter needs."""
+        c = self.config
+        self.embed = nn.Embed(c.vocab_size, c.embed_dim, dtype=c.dtype, embedding_init=_init())
+        if c.head_transform:
+            self.head_transform = _dense(c, c.embed_dim)
+            self.head_norm = _norm(c)
+        if not c.tied_head:
+            self.head = _dense(c, c.vocab_size, bias=False)
+        if c.head_transform and c.bias:
+            self.head_bias = self.param("head_bias", nn.initializers.zeros, (c.vocab_size,))
+
+    def __call__(self, inputs: jax.Array, **options: Any) -> jax.Array:
+        """Maps tokens [B, L] to logits [B, L, V]; the options are those of `hidden`."""
+        return self.logits(self.hidden(inputs, **options))
+
     @nn.compact
-    def __call__(
+    def hidden(
         self,
         inputs: jax.Array,
         *,
@@ -85,7 +101,7 @@ class Transformer(nn.Module):
         segments: jax.Array | None = None,
         decode: bool = False,
     ) -> jax.Array:
-        """Maps tokens to logits.
+        """Maps tokens to what logits are made of.
 
         Args:
           inputs: [B, L] int32 token ids.
@@ -97,15 +113,12 @@ class Transformer(nn.Module):
             cached ones at its own and lower positions.
 
         Returns:
-          [B, L, V] in the dtype of computation.
+          [B, L, D] in the dtype of computation.
         """
         c = self.config
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape)
-        embed = nn.Embed(
-            c.vocab_size, c.embed_dim, dtype=c.dtype, embedding_init=_init(), name="embed"
-        )
-        x = embed(inputs)
+        x = self.embed(inputs)
         if c.positions == "learned":
             table = nn.Embed(
                 c.seq_len, c.embed_dim, dtype=c.dtype, embedding_init=_init(), name="position_embed"
@@ -115,20 +128,15 @@ class Transformer(nn.Module):
             x = _norm(c, "embed_norm")(x)
         x = Dropout(c.dropout)(x, rows)
         x = self._layers(x, rows, positions, decode, segments)
-        if c.norm_position == "pre":
-            x = _norm(c, "final_norm")(x)
-        return self._head(x, embed)
+        return _norm(c, "final_norm")(x) if c.norm_position == "pre" else x
 
-    def _head(self, x, embed):
+    def logits(self, x: jax.Array) -> jax.Array:
+        """Maps [..., D] of `hidden` to logits [..., V] in the dtype of computation."""
         c = self.config
         if c.head_transform:
-            x = _activate(c, _dense(c, c.embed_dim, "head_transform")(x))
-            x = _norm(c, "head_norm")(x)
-        head = embed.attend if c.tied_head else _dense(c, c.vocab_size, "head", bias=False)
-        if not (c.head_transform and c.bias):
-            return head(x)
-        bias = self.param("head_bias", nn.initializers.zeros, (c.vocab_size,))
-        return head(x) + bias.astype(c.dtype)
+            x = self.head_norm(_activate(c, self.head_transform(x)))
+        x = self.embed.attend(x) if c.tied_head else self.head(x)
+        return x + self.head_bias.astype(c.dtype) if c.head_transform and c.bias else x
 
     def _layers(self, x, rows, positions, decode, segments):
         c = self.config
@@ -282,7 +290,7 @@ def _residual_init(c: ModelConfig):
     return nn.initializers.normal(INIT_STDDEV / (2 * c.num_layers) ** 0.5)
 
 
-def _dense(c: ModelConfig, features, name, bias=True, kernel_init=None):
+def _dense(c: ModelConfig, features, name=None, bias=True, kernel_init=None):
     return nn.DenseGeneral(
         features,
         use_bias=c.bias and bias,
@@ -293,7 +301,7 @@ def _dense(c: ModelConfig, features, name, bias=True, kernel_init=None):
     )
 
 
-def _norm(c: ModelConfig, name):
+def _norm(c: ModelConfig, name=None):
     if c.norm == "rmsnorm":
         return nn.RMSNorm(epsilon=c.norm_epsilon, dtype=c.dtype, name=name)
     return nn.LayerNorm(epsilon=c.norm_epsilon, use_bias=c.bias, dtype=c.dtype, name=name)

@@ -25,10 +25,11 @@ from jaxdp.model import (
     num_parameters,
     parameter_shapes,
 )
+from jaxdp.objective import plain
 from jaxdp.optimizer import get_optimizer, get_schedule
 from jaxdp.parallel import Replicas
 from jaxdp.price import Collective
-from jaxdp.step import State, plain, state_axes, train_step
+from jaxdp.step import State, state_axes, train_step
 
 COUNTS = tuple(2**i for i in range(11))
 MEASURE_SECONDS = 0.3
@@ -77,6 +78,7 @@ def abstract_step(
         transform=functools.partial(losses.mask_tokens, mask_id=0, vocab_size=vocab)
         if config.objective == "masked"
         else plain,
+        loss_chunks=config.loss_chunks,
     )
     return step, state, batch
 

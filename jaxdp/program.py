@@ -11,9 +11,10 @@ from ml_collections import ConfigDict
 
 from jaxdp import methods, parallel, price
 from jaxdp.methods import Sync
+from jaxdp.objective import Transform
 from jaxdp.parallel import Replicas
 from jaxdp.price import Collective
-from jaxdp.step import Transform, at_step, state_axes, train_step
+from jaxdp.step import at_step, state_axes, train_step
 
 # Calls after a start that are recorded by the profiler, once everything is warm.
 TRACED = range(4, 7)
@@ -42,6 +43,7 @@ class Program:
             seed=config.seed,
             clip_norm=config.optimizer.clip_norm,
             transform=transform,
+            loss_chunks=config.loss_chunks,
         )
         self._p_whole = replicas.pmap(
             lambda tree, _: self.method.whole(tree["ema"], tree["params"]),

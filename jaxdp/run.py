@@ -30,10 +30,10 @@ from jaxdp.divergence import Divergence, Trouble
 from jaxdp.evaluation import Evaluation, Evaluations, compiled, evaluate_all, figures
 from jaxdp.metrics import MetricsWriter, Throughput, load_balance
 from jaxdp.model import Transformer, flops_per_token, num_parameters
+from jaxdp.objective import Transform
 from jaxdp.parallel import Replicas
 from jaxdp.profiling import Profile
 from jaxdp.program import Program
-from jaxdp.step import Transform
 from jaxdp.stopping import Stopping
 from jaxdp.watchdog import Watchdog
 
@@ -84,7 +84,7 @@ class Run:
     stop_requested: Callable[[], bool]
 
     def __post_init__(self) -> None:
-        self.p_eval_step = compiled(self.model, self.config.seed, self.transform, self.replicas)
+        self.p_eval_step = compiled(self.model, self.config, self.transform, self.replicas)
         self.feed = Feed(self.config, self.cache)
         self.tokenizer_digest = tokenizer.digest(self.cache.tokenizer)
         self.replica_check = ReplicaCheck(self.replicas)

@@ -1,4 +1,4 @@
-"""Optimizer steps and an evaluation step, as pure functions of what a device holds.
+"""A run's state and its optimizer steps, as pure functions of what a device holds.
 
 Shapes: b sequences per device, A micro-batches, B = b / A sequences per micro-batch, L length.
 """
@@ -13,37 +13,12 @@ import numpy as np
 import optax
 from flax.training.train_state import TrainState
 from jax import lax
-from ml_collections import ConfigDict
 
-from jaxdp import parallel, sync, tokenizer
+from jaxdp import parallel, sync
 from jaxdp.average import moved
-from jaxdp.data.cache import TokenCache
-from jaxdp.losses import cross_entropy, mask_tokens
 from jaxdp.methods import Sync
+from jaxdp.objective import Batch, Transform, gradient_sums, plain
 from jaxdp.parallel import Replicas
-
-Batch = dict[str, jax.Array]
-# Corrupts a batch for masked-LM training: (key, rows, batch) -> batch; the identity otherwise.
-Transform = Callable[[jax.Array, jax.Array, Batch], Batch]
-# Keeps the keys of masks apart from those of dropout.
-MASK_STREAM, DROPOUT_STREAM = 0, 1
-# Of a batch, what goes through the model as it is; only where documents are kept apart.
-PACKING = ("segments", "positions")
-
-
-def plain(key: jax.Array, rows: jax.Array, batch: Batch) -> Batch:
-    """The transform that changes nothing."""
-    del key, rows
-    return batch
-
-
-def get_transform(config: ConfigDict, cache: TokenCache) -> Transform:
-    """The one that the objective asks for, with the tokenizer of the data."""
-    if config.objective == "causal":
-        return plain
-    mask_id = tokenizer.mask_id(cache.tokenizer)
-    assert mask_id is not None
-    return functools.partial(mask_tokens, mask_id=mask_id, vocab_size=cache.vocab_size)
 
 
 class State(TrainState):
@@ -133,6 +108,7 @@ def train_step(
     seed: int,
     clip_norm: float = 0.0,
     transform: Transform = plain,
+    loss_chunks: int = 1,
 ) -> tuple[State, dict[str, jax.Array]]:
     """One optimizer step, or a round of several; call it under an axis named 'batch'.
 
@@ -151,6 +127,7 @@ def train_step(
       seed: of the run.
       clip_norm: gradients with a larger norm are scaled down to it; 0: never.
       transform: applied to each micro-batch.
+      loss_chunks: see `losses.chunked_cross_entropy`.
 
     Returns:
       The new state, and metrics of each step, float32: loss (nats per token), grad_norm (before
@@ -162,7 +139,12 @@ def train_step(
 
     def step(state, batch):
         (loss, weight), sums = gradient_sums(
-            state, batch, seed=seed, transform=transform, accumulate=method.accumulate
+            state,
+            batch,
+            seed=seed,
+            transform=transform,
+            loss_chunks=loss_chunks,
+            accumulate=method.accumulate,
         )
         figures = {
             "loss": loss,
@@ -229,101 +211,3 @@ def clip(grads: Any, norm: jax.Array, limit: float) -> Any:
     """Scales a gradient of this norm down to `limit` where it is longer."""
     scale = limit / jnp.maximum(norm, limit)
     return jax.tree.map(lambda x: x * scale, grads)
-
-
-def gradient_sums(
-    state: State,
-    batch: Batch,
-    *,
-    seed: int,
-    transform: Transform = plain,
-    accumulate: Callable,
-) -> tuple[tuple[jax.Array, jax.Array], Any]:
-    """Sums over this device's tokens; call it under the axis 'batch'.
-
-    Args:
-      state: see `train_step`.
-      batch: inputs and targets [b, L] int32, weights [b, L] float32; maybe segments and positions.
-      seed: of the run.
-      transform: applied to each micro-batch.
-      accumulate: (value_and_grad, params, batch) -> their sums over micro-batches.
-
-    Returns:
-      (loss_sum, weight_sum), [] float32 each, and the gradient of loss_sum, like state.params.
-    """
-    batch = _of_model(batch)
-    batch["rows"] = parallel.rows(len(batch["inputs"]))
-    step_key = jax.random.fold_in(jax.random.key(seed), state.step)
-
-    def loss_fn(params, micro):
-        logits, micro = _forward(state.apply_fn, params, micro, step_key, transform, train=True)
-        return cross_entropy(logits, micro["targets"], micro["weights"])
-
-    return accumulate(jax.value_and_grad(loss_fn, has_aux=True), state.params, batch)
-
-
-def gradients(
-    state: State,
-    batch: Batch,
-    *,
-    grad_accum_steps: int = 1,
-    seed: int,
-    transform: Transform = plain,
-) -> tuple[Any, dict[str, jax.Array]]:
-    """The gradient of the global batch by `sync.gradient_mean`; call it under the axis 'batch'.
-
-    Args:
-      state: see `train_step`.
-      batch: that of `gradient_sums`.
-      grad_accum_steps: A; divides b.
-      seed: of the run.
-      transform: applied to each micro-batch.
-
-    Returns:
-      The gradient, like state.params, and loss [] (summed, nats) and tokens [N].
-    """
-    add = functools.partial(sync.accumulate, count=grad_accum_steps)
-    (loss, weight), sums = gradient_sums(
-        state, batch, seed=seed, transform=transform, accumulate=add
-    )
-    figures = {"loss": loss, "tokens": sync.per_device(weight, parallel.AXIS)}
-    return sync.gradient_mean(sums, figures, parallel.AXIS)
-
-
-def eval_step(
-    params: Any, batch: Batch, *, apply_fn: Callable, seed: int, transform: Transform = plain
-) -> tuple[jax.Array, jax.Array]:
-    """Sums of loss and weight over the batches of all devices; call it under the axis 'batch'.
-
-    Args:
-      params: equal on all devices.
-      batch: that of `gradient_sums`, and number [b]
-        int32, which batch of the evaluation it is: the masks of masked-LM depend on it.
-      apply_fn: the model's.
-      seed: of the run.
-      transform: as in training.
-
-    Returns:
-      loss_sum (nats) and weight_sum, [] float32 each.
-    """
-    number = batch["number"][0]
-    micro = _of_model(batch)
-    micro["rows"] = parallel.rows(len(batch["inputs"]))
-    key = jax.random.fold_in(jax.random.key(seed), number)
-    logits, micro = _forward(apply_fn, params, micro, key, transform, train=False)
-    sums = cross_entropy(logits, micro["targets"], micro["weights"])
-    return lax.psum(sums, parallel.AXIS)
-
-
-def _of_model(batch: Batch) -> Batch:
-    packing = [name for name in PACKING if name in batch]
-    return {name: batch[name] for name in ("inputs", "targets", "weights", *packing)}
-
-
-def _forward(apply_fn, params, micro: Batch, key, transform: Transform, train: bool):
-    micro = dict(micro)
-    rows = micro.pop("rows")
-    micro = transform(jax.random.fold_in(key, MASK_STREAM), rows, micro)
-    dropout = {"rows": rows, "rngs": {"dropout": jax.random.fold_in(key, DROPOUT_STREAM)}}
-    options = {name: micro[name] for name in PACKING if name in micro} | (dropout if train else {})
-    return apply_fn({"params": params}, micro["inputs"], **options), micro

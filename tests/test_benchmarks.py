@@ -87,7 +87,14 @@ def test_the_gpu_benchmark_in_a_rehearsal(tmp_path):
     assert process.returncode == 0, process.stderr
     out = process.stdout
     assert "A rehearsal on a CPU" in out and "out of memory" not in out
-    for title in ("Attention", "Losses", "GPT-2 124M, context", "longest", "largest"):
+    for title in (
+        "Attention",
+        "Losses",
+        "GPT-2 124M, context",
+        "other settings",
+        "longest",
+        "largest",
+    ):
         [part] = [p for p in out.split("\n## ") if title in p.partition("\n")[0]]
         rows = [x for x in part.splitlines() if x.startswith("| ") and x.count("|") > 2]
         assert len(rows) >= 2 and any(c.isdigit() for c in rows[-1]), part

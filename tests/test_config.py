@@ -80,6 +80,7 @@ def test_the_test_config_is_valid(config):
         ("model.num_layers", True, "give a int"),
         ("model.num_layers", 2.0, "give a int"),
         ("model.num_heads", 3, "embed_dim=16"),
+        ("loss_chunks", 3, "does not divide seq_len="),
         ("model.num_kv_heads", 4, "choose a divisor"),
         ("model.dropout", 1.0, "from 0 to 0.99"),
         ("model.dropout", False, "give a float"),

@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdp.losses import cross_entropy, mask_tokens
+from jaxdp.losses import chunked_cross_entropy, cross_entropy, mask_tokens
 
 MASK, VOCAB = 99, 50
 
@@ -26,6 +26,22 @@ def test_cross_entropy_of_bfloat16_logits_is_float32():
     )
     assert loss_sum.dtype == weight_sum.dtype == jnp.float32
     np.testing.assert_allclose(loss_sum, np.log(7), rtol=1e-6)
+
+
+def test_chunks_sum_up_to_the_whole():
+    keys = jax.random.split(jax.random.key(0), 4)
+    hidden, kernel = jax.random.normal(keys[0], (2, 6, 8)), jax.random.normal(keys[1], (8, 5))
+    targets = jax.random.randint(keys[2], (2, 6), 0, 5)
+    weights = jax.random.uniform(keys[3], (2, 6))
+
+    def loss(kernel, hidden, chunks):
+        return chunked_cross_entropy(lambda x: x @ kernel, hidden, targets, weights, chunks)
+
+    both = jax.value_and_grad(loss, (0, 1), has_aux=True)
+    whole, *others = (both(kernel, hidden, chunks) for chunks in (1, 2, 6))
+    for other in others:
+        for a, b in zip(*map(jax.tree.leaves, (whole, other)), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 def masked(rows, tokens):

@@ -102,6 +102,16 @@ def test_smaller_parts_of_a_batch_need_less(config):
     assert prediction.predict_memory(config, VOCAB, 1).activations < whole.activations
 
 
+def test_a_loss_in_chunks_needs_less(config):
+    vocab = 5000  # Logits are the most of what is stored.
+    whole = prediction.predict_memory(config, vocab, 1)
+    config.loss_chunks = 4
+    chunked = prediction.predict_memory(config, vocab, 1)
+    assert chunked.activations < whole.activations / 2
+    compiled = prediction.compiled_memory(config, vocab, 1)
+    assert chunked.total == pytest.approx(compiled, rel=0.1)
+
+
 @pytest.mark.parametrize(("count", "accum"), [(1, 1), (2, 3)])
 def test_the_largest_batch_fits_and_the_next_does_not(config, count, accum):
     limit, config.grad_accum_steps = 2_000_000, accum

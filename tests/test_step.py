@@ -9,10 +9,11 @@ import pytest
 
 from jaxdp import losses
 from jaxdp.model import ModelConfig, Transformer
+from jaxdp.objective import plain
 from jaxdp.optimizer import get_optimizer, get_schedule
 from jaxdp.parallel import Replicas
 from jaxdp.program import Program
-from jaxdp.step import clip, create_state, eval_step, plain
+from jaxdp.step import clip, create_state
 
 VOCAB, ROWS, LENGTH = 20, 8, 16
 # Losses are near 3 and sums of 128 float32 terms differ in their last bits with the order.
@@ -166,16 +167,3 @@ def test_the_step_clips(config):
     change = jax.tree.map(np.subtract, params, before)
     assert figures[0]["grad_norm"] > 0.1
     np.testing.assert_allclose(optax.tree.norm(change), 0.1, rtol=1e-4)
-
-
-def test_evaluation_sums_over_devices(config):
-    model = Transformer(ModelConfig.from_config(config, VOCAB))
-    params = jax.device_get(start(config, 1)[2].params)
-    batch = next(batches(1)) | {"number": np.zeros(ROWS, np.int32)}
-    logits = model.apply({"params": params}, batch["inputs"])
-    expected = losses.cross_entropy(logits, batch["targets"], batch["weights"])
-    for devices in (1, 4):
-        replicas = Replicas(jax.local_devices()[:devices])
-        p_step = replicas.pmap(functools.partial(eval_step, apply_fn=model.apply, seed=0))
-        sums = p_step(replicas.replicate(params), replicas.shard(batch))
-        np.testing.assert_allclose(sums, expected, rtol=1e-5)
