@@ -163,7 +163,7 @@ def _steps(run: Run, state: Any, start: int) -> Result:
         if new:
             run.watchdog.beat("compiling a step", done, slow=True)
             shapes = feed.round_shapes(run.config, steps, run.sizes.per_device)
-            run.program.compile(done, state, run.replicas.shapes(shapes))
+            run.program.compile(done, state, run.replicas.zeros(shapes))
         run.watchdog.beat("waiting for data", done)
         asked = time.perf_counter()
         batch = next(rounds)
@@ -214,7 +214,8 @@ def _steps(run: Run, state: Any, start: int) -> Result:
 def _import_tensorflow() -> None:
     """It takes seconds, in which a step can be compiled: the first batch is not needed before.
 
-    What goes wrong is raised where it is imported again, to be used.
+    Not TFDS, which harms what other threads import meanwhile. What goes wrong is raised where it is
+    imported again, to be used.
     """
     with contextlib.suppress(Exception):
         importlib.import_module("jaxdp.data.tensorflow")

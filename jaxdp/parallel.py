@@ -72,12 +72,13 @@ class Replicas:
         """Gives each device its part of leaves [N, ...]."""
         return jax.device_put(tree, NamedSharding(self._mesh, PartitionSpec(AXIS)))
 
-    def shapes(self, tree: Any) -> Any:
-        """Of what `put` makes of leaves that have such shapes on one device."""
-        count, sharding = len(self.devices), NamedSharding(self._mesh, PartitionSpec(AXIS))
-        return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype, sharding=sharding), tree
-        )
+    def zeros(self, shapes: Any) -> Any:
+        """What `put` makes of zeros of these shapes on each device: to compile for.
+
+        Among several processes `pmap` compiles for arrays only, not for their shapes.
+        """
+        count = len(self.devices)
+        return self.put(jax.tree.map(lambda x: np.zeros((count, *x.shape), x.dtype), shapes))
 
     def put_own(self, tree: Any) -> Any:
         """Gives each device its part of leaves [device_count, ...], the same on all processes."""

@@ -106,7 +106,8 @@ def memory_rows(config: ConfigDict, vocab: int, count: int) -> dict[str, str]:
         "gradients": in_bytes(predicted.gradients),
         "activations": f"{in_bytes(remat[False].activations)}, with remat "
         f"{in_bytes(remat[True].activations)}{note}",
-        "total": f"{in_bytes(predicted.total)}, model.remat={config.model.remat}",
+        "total": f"{in_bytes(predicted.total)}, model.remat={config.model.remat}, "
+        f"loss_chunks={config.loss_chunks}",
         "devices": f"{count}, {config.global_batch_size // count} sequences each, "
         f"grad_accum_steps={config.grad_accum_steps}, sync.method={config.sync.method}",
         "largest batch": f"{batch} sequences per device in {limit / 2**30:.3g} GiB",

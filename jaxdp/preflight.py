@@ -27,7 +27,9 @@ from jaxdp.model import ModelConfig
 
 def check_data(config: ConfigDict, cache: TokenCache) -> None:
     """Refuses splits that hold not even one sequence, and a sample prompt that can't be read."""
-    if "tensorflow" in sys.modules:
+    # A process that is alone imports it later, while its step is compiled; several would drift
+    # apart.
+    if "tensorflow" in sys.modules or jax.process_count() > 1:
         import jaxdp.data.tensorflow  # noqa: F401  It refuses to share the accelerators.
 
     for split in SPLITS:

@@ -75,7 +75,7 @@ class Program:
         return self._p_steps[method, steps](state, batch)
 
     def compile(self, done: int, state: Any, batch: Any) -> None:
-        """Compiles the round after `done` steps, for a batch or its shapes."""
+        """Compiles the round after `done` steps, for batches such as this one."""
         method = self._method(done)
         axes = state_axes(state, method)
         p_step = self._replicas.pmap(

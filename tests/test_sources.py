@@ -3,7 +3,8 @@ import pytest
 from jaxdp.config import ConfigError
 from jaxdp.configs import default
 from jaxdp.data.sources import get_source
-from jaxdp.data.tensorflow import tf, tfds
+from jaxdp.data.tensorflow import tf
+from jaxdp.data.tfds import tfds
 
 DOCUMENTS = {"train": [f"document {i}, é" for i in range(10)], "test": ["one", "two"]}
 

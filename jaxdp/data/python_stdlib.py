@@ -9,7 +9,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from jaxdp.data.tensorflow import tfds
+from jaxdp.data.tfds import tfds
 
 # Tests are repetitive, pydoc_data is prose in quotes; the rest differs from machine to machine.
 LEFT_OUT = ("pydoc_data", "test", "tests", "idle_test", "site-packages", "dist-packages")

@@ -204,7 +204,8 @@ class TfdsSource:
     def __init__(self, name: str, config: ConfigDict):
         """Finds the builder; raises ConfigError where TFDS has none of that name."""
         from jaxdp.data import python_stdlib
-        from jaxdp.data.tensorflow import tf, tfds
+        from jaxdp.data.tensorflow import tf
+        from jaxdp.data.tfds import tfds
 
         self._tf, self._tfds = tf, tfds
         if not sys.stderr.isatty():

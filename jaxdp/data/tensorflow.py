@@ -1,4 +1,4 @@
-"""TensorFlow and TFDS, imported here only: quietly, and kept off every accelerator.
+"""TensorFlow, imported here only: quietly, and kept off every accelerator.
 
 Import it where it is needed, not at the top of a module: it takes seconds.
 """
@@ -68,9 +68,8 @@ def hide_accelerators() -> None:
 
 with _quiet(), _no_keras():
     import tensorflow as tf
-    import tensorflow_datasets as tfds
 
     hide_accelerators()
     tf.constant(0)  # Starts the runtime, which has something to say, too.
 
-__all__ = ["tf", "tfds"]
+__all__ = ["tf"]
