@@ -12,8 +12,7 @@ from test_faults import group
 from test_runs import figures, train_in_parts
 from test_step import batches, start
 
-from jaxdp import loop
-from jaxdp import step as steps_module
+from jaxdp import loop, objective
 from jaxdp.agreement import ReplicaCheck
 from jaxdp.config import RunError
 from jaxdp.divergence import WINDOW, Divergence, by_layer
@@ -154,15 +153,15 @@ def diverging(config, tmp_path, monkeypatch):
     config.num_train_steps = 200
     config.eval_every = config.checkpoint.every = 20
     config.model.dropout = 0.1
-    forward = steps_module._forward
+    loss_sums = objective._loss_sums
 
     def poisoned(apply_fn, params, micro, *arguments, train):
         # The letters are numbered in their order; "\n", " ", "#", ".", ...
         bad = train & (micro["inputs"] == 2).any()
-        logits, micro = forward(apply_fn, params, micro, *arguments, train=train)
-        return logits * jnp.where(bad, jnp.nan, 1.0), micro
+        loss, weight = loss_sums(apply_fn, params, micro, *arguments, train=train)
+        return loss * jnp.where(bad, jnp.nan, 1.0), weight
 
-    monkeypatch.setattr(steps_module, "_forward", poisoned)
+    monkeypatch.setattr(objective, "_loss_sums", poisoned)
     return config
 
 
