@@ -201,8 +201,7 @@ def sweep_rows(name: str, keys: dict, batches: tuple[int, ...]) -> Iterator[str]
         (batch, label, more, "")
         for batch, (label, more) in itertools.product(some(batches), some(REMAT))
     ]
-    more_tried = variants(keys).items()
-    tried += [(batches[1], label, more, given) for label, (more, given) in more_tried]
+    tried += [(batches[1], label, *variant) for label, variant in variants(keys).items()]
     for batch, label, more, given in tried:
         found = measured({"jaxdp": lambda: ours(keys | more, batch, given)})  # noqa: B023
         figures = "out of memory | |"
@@ -213,9 +212,9 @@ def sweep_rows(name: str, keys: dict, batches: tuple[int, ...]) -> Iterator[str]
 
 def limits() -> Iterator[Iterator[str]]:
     """The longest sequence and the largest model, one at a time, with what saves memory."""
-    remat = {"remat": True, "loss_chunks": 8}
-    longer = {f"{n:,} tokens": remat | {"seq_len": n} for n in SEQUENCES}
-    larger = {name: remat | keys for name, keys in LARGER.items()}
+    saving = {"remat": True, "loss_chunks": 8}
+    longer = {f"{n:,} tokens": saving | {"seq_len": n} for n in SEQUENCES}
+    larger = {name: saving | keys for name, keys in LARGER.items()}
     yield fitting_rows("The longest sequence of GPT-2 124M", longer)
     yield fitting_rows("The largest model, context 1,024 (layers x width)", larger)
 

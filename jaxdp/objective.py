@@ -1,6 +1,6 @@
 """What is minimised: sums of losses over a batch's tokens, and their gradient.
 
-Shapes: b sequences per device, B sequences per micro-batch, L length.
+Shapes: N devices, b sequences per device, A micro-batches, L length.
 """
 
 import functools

@@ -64,8 +64,8 @@ def num_bytes(tree: Any, dtype: str | None = None) -> int:
 # The operations that make devices wait for each other, as compiled programs name them; on GPUs
 # each is split into a -start, which is counted, and a -done.
 KINDS = ("all-reduce", "reduce-scatter", "all-gather", "collective-permute", "all-to-all")
-_CALL = rf" ({'|'.join(KINDS)})(-start)?\("
-_INSTRUCTION = re.compile(rf"%?(\S+) = (.+?){_CALL}")
+_CALL = re.compile(rf" ({'|'.join(KINDS)})(-start)?\(")
+_INSTRUCTION = re.compile(rf"%?(\S+) = (.+?){_CALL.pattern}")
 _BUFFER = re.compile(r"([a-z]+)(\d+)\[([\d,]*)\]")
 
 
@@ -81,7 +81,7 @@ def collectives(program: str, device_count: int) -> dict[str, Collective]:
     """
     found = {}
     # Most lines are of other instructions, which are told by their call much faster.
-    lines = filter(re.compile(_CALL).search, program.splitlines())
+    lines = filter(_CALL.search, program.splitlines())
     for name, shape, kind, start in _INSTRUCTION.findall("\n".join(lines)):
         buffers = [
             int(bits) // 8 * _product(dimensions) for _, bits, dimensions in _BUFFER.findall(shape)

@@ -1,6 +1,6 @@
 """A run's state and its optimizer steps, as pure functions of what a device holds.
 
-Shapes: b sequences per device, A micro-batches, B = b / A sequences per micro-batch, L length.
+Shapes: N devices, b sequences per device, L length.
 """
 
 import functools
