@@ -8,7 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from logging import ERROR, getLogger
+from logging import ERROR, Formatter, LogRecord, getLogger
 from pathlib import Path
 from typing import Any
 
@@ -134,9 +134,10 @@ def _quieten() -> None:
     The first array's failure ends the event loop to which TensorStore reports the others'.
     """
 
-    def wanted(record: Any) -> bool:
-        of_orbax = "orbax" in record.pathname or "orbax-checkpoint-tmp" in record.getMessage()
-        return record.levelno < ERROR or not of_orbax
+    def wanted(record: LogRecord) -> bool:
+        # Of a task that nobody awaited, only the traceback may say whose it was.
+        told = record.pathname + Formatter().format(record) if record.levelno >= ERROR else ""
+        return not any(mark in told for mark in ("/orbax/checkpoint/", "orbax-checkpoint-tmp"))
 
     before = sys.unraisablehook
 

@@ -1,7 +1,9 @@
 """Full disks: a limit on the size of files makes writes fail, until it is lifted."""
 
+import asyncio
 import contextlib
 import errno
+import gc
 import json
 import os
 import resource
@@ -9,12 +11,13 @@ import shutil
 import subprocess
 
 import pytest
+from orbax.checkpoint._src.path import async_path
 from test_faults import Run, assert_same_end, group
 from test_runs import contents, figures, flags
 from test_step import VOCAB
 from test_step import start as begin
 
-from jaxdp import loop, preflight
+from jaxdp import loop, preflight, saving
 from jaxdp.checkpoint import Checkpoints
 from jaxdp.config import ConfigError, write_whole
 from jaxdp.data.cache import open_cache
@@ -112,6 +115,25 @@ def test_half_a_token_cache_is_not_left(config, tmp_path):
         open_cache(config)
     assert [p.suffix for p in (tmp_path / "tokens").iterdir()] == [".lock"]
     assert len(open_cache(config).train) > 1000
+
+
+async def _own(path, text):
+    path.write_text(text)
+
+
+@pytest.mark.parametrize("whose, told", [(async_path.write_text, False), (_own, True)])
+@pytest.mark.parametrize("start", [asyncio.ensure_future, lambda x: asyncio.gather(x)])
+def test_only_orbax_fails_in_silence_where_nobody_awaits(tmp_path, caplog, whose, told, start):
+    saving._quieten()
+
+    async def forget():
+        task = start(whose(tmp_path / "missing" / "file", ""))
+        while not task.done():
+            await asyncio.sleep(0.01)
+
+    asyncio.run(forget())
+    gc.collect()
+    assert ("FileNotFoundError" in caplog.text) == told
 
 
 def test_too_small_a_disk_is_refused_before_anything_is_computed(config, tmp_path, monkeypatch):
