@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from jaxdp import parallel
 from jaxdp.model import ModelConfig, Transformer
-from jaxdp.objective import plain
+from jaxdp.objective import get_objective
 from jaxdp.optimizer import get_optimizer, get_schedule
 from jaxdp.parallel import Replicas
 from jaxdp.program import Program
@@ -29,7 +29,7 @@ def trainer(
       batches: of `pipeline.train_batches`.
     """
     schedule = get_schedule(config)
-    program = Program(config, replicas, schedule, plain)
+    program = Program(config, replicas, schedule, get_objective(config, vocab_size, None))
     model = Transformer(ModelConfig.from_config(config, vocab_size))
     optimizer = get_optimizer(config, schedule)
     state = create_state(model, optimizer, config.seed, replicas, program.method)

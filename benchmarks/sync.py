@@ -25,7 +25,7 @@ from jaxdp.data.feed import Feed
 from jaxdp.methods import METHODS
 from jaxdp.metrics import read_jsonl
 from jaxdp.model import ModelConfig, Transformer
-from jaxdp.objective import plain
+from jaxdp.objective import get_objective
 from jaxdp.optimizer import get_optimizer, get_schedule
 from jaxdp.parallel import Replicas
 from jaxdp.program import Program
@@ -87,7 +87,8 @@ class Timed:
         model = Transformer(ModelConfig.from_config(config, cache.vocab_size))
         schedule = get_schedule(config)
         self._replicas = Replicas(jax.local_devices()[: DEVICES.value])
-        self._program = Program(config, self._replicas, schedule, plain)
+        objective = get_objective(config, cache.vocab_size, None)
+        self._program = Program(config, self._replicas, schedule, objective)
         self._state = create_state(
             model, get_optimizer(config, schedule), 0, self._replicas, self._program.method
         )

@@ -12,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxdp.data.feed import Feed
-from jaxdp.objective import Batch, Transform, gradients
+from jaxdp.objective import Batch, Objective
 from jaxdp.parallel import Replicas
 from jaxdp.step import State
 
@@ -104,7 +104,7 @@ def diagnose(
     config: ConfigDict,
     replicas: Replicas,
     feed: Feed,
-    transform: Transform,
+    objective: Objective,
     trouble: Trouble,
     state: State,
 ) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def diagnose(
       config: of the run.
       replicas: its devices.
       feed: its data.
-      transform: of its batches.
+      objective: likewise.
       trouble: what has been seen.
       state: after it.
 
@@ -124,11 +124,7 @@ def diagnose(
     """
     step = trouble.step - 1  # Counted from 0, as the state and the data count.
     of_batch = functools.partial(
-        norms,
-        grad_accum_steps=config.grad_accum_steps,
-        seed=config.seed,
-        transform=transform,
-        loss_chunks=config.loss_chunks,
+        norms, objective=objective, grad_accum_steps=config.grad_accum_steps
     )
     batch = replicas.shard(next(feed.train(step)))
     bare = replicas.replicate(state.replace(step=np.int32(step), opt_state=(), outer=(), ema=()))
@@ -142,19 +138,22 @@ def diagnose(
     }
 
 
-def norms(state: State, batch: Batch, **options: Any) -> dict[str, Any]:
+def norms(
+    state: State, batch: Batch, *, objective: Objective, grad_accum_steps: int
+) -> dict[str, Any]:
     """Norms of the parameters and of a batch's gradient; call it under the axis 'batch'.
 
     Args:
       state: at the step whose batch it is; its opt_state isn't looked at.
-      batch: that of `objective.gradients`.
-      **options: likewise.
+      batch: that of `Objective.gradients`.
+      objective: of the run.
+      grad_accum_steps: A; divides b.
 
     Returns:
       parameters and gradient: {layer: norm}, [] float32, or [layers] of scanned ones; and loss [],
       nats per token.
     """
-    grads, figures = gradients(state, batch, **options)
+    grads, figures = objective.gradients(state, batch, grad_accum_steps=grad_accum_steps)
     return {
         "loss": figures["loss"] / figures["tokens"].sum(),
         "parameters": _layer_norms(state.params),

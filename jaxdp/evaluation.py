@@ -18,7 +18,7 @@ from jaxdp.data.cache import open_cache
 from jaxdp.data.eval_sets import Split
 from jaxdp.data.feed import Feed
 from jaxdp.model import ModelConfig, Transformer, parameter_shapes
-from jaxdp.objective import Transform, eval_step, get_transform
+from jaxdp.objective import Objective, get_objective
 from jaxdp.parallel import Replicas, prefetch
 
 
@@ -66,17 +66,9 @@ def figures(found: Evaluations) -> dict[str, float]:
     }
 
 
-def compiled(model: Any, config: ConfigDict, transform: Transform, replicas: Replicas) -> Callable:
-    """The pmapped `objective.eval_step` of a model."""
-    return replicas.pmap(
-        functools.partial(
-            eval_step,
-            apply_fn=model.apply,
-            seed=config.seed,
-            transform=transform,
-            loss_chunks=config.loss_chunks,
-        )
-    )
+def compiled(model: Any, objective: Objective, replicas: Replicas) -> Callable:
+    """The pmapped `Objective.eval_step` of a model."""
+    return replicas.pmap(functools.partial(objective.eval_step, apply_fn=model.apply))
 
 
 def evaluate_all(
@@ -178,7 +170,9 @@ def evaluate_checkpoint(
     params, step = checkpoint.load_params(
         workdir, parameter_shapes(model), said, say, which=which, check=fits
     )
-    p_eval_step = compiled(model, config, get_transform(config, cache), replicas)
+    mask_id = tokenizer.mask_id(cache.tokenizer)
+    objective = get_objective(config, cache.vocab_size, mask_id)
+    p_eval_step = compiled(model, objective, replicas)
     return step, evaluate_all(p_eval_step, replicas.replicate(params), splits, replicas)
 
 

@@ -13,7 +13,7 @@ import jax
 from ml_collections import ConfigDict
 
 from jaxdp import config as configs
-from jaxdp import huggingface, parallel, preflight, report
+from jaxdp import huggingface, parallel, preflight, report, tokenizer
 from jaxdp.checkpoint import Checkpoints
 from jaxdp.config import BatchSizes, ConfigError
 from jaxdp.data import eval_sets, feed
@@ -25,7 +25,7 @@ from jaxdp.evaluation import Evaluations
 from jaxdp.limits import MOST
 from jaxdp.metrics import MetricsWriter
 from jaxdp.model import ModelConfig, Transformer
-from jaxdp.objective import get_transform
+from jaxdp.objective import get_objective
 from jaxdp.optimizer import get_optimizer, get_schedule
 from jaxdp.parallel import Replicas
 from jaxdp.program import Program
@@ -89,8 +89,8 @@ def _train(
 ) -> Result:
     model = Transformer(ModelConfig.from_config(config, cache.vocab_size))
     schedule = get_schedule(config)
-    transform = get_transform(config, cache)
-    program = Program(config, replicas, schedule, transform)
+    objective = get_objective(config, cache.vocab_size, tokenizer.mask_id(cache.tokenizer))
+    program = Program(config, replicas, schedule, objective)
     optimizer = get_optimizer(config, schedule)
     shapes = saved_shapes(model, optimizer, program.method, replicas.device_count)
     preflight.check_disk(workdir, shapes)
@@ -137,7 +137,7 @@ def _train(
                 checkpoints,
                 writer,
                 watchdog,
-                transform,
+                objective,
                 stop_requested,
             )
             with contextlib.closing(program), contextlib.closing(run.profile):

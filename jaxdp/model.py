@@ -258,10 +258,16 @@ class Dropout(nn.Module):
         return jnp.where(jax.vmap(draw)(keys), x / (1 - self.rate), 0)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def initial_params(model: Transformer, seed: int) -> Any:
+    """Draws the parameters; traced once for each model."""
+    inputs = jnp.zeros((1, model.config.seq_len), jnp.int32)
+    return model.init(jax.random.key(seed), inputs)["params"]
+
+
 def parameter_shapes(model: Transformer) -> Any:
     """Shapes and dtypes of the parameters; nothing is computed."""
-    inputs = jax.ShapeDtypeStruct((1, model.config.seq_len), jnp.int32)
-    return jax.eval_shape(model.init, jax.random.key(0), inputs)["params"]
+    return initial_params.eval_shape(model, 0)
 
 
 def num_parameters(params) -> int:

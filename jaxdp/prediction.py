@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from jaxdp import config as configs
-from jaxdp import losses, memory, methods, parallel
+from jaxdp import memory, methods, parallel
 from jaxdp.config import ConfigError
 from jaxdp.data.feed import round_shapes
 from jaxdp.disk import num_bytes
@@ -25,7 +25,7 @@ from jaxdp.model import (
     num_parameters,
     parameter_shapes,
 )
-from jaxdp.objective import plain
+from jaxdp.objective import get_objective
 from jaxdp.optimizer import get_optimizer, get_schedule
 from jaxdp.parallel import Replicas
 from jaxdp.price import Collective
@@ -73,12 +73,8 @@ def abstract_step(
         train_step,
         method=method,
         schedule=schedule,
-        seed=config.seed,
+        objective=get_objective(config, vocab, mask_id=0),
         clip_norm=config.optimizer.clip_norm,
-        transform=functools.partial(losses.mask_tokens, mask_id=0, vocab_size=vocab)
-        if config.objective == "masked"
-        else plain,
-        loss_chunks=config.loss_chunks,
     )
     return step, state, batch
 

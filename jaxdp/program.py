@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from jaxdp import methods, parallel, price
 from jaxdp.methods import Sync
-from jaxdp.objective import Transform
+from jaxdp.objective import Objective
 from jaxdp.parallel import Replicas
 from jaxdp.price import Collective
 from jaxdp.step import at_step, state_axes, train_step
@@ -31,7 +31,7 @@ class Program:
     """
 
     def __init__(
-        self, config: ConfigDict, replicas: Replicas, schedule: optax.Schedule, transform: Transform
+        self, config: ConfigDict, replicas: Replicas, schedule: optax.Schedule, objective: Objective
     ):
         """Compiles nothing yet."""
         self.config, self._replicas = config, replicas
@@ -40,10 +40,8 @@ class Program:
         self._step = functools.partial(
             train_step,
             schedule=schedule,
-            seed=config.seed,
+            objective=objective,
             clip_norm=config.optimizer.clip_norm,
-            transform=transform,
-            loss_chunks=config.loss_chunks,
         )
         self._p_whole = replicas.pmap(
             lambda tree, _: self.method.whole(tree["ema"], tree["params"]),

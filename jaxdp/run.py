@@ -30,7 +30,7 @@ from jaxdp.divergence import Divergence, Trouble
 from jaxdp.evaluation import Evaluation, Evaluations, compiled, evaluate_all, figures
 from jaxdp.metrics import MetricsWriter, Throughput, load_balance
 from jaxdp.model import Transformer, flops_per_token, num_parameters
-from jaxdp.objective import Transform
+from jaxdp.objective import Objective
 from jaxdp.parallel import Replicas
 from jaxdp.profiling import Profile
 from jaxdp.program import Program
@@ -80,11 +80,11 @@ class Run:
     checkpoints: Checkpoints
     writer: MetricsWriter
     watchdog: Watchdog
-    transform: Transform
+    objective: Objective
     stop_requested: Callable[[], bool]
 
     def __post_init__(self) -> None:
-        self.p_eval_step = compiled(self.model, self.config, self.transform, self.replicas)
+        self.p_eval_step = compiled(self.model, self.objective, self.replicas)
         self.feed = Feed(self.config, self.cache)
         self.tokenizer_digest = tokenizer.digest(self.cache.tokenizer)
         self.replica_check = ReplicaCheck(self.replicas)
@@ -208,7 +208,7 @@ class Run:
         """Shows and writes what is known of a step that the run can't get past."""
         self.watchdog.beat("looking for the cause", trouble.step, slow=True)
         found = divergence.diagnose(
-            self.config, self.replicas, self.feed, self.transform, trouble, state
+            self.config, self.replicas, self.feed, self.objective, trouble, state
         )
         self.display.table("Diverged", report.diagnosis(found))
         path = self.workdir / "diagnosis.json"

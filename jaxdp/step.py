@@ -3,7 +3,6 @@
 Shapes: N devices, b sequences per device, L length.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +16,8 @@ from jax import lax
 from jaxdp import parallel, sync
 from jaxdp.average import moved
 from jaxdp.methods import Sync
-from jaxdp.objective import Batch, Transform, gradient_sums, plain
+from jaxdp.model import initial_params, parameter_shapes
+from jaxdp.objective import Batch, Objective
 from jaxdp.parallel import Replicas
 
 
@@ -61,8 +61,7 @@ def create_state(
         ema = method.part(params) if method.ema_decay else ()
         return State(step, model.apply, params, optimizer, opt_state, outer, ema)
 
-    draw = jax.jit(functools.partial(_initial_params, model, seed))
-    params = replicas.replicate(read() if read else draw())
+    params = replicas.replicate(read() if read else initial_params(model, seed))
     shapes = jax.eval_shape(lambda: State(0, model.apply, params, optimizer, (), ()))
     start = replicas.pmap(state_of, out_axes=state_axes(shapes, method))
     return start(params, replicas.shard(np.zeros(len(replicas.devices))))
@@ -72,7 +71,7 @@ def saved_shapes(
     model: Any, optimizer: optax.GradientTransformation, method: Sync, device_count: int
 ) -> Any:
     """Shapes and dtypes of all arrays of a checkpoint; nothing is computed."""
-    params = jax.eval_shape(lambda: _initial_params(model, 0))
+    params = parameter_shapes(model)
     like = jax.eval_shape(optimizer.init, params)
 
     def outer(params, _):
@@ -88,11 +87,6 @@ def saved_shapes(
     }
 
 
-def _initial_params(model: Any, seed: int) -> Any:
-    inputs = jnp.zeros((1, model.config.seq_len), jnp.int32)
-    return model.init(jax.random.key(seed), inputs)["params"]
-
-
 def state_axes(state: State, method: Sync) -> State:
     """Which fields of a state have an axis of devices, as `jax.pmap` wants to be told."""
     opt_state, ema = (0 if own else None for own in (method.own_opt_state, method.own_ema))
@@ -105,10 +99,8 @@ def train_step(
     *,
     method: Sync,
     schedule: optax.Schedule,
-    seed: int,
+    objective: Objective,
     clip_norm: float = 0.0,
-    transform: Transform = plain,
-    loss_chunks: int = 1,
 ) -> tuple[State, dict[str, jax.Array]]:
     """One optimizer step, or a round of several; call it under an axis named 'batch'.
 
@@ -124,10 +116,8 @@ def train_step(
         it was last busy with a step.
       method: how replicas agree.
       schedule: step -> learning rate, for the metrics only.
-      seed: of the run.
+      objective: whose gradient it is.
       clip_norm: gradients with a larger norm are scaled down to it; 0: never.
-      transform: applied to each micro-batch.
-      loss_chunks: see `losses.chunked_cross_entropy`.
 
     Returns:
       The new state, and metrics of each step, float32: loss (nats per token), grad_norm (before
@@ -138,14 +128,7 @@ def train_step(
     """
 
     def step(state, batch):
-        (loss, weight), sums = gradient_sums(
-            state,
-            batch,
-            seed=seed,
-            transform=transform,
-            loss_chunks=loss_chunks,
-            accumulate=method.accumulate,
-        )
+        (loss, weight), sums = objective.gradient_sums(state, batch, method.accumulate)
         figures = {
             "loss": loss,
             "stop": batch["stop"].max(),

@@ -1,6 +1,5 @@
 """The benchmarks whose figures matter only elsewhere: that they work, and read programs rightly."""
 
-import os
 import subprocess
 import sys
 
@@ -74,12 +73,11 @@ def test_contestants_take_turns_and_tell_of_too_little_memory(monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_gpu_benchmark_in_a_rehearsal(tmp_path):
+def test_the_gpu_benchmark_in_a_rehearsal():
     """All parts, tiny: their figures are there, whatever they are; attention is right."""
     process = subprocess.run(
         [sys.executable, "benchmarks/gpu.py", "--rehearse", "--steps=1", "--turns=1"],
         cwd=REPOSITORY,
-        env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)},
         capture_output=True,
         text=True,
         timeout=600,

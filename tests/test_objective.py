@@ -6,8 +6,9 @@ import numpy as np
 from test_step import ROWS, VOCAB, assert_same_run, batches, start, train
 
 from jaxdp import losses
+from jaxdp.evaluation import compiled
 from jaxdp.model import ModelConfig, Transformer
-from jaxdp.objective import eval_step
+from jaxdp.objective import Objective
 from jaxdp.parallel import Replicas
 
 
@@ -17,10 +18,10 @@ def test_evaluation_sums_over_devices_and_chunks(config):
     batch = next(batches(1)) | {"number": np.zeros(ROWS, np.int32)}
     logits = model.apply({"params": params}, batch["inputs"])
     expected = losses.cross_entropy(logits, batch["targets"], batch["weights"])
-    step = functools.partial(eval_step, apply_fn=model.apply, seed=0)
     for devices, chunks in ((1, 1), (4, 1), (2, 4)):
         replicas = Replicas(jax.local_devices()[:devices])
-        p_step = replicas.pmap(functools.partial(step, loss_chunks=chunks))
+        objective = Objective(0, loss_chunks=chunks)
+        p_step = compiled(model, objective, replicas)
         sums = p_step(replicas.replicate(params), replicas.shard(batch))
         np.testing.assert_allclose(sums, expected, rtol=1e-5)
 

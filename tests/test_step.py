@@ -9,7 +9,7 @@ import pytest
 
 from jaxdp import losses
 from jaxdp.model import ModelConfig, Transformer
-from jaxdp.objective import plain
+from jaxdp.objective import Objective, plain
 from jaxdp.optimizer import get_optimizer, get_schedule
 from jaxdp.parallel import Replicas
 from jaxdp.program import Program
@@ -42,7 +42,8 @@ def start(config, devices, transform=plain):
     model = Transformer(ModelConfig.from_config(config, VOCAB))
     schedule = get_schedule(config)
     replicas = Replicas(jax.local_devices()[:devices])
-    program = Program(config, replicas, schedule, transform)
+    objective = Objective(config.seed, transform, config.loss_chunks)
+    program = Program(config, replicas, schedule, objective)
     optimizer = get_optimizer(config, schedule)
     return program, replicas, create_state(model, optimizer, config.seed, replicas, program.method)
 
