@@ -10,7 +10,6 @@ turns; medians.
 """
 
 import os
-import pickle
 import shutil
 import signal
 import statistics
@@ -21,13 +20,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
+import nanogpt_copy
 from absl import flags
 from ml_collections import config_flags
 
 from jaxdp import command
 from jaxdp.configs import shakespeare_char_cpu
-from jaxdp.data.cache import open_cache
 
 CONFIG = config_flags.DEFINE_config_dict("config", shakespeare_char_cpu.get_config())
 NANOGPT = flags.DEFINE_string("nanogpt", None, "A checkout of nanoGPT; it is not changed.")
@@ -81,31 +79,15 @@ def ours(folder: Path) -> Callable[[bool], float]:
 def theirs(folder: Path, config, compiling: bool) -> Callable[[bool], float]:
     """A start of nanoGPT, cold or not."""
     copy, caches = folder / f"nanoGPT{compiling:d}", folder / f"inductor{compiling:d}"
-    shutil.copytree(NANOGPT.value, copy, ignore=shutil.ignore_patterns(".git"))
-    cache, data = open_cache(config), copy / "data" / "shakespeare_char"
-    np.asarray(cache.train, np.uint16).tofile(data / "train.bin")
-    np.asarray(cache.validation, np.uint16).tofile(data / "val.bin")
-    (data / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": cache.vocab_size}))
-    settings = {
-        "device": "cpu",
-        "compile": compiling,
-        "eval_iters": 1,
-        "log_interval": 1,
-        "block_size": config.seq_len,
-        "batch_size": config.global_batch_size,
-        "n_layer": config.model.num_layers,
-        "n_head": config.model.num_heads,
-        "n_embd": config.model.embed_dim,
-        "dropout": config.model.dropout,
-    }
-    arguments = [f"--{key}={value}" for key, value in settings.items()]
+    arguments = nanogpt_copy.make(NANOGPT.value, copy, config)
+    settings = (f"--compile={compiling}", "--eval_iters=1", "--log_interval=1")
 
     def start(cold: bool) -> float:
         if cold:
             shutil.rmtree(caches, ignore_errors=True)
         return first_step(
             "iter 0",
-            *(TORCH_PYTHON.value, "train.py", "config/train_shakespeare_char.py", *arguments),
+            *(TORCH_PYTHON.value, *arguments, *settings),
             cwd=copy,
             TORCHINDUCTOR_CACHE_DIR=str(caches),
         )

@@ -12,10 +12,11 @@ from test_faults import group
 from test_runs import figures, train_in_parts
 from test_step import batches, start
 
-from jaxdp import loop, objective
+from jaxdp import loop
 from jaxdp.agreement import ReplicaCheck
 from jaxdp.config import RunError
 from jaxdp.divergence import WINDOW, Divergence, by_layer
+from jaxdp.objective import Objective
 
 POISON = 7  # A token after which the model's output is not finite.
 
@@ -153,15 +154,16 @@ def diverging(config, tmp_path, monkeypatch):
     config.num_train_steps = 200
     config.eval_every = config.checkpoint.every = 20
     config.model.dropout = 0.1
-    loss_sums = objective._loss_sums
+    gradient_sums = Objective.gradient_sums
 
-    def poisoned(apply_fn, params, micro, *arguments, train):
+    def poisoned(self, state, batch, accumulate):
+        (loss, weight), sums = gradient_sums(self, state, batch, accumulate)
         # The letters are numbered in their order; "\n", " ", "#", ".", ...
-        bad = train & (micro["inputs"] == 2).any()
-        loss, weight = loss_sums(apply_fn, params, micro, *arguments, train=train)
-        return loss * jnp.where(bad, jnp.nan, 1.0), weight
+        factor = jnp.where((batch["inputs"] == 2).any(), jnp.nan, 1.0)
+        loss, sums = jax.tree.map(lambda x: x * factor, (loss, sums))
+        return (loss, weight), sums
 
-    monkeypatch.setattr(objective, "_loss_sums", poisoned)
+    monkeypatch.setattr(Objective, "gradient_sums", poisoned)
     return config
 
 
