@@ -1,7 +1,6 @@
 """The average of the parameters, against its definition."""
 
 import itertools
-import re
 
 import jax
 import numpy as np
@@ -173,15 +172,3 @@ def test_a_checkpoint_without_it_is_of_another_run(trained, workdir, config):
             loop.train(config, workdir, devices=jax.local_devices()[:1])
         assert {p.name for p in (workdir / "checkpoints").iterdir()} == {"2", "4"}
         (workdir / "config.json").unlink(missing_ok=True)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["gradient_mean", "sharded", "diloco"])
-def test_predicted_memory_has_it(command, method):
-    arguments = ("--config=configs/quickstart.py", "--config.ema.decay=0.999", "--tflops=1")
-    text = command(
-        "plan", *arguments, f"--config.sync.method={method}", "--check", devices=4
-    ).stdout
-    assert "their average" in text
-    [error] = re.findall(r"error +([-+][\d.]+)%", text)
-    assert abs(float(error)) < 15, text

@@ -1,4 +1,5 @@
 import functools
+import importlib
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from conftest import REPOSITORY
 
 from jaxdp import memory, plan, prediction
 from jaxdp.config import ConfigError, batch_sizes
+from jaxdp.configs import quickstart
 from jaxdp.methods import METHODS
 from jaxdp.price import Collective
 
@@ -206,40 +208,46 @@ def test_a_model_that_fits_nowhere_is_planned():
     assert int(text.split()[-1]) < 3 * 2**20
 
 
-SHIPPED = {
-    "quickstart": ("--vocab_size=4096",),
-    "shakespeare_char_cpu": ("--vocab_size=65",),
-    "shakespeare_char": ("--vocab_size=65",),
-}
+SHIPPED = {"quickstart": 4096, "shakespeare_char_cpu": 65, "shakespeare_char": 65}
+
+
+def error(config, vocab, devices):
+    """Percent, as --check prints it."""
+    return float(plan.check_rows(config, vocab, devices)["error"].rstrip("%"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("devices", "remat"), [(1, False), (2, False), (2, True), (4, False)])
 @pytest.mark.parametrize("name", SHIPPED)
-def test_predicted_memory_is_near_xlas(command, name, devices, remat):
-    arguments = (f"--config=configs/{name}.py", f"--config.model.remat={remat}", *SHIPPED[name])
-    text = command("plan", *arguments, "--tflops=1", "--check", devices=devices).stdout
-    assert abs(error(text)) < TOLERANCE, text
+def test_predicted_memory_is_near_xlas(name, devices, remat):
+    config = importlib.import_module(f"jaxdp.configs.{name}").get_config()
+    config.model.remat = remat
+    assert abs(error(config, SHIPPED[name], devices)) < TOLERANCE
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_predicted_memory_is_near_xlas_with_every_method(command, method):
-    text = command(
-        "plan",
-        "--config=configs/quickstart.py",
-        f"--config.sync.method={method}",
-        "--tflops=1",
-        "--check",
-        devices=4,
-    ).stdout
-    assert abs(error(text)) < TOLERANCE, text
+def test_predicted_memory_is_near_xlas_with_every_method(method):
+    config = quickstart.get_config()
+    config.sync.method = method
+    assert abs(error(config, SHIPPED["quickstart"], 4)) < TOLERANCE
 
 
-def error(text):
-    """Percent, as --check prints it."""
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["gradient_mean", "sharded", "diloco"])
+def test_predicted_memory_has_the_average_of_parameters(method):
+    config = quickstart.get_config()
+    config.ema.decay, config.sync.method = 0.999, method
+    assert abs(error(config, SHIPPED["quickstart"], 4)) < 15
+
+
+@pytest.mark.slow
+def test_the_command_compares_with_xla(command):
+    arguments = ("--config=configs/quickstart.py", "--config.ema.decay=0.999", "--check")
+    text = command("plan", *arguments, "--tflops=1", devices=2).stdout
+    assert "their average" in text
     [found] = re.findall(r"error +([-+][\d.]+)%", text)
-    return float(found)
+    assert abs(float(found)) < 15, text
 
 
 @pytest.mark.slow

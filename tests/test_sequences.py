@@ -211,7 +211,7 @@ def examples(pairs, objective="causal", seq_len=L) -> Examples:
     return Examples(in_a_row([[*p, *t] for p, t in pairs]), index, seq_len, objective)
 
 
-@FEW
+@settings(FEW, max_examples=20)  # Each of them makes pipelines, which takes most of its time.
 @given(PAIRS, st.sampled_from(["causal", "masked"]), st.integers(2, 12))
 def test_padded_examples_are_one_to_a_sequence_with_loss_on_the_text_only(
     pairs, objective, seq_len
