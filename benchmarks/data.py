@@ -23,7 +23,7 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from jaxdp import command
+from jaxdp.common import cli
 from jaxdp.data.cache import TokenCache, open_cache
 from jaxdp.data.feed import Feed
 
@@ -64,7 +64,7 @@ class Contestant:
 
 def main() -> int:
     """Times, prints a table."""
-    config = command.given_config(CONFIG)
+    config = cli.given_config(CONFIG)
     config.num_train_steps = 10**9
     if SERVE.value:
         return serve(config, SERVE.value)
@@ -140,4 +140,4 @@ def grains(config) -> Iterator:
 
 
 if __name__ == "__main__":
-    sys.exit(command.run(main))
+    sys.exit(cli.run(main))

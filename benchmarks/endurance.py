@@ -13,8 +13,8 @@ from pathlib import Path
 
 import jax
 
-from jaxdp import loop
 from jaxdp.configs import quickstart
+from jaxdp.run import loop
 
 
 def resident_mb() -> float:

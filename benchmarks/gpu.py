@@ -47,8 +47,10 @@ from gpu_models import (
 from ml_collections import ConfigDict
 from turns import Contestant, OutOfMemory
 
-from jaxdp import command, metrics, prediction
-from jaxdp.parallel import Replicas
+from jaxdp.common import cli
+from jaxdp.estimate import prediction
+from jaxdp.parallel.replicas import Replicas
+from jaxdp.workdir import metrics
 
 NANOGPT = flags.DEFINE_string("nanogpt", None, "A checkout of nanoGPT; None: no comparison.")
 TORCH_PYTHON = flags.DEFINE_string("torch_python", None, "A Python that has PyTorch.")
@@ -98,7 +100,7 @@ Made by `python benchmarks/gpu.py {" ".join(sys.argv[1:])}` on {datetime.date.to
 
 def serve() -> None:
     """Our contestant: trains so many steps as each line of stdin says."""
-    command.prepare_jax()
+    cli.prepare_jax()
     keys = json.loads(SERVE.value)
     batch = keys.pop("batch")
     config = model_config(keys, batch)
@@ -232,4 +234,4 @@ def fitting_rows(title: str, tried: dict[str, dict]) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(command.run(main))
+    sys.exit(cli.run(main))

@@ -10,8 +10,8 @@ import jax
 import numpy as np
 from gpu_models import MODELS, REHEARSE, environment, model_config
 
-from jaxdp import attention
-from jaxdp.metrics import read_jsonl
+from jaxdp.model import attention
+from jaxdp.workdir.metrics import read_jsonl
 
 
 def attention_errors() -> dict[str, float]:

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 import transformers
 
-from jaxdp import families, huggingface
-from jaxdp.families import FAMILIES
-from jaxdp.model import ModelConfig, Transformer
+from jaxdp.huggingface import families, load
+from jaxdp.huggingface.families import FAMILIES
+from jaxdp.model.transformer import ModelConfig, Transformer
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SIZES = (("gpt2", 50257, "gpt2"), ("llama_135m", 49152, "llama"))
@@ -38,7 +38,7 @@ def main() -> None:
         theirs = architecture(architecture.config_class(**values)).eval()
         with tempfile.TemporaryDirectory() as folder:
             theirs.save_pretrained(folder)
-            params = huggingface.read(f"hf:{folder}", model)
+            params = load.read(f"hf:{folder}", model)
         tokens = np.random.default_rng(0).integers(PAD + 1, vocab_size, (1, model.seq_len))
         start = time.perf_counter()
         with torch.no_grad():

@@ -24,7 +24,7 @@ from absl import flags
 from ml_collections import config_flags
 from turns import Contestant
 
-from jaxdp import command
+from jaxdp.common import cli
 from jaxdp.data.cache import open_cache
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config().")
@@ -98,11 +98,11 @@ def serve(config, devices: int) -> int:
     """Trains as many steps as each line of stdin says, and prints the seconds."""
     import jax
 
-    from jaxdp import cpu
     from jaxdp.data.feed import Feed
-    from jaxdp.parallel import Replicas
+    from jaxdp.parallel import cpu
+    from jaxdp.parallel.replicas import Replicas
 
-    command.prepare_jax()
+    cli.prepare_jax()
     cpu.prepare(config)
     assert jax.device_count() == devices
     cache = open_cache(config)
@@ -113,4 +113,4 @@ def serve(config, devices: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(command.run(main))
+    sys.exit(cli.run(main))

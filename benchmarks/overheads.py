@@ -24,10 +24,12 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from jaxdp import command, cpu, loop
-from jaxdp.config import ConfigError
-from jaxdp.model import num_parameters
-from jaxdp.run import Result, Run
+from jaxdp.common import cli
+from jaxdp.common.errors import ConfigError
+from jaxdp.model.transformer import num_parameters
+from jaxdp.parallel import cpu
+from jaxdp.run import loop
+from jaxdp.run.session import Result, Run
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config().")
 WORKDIR = flags.DEFINE_string("workdir", None, "A new folder for the run.")
@@ -191,7 +193,7 @@ def main() -> int:
     """Starts a run whose loop is `measure`."""
     if not (CONFIG.value and WORKDIR.value):
         raise ConfigError("--config or --workdir is missing: give a config and a new folder")
-    command.prepare_jax()
+    cli.prepare_jax()
     cpu.prepare(CONFIG.value)
     loop._steps = measure
     loop.train(CONFIG.value, WORKDIR.value)
@@ -199,4 +201,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(command.run(main, command.check_overrides))
+    sys.exit(cli.run(main, cli.check_overrides))

@@ -18,9 +18,9 @@ import nanogpt_copy
 from absl import flags
 from ml_collections import config_flags
 
-from jaxdp import command
+from jaxdp.common import cli
 from jaxdp.configs import shakespeare_char_cpu
-from jaxdp.metrics import read_jsonl
+from jaxdp.workdir.metrics import read_jsonl
 
 CONFIG = config_flags.DEFINE_config_dict("config", shakespeare_char_cpu.get_config())
 NANOGPT = flags.DEFINE_string("nanogpt", None, "A checkout of nanoGPT; it is not changed.")
@@ -104,4 +104,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(command.run(main, command.check_overrides))
+    sys.exit(cli.run(main, cli.check_overrides))

@@ -21,15 +21,15 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from steps import peer_settings
 
-from jaxdp import command
+from jaxdp.common import cli
 from jaxdp.configs import shakespeare_char_cpu
 from jaxdp.data.cache import open_cache
-from jaxdp.model import ModelConfig, Transformer
-from jaxdp.objective import get_objective
-from jaxdp.optimizer import get_optimizer, get_schedule
-from jaxdp.parallel import Replicas
-from jaxdp.program import Program
-from jaxdp.step import create_state
+from jaxdp.model.transformer import ModelConfig, Transformer
+from jaxdp.parallel.replicas import Replicas
+from jaxdp.step.objective import get_objective
+from jaxdp.step.optimizer import get_optimizer, get_schedule
+from jaxdp.step.program import Program
+from jaxdp.step.train_step import create_state
 
 CONFIG = config_flags.DEFINE_config_dict("config", shakespeare_char_cpu.get_config())
 NANOGPT = flags.DEFINE_string("nanogpt", None, "A checkout of nanoGPT; it is not changed.")
@@ -143,4 +143,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(command.run(main, command.check_overrides))
+    sys.exit(cli.run(main, cli.check_overrides))

@@ -19,12 +19,14 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from schedule import Schedule
 
-from jaxdp import command, methods, prediction, price
+from jaxdp.common import cli
+from jaxdp.common.terminal import quantity
 from jaxdp.configs import gpt2_124m
-from jaxdp.display import quantity
-from jaxdp.methods import METHODS
-from jaxdp.model import ModelConfig, Transformer, parameter_shapes
-from jaxdp.optimizer import get_optimizer, get_schedule
+from jaxdp.estimate import prediction
+from jaxdp.model.transformer import ModelConfig, Transformer, parameter_shapes
+from jaxdp.step.optimizer import get_optimizer, get_schedule
+from jaxdp.sync import methods, traffic
+from jaxdp.sync.methods import METHODS
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config().")
 VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 65, "Of the config's tokenizer.")
@@ -93,7 +95,7 @@ def collective_rows(config: ConfigDict) -> Iterator[str]:
     for name in METHODS:
         other = prediction.changed(config, "sync.method", name)
         text = prediction.compiled_step(other, VOCAB_SIZE.value, DEVICES).as_text()
-        found = price.collectives(text, DEVICES)
+        found = traffic.collectives(text, DEVICES)
         large = {key: c for key, c in found.items() if c.bytes > FIGURES}
         predicted = predicted_traffic(other, VOCAB_SIZE.value)
         assert [c.kind for c in large.values()] == [c.kind for c in predicted], (large, predicted)
@@ -120,7 +122,7 @@ come before it ({quantity(schedule.flops / other.sync.every)} FLOPs per step; \
 could be hidden behind if it were asynchronous."""
 
 
-def predicted_traffic(config: ConfigDict, vocab: int) -> list[price.Collective]:
+def predicted_traffic(config: ConfigDict, vocab: int) -> list[traffic.Collective]:
     """`methods.traffic` of a config on 8 devices."""
     params = parameter_shapes(Transformer(ModelConfig.from_config(config, vocab)))
     opt_state = jax.eval_shape(get_optimizer(config, get_schedule(config)).init, params)
@@ -148,4 +150,4 @@ def efficiency_rows(config: ConfigDict, bandwidth: float) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(command.run(main))
+    sys.exit(cli.run(main))

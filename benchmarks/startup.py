@@ -24,7 +24,7 @@ import nanogpt_copy
 from absl import flags
 from ml_collections import config_flags
 
-from jaxdp import command
+from jaxdp.common import cli
 from jaxdp.configs import shakespeare_char_cpu
 
 CONFIG = config_flags.DEFINE_config_dict("config", shakespeare_char_cpu.get_config())
@@ -117,4 +117,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(command.run(main, command.check_overrides))
+    sys.exit(cli.run(main, cli.check_overrides))

@@ -8,13 +8,12 @@ import numpy as np
 import turns
 from ml_collections import ConfigDict
 
-from jaxdp import parallel
-from jaxdp.model import ModelConfig, Transformer
-from jaxdp.objective import get_objective
-from jaxdp.optimizer import get_optimizer, get_schedule
-from jaxdp.parallel import Replicas
-from jaxdp.program import Program
-from jaxdp.step import create_state
+from jaxdp.model.transformer import ModelConfig, Transformer
+from jaxdp.parallel.replicas import Replicas, prefetch
+from jaxdp.step.objective import get_objective
+from jaxdp.step.optimizer import get_optimizer, get_schedule
+from jaxdp.step.program import Program
+from jaxdp.step.train_step import create_state
 
 
 def trainer(
@@ -35,7 +34,7 @@ def trainer(
     state = create_state(model, optimizer, config.seed, replicas, program.method)
     said = {name: np.zeros(config.global_batch_size, np.float32) for name in ("stop", "busy")}
     hosts = ([batch | said] for batch in batches)
-    rounds, done = parallel.prefetch(hosts, replicas.shard_steps), 0
+    rounds, done = prefetch(hosts, replicas.shard_steps), 0
 
     def step() -> Any:
         nonlocal state, done

@@ -19,17 +19,19 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from jaxdp import command, loop, price
+from jaxdp.common import cli
 from jaxdp.data.cache import open_cache
 from jaxdp.data.feed import Feed
-from jaxdp.methods import METHODS
-from jaxdp.metrics import read_jsonl
-from jaxdp.model import ModelConfig, Transformer
-from jaxdp.objective import get_objective
-from jaxdp.optimizer import get_optimizer, get_schedule
-from jaxdp.parallel import Replicas
-from jaxdp.program import Program
-from jaxdp.step import create_state
+from jaxdp.model.transformer import ModelConfig, Transformer
+from jaxdp.parallel.replicas import Replicas
+from jaxdp.run import loop
+from jaxdp.step.objective import get_objective
+from jaxdp.step.optimizer import get_optimizer, get_schedule
+from jaxdp.step.program import Program
+from jaxdp.step.train_step import create_state
+from jaxdp.sync import traffic
+from jaxdp.sync.methods import METHODS
+from jaxdp.workdir.metrics import read_jsonl
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config().")
 WORKDIR = flags.DEFINE_string("workdir", "runs/sync", "Takes a workdir for each method.")
@@ -39,7 +41,7 @@ TURNS = flags.DEFINE_integer("turns", 15, "Turns of timing.")
 
 def main() -> int:
     """Trains, times, prints a table."""
-    command.prepare_jax()
+    cli.prepare_jax()
     jax.config.update("jax_num_cpu_devices", DEVICES.value)
     configs = {name: with_method(name) for name in METHODS}
     losses = {name: final_loss(name, config) for name, config in configs.items()}
@@ -104,7 +106,7 @@ class Timed:
         self()
         found = self._program.collectives.values()
         self.collectives = f"{len(found)} in {length} steps" if length > 1 else f"{len(found)}"
-        sent = price.sent_per_step(self._program.traffic(self._state), DEVICES.value)
+        sent = traffic.sent_per_step(self._program.traffic(self._state), DEVICES.value)
         self.bytes_per_token = sent * DEVICES.value / config.global_batch_size / config.seq_len
 
     def __call__(self) -> float:
@@ -117,4 +119,4 @@ class Timed:
 
 
 if __name__ == "__main__":
-    sys.exit(command.run(main))
+    sys.exit(cli.run(main))

@@ -101,7 +101,7 @@ def get_config() -> ConfigDict:
     c.optimizer.b2 = 0.99  # Second-moment decay ("adamw", "lion", "muon"'s AdamW part).
     c.optimizer.clip_norm = 1.0  # Global gradient norm is clipped to this; 0: never.
 
-    # How the devices' replicas of the model agree (jaxdp/sync.py; docs/synchronisation.md).
+    # How the devices' replicas of the model agree (docs/synchronisation.md; jaxdp/sync/methods.py).
     c.sync = ConfigDict()
     # "gradient_mean": average gradients in every step. "sharded": the same, but each device holds
     # and updates its slice of the optimizer's state (ZeRO-1). "fixed_order": the same to the bit on
@@ -116,8 +116,8 @@ def get_config() -> ConfigDict:
     c.sync.virtual_replicas = 8  # "fixed_order": parts of the batch, a power of two; sets the bits.
     c.sync.check_every = 100  # Steps between comparisons of all devices' states; 0: never.
 
-    # Exponential moving average (EMA) of the parameters (jaxdp/average.py), with which the run then
-    # evaluates, samples and chooses its best checkpoint, as generate and evaluate do.
+    # Exponential moving average (EMA) of the parameters (jaxdp/step/ema.py), with which the run
+    # then evaluates, samples and chooses its best checkpoint, as generate and evaluate do.
     c.ema = ConfigDict()
     c.ema.decay = 0.0  # What stays of it in a step, such as 0.999; 0: no average.
 

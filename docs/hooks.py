@@ -1,7 +1,8 @@
 """What the site has besides the pages in this folder, made when it is built (mkdocs hooks).
 
-`config.md` is made of configs/default.py and jaxdp/limits.py, `reference/` of the docstrings of
-every module, the flags in `commands.md` of the commands' source; COPIES lie elsewhere.
+`config.md` is made of configs/default.py and jaxdp/common/choices.py, `reference/` of the
+docstrings of every module, the flags in `commands.md` of the commands' source. COPIES lie
+elsewhere.
 """
 
 import ast
@@ -13,9 +14,9 @@ from typing import Any
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
 
-from jaxdp.config import flatten
+from jaxdp.common.choices import CHOICES, MOST, RANGES
+from jaxdp.common.config import flatten
 from jaxdp.configs import default
-from jaxdp.limits import CHOICES, MOST, RANGES
 
 ROOT = Path(__file__).parent.parent
 COPIES = {
@@ -35,7 +36,7 @@ IMAGE_LINK = re.compile(r"\[!\[([^]]*)\]\(https?:[^)]*\)\]")
 
 def modules() -> list[str]:
     """Every module's name, such as "jaxdp.data.cache"."""
-    paths = sorted([*ROOT.glob("jaxdp/*.py"), *ROOT.glob("jaxdp/data/*.py")])
+    paths = sorted(p for p in ROOT.glob("jaxdp/**/*.py") if "configs" not in p.parts)
     return [_module(path) for path in paths if path.stem != "__init__"]
 
 
@@ -119,7 +120,8 @@ def _constant(node: ast.expr) -> Any:
         module, _, name = ast.unparse(node).partition(".")
     if not name.isupper():
         return None
-    source = (ROOT / "jaxdp" / f"{module}.py").read_text()
+    [path] = ROOT.glob(f"jaxdp/**/{module}.py")
+    source = path.read_text()
     return ast.literal_eval(re.findall(rf"^{name} = (.+)$", source, re.MULTILINE)[0])
 
 
@@ -158,7 +160,7 @@ def escaped(comment: str) -> str:
 
 
 def allowed(key: str, value: object) -> str:
-    """What jaxdp/limits.py lets a key be, or else its type."""
+    """What jaxdp/common/choices.py lets a key be, or else its type."""
     if key in CHOICES:
         return ", ".join(f"`{choice!r}`" for choice in CHOICES[key])
     if key in RANGES:

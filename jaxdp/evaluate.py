@@ -15,12 +15,14 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from jaxdp import command, cpu, preflight, report
-from jaxdp import config as configs
-from jaxdp.config import ConfigError
+from jaxdp.common import cli
+from jaxdp.common import config as configs
+from jaxdp.common.errors import ConfigError
 from jaxdp.configs import default
-from jaxdp.evaluation import completed, evaluate_checkpoint, figures
-from jaxdp.metrics import to_json
+from jaxdp.parallel import cpu
+from jaxdp.run import preflight, report
+from jaxdp.run.evaluation import completed, evaluate_checkpoint, figures
+from jaxdp.workdir.metrics import to_json
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.")
 STEP = flags.DEFINE_string("step", "newest", "Which checkpoint: newest, best, or steps done.")
@@ -28,7 +30,7 @@ STEP = flags.DEFINE_string("step", "newest", "Which checkpoint: newest, best, or
 
 def define_config(argv: list[str]) -> None:
     """Defines --config; ml_collections looks at its keys at once, so they have to be right."""
-    command.check_overrides(argv)
+    cli.check_overrides(argv)
     config_flags.DEFINE_config_dict(
         "config", default.get_config(), "Keys to change, such as --config.data.path=FILE.txt."
     )
@@ -38,14 +40,14 @@ def main() -> int:
     """Prints the evaluation; returns the exit status."""
     if not WORKDIR.value:
         raise ConfigError("--workdir is missing: give the folder of a training run")
-    command.check_step(STEP)
-    command.prepare_jax()
+    cli.check_step(STEP)
+    cli.prepare_jax()
     workdir = Path(os.path.expanduser(WORKDIR.value))
     changes = config_flags.get_override_values(flags.FLAGS["config"])
     config = completed(configs.load(workdir / "config.json"), changes)
     cpu.prepare(config)
     preflight.check_devices()
-    step, found = evaluate_checkpoint(workdir, STEP.value, changes, say=command.warn)
+    step, found = evaluate_checkpoint(workdir, STEP.value, changes, say=cli.warn)
     for name, evaluation in found.items():
         print(report.evaluated(step, evaluation, name))
     print(to_json({"step": step, **figures(found)}))
@@ -53,4 +55,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(command.run(main, define_config))
+    sys.exit(cli.run(main, define_config))

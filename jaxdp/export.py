@@ -12,9 +12,10 @@ from pathlib import Path
 
 from absl import flags
 
-from jaxdp import command, preflight
-from jaxdp.config import ConfigError
-from jaxdp.exported import export
+from jaxdp.common import cli
+from jaxdp.common.errors import ConfigError
+from jaxdp.huggingface.save import export
+from jaxdp.run import preflight
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.")
 OUTPUT = flags.DEFINE_string("output", None, "Folder to make.")
@@ -28,14 +29,14 @@ def main() -> int:
         raise ConfigError("--workdir is missing: give the folder of a training run")
     if not OUTPUT.value:
         raise ConfigError("--output is missing: give the folder to make")
-    command.check_step(STEP)
-    command.prepare_jax()
+    cli.check_step(STEP)
+    cli.prepare_jax()
     preflight.check_devices()
     workdir, output = (Path(os.path.expanduser(x)) for x in (WORKDIR.value, OUTPUT.value))
-    step = export(workdir, output, STEP.value, command.warn)
+    step = export(workdir, output, STEP.value, cli.warn)
     print(f"{output}: the model after step {step:,}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(command.run(main))
+    sys.exit(cli.run(main))

@@ -9,10 +9,14 @@ from pathlib import Path
 
 from absl import flags
 
-from jaxdp import command, preflight, sampling, tokenizer, trained
-from jaxdp import config as configs
-from jaxdp.config import ConfigError
-from jaxdp.limits import MOST
+from jaxdp.common import cli
+from jaxdp.common import config as configs
+from jaxdp.common.choices import MOST
+from jaxdp.common.errors import ConfigError
+from jaxdp.data import tokenizer
+from jaxdp.model import sampling
+from jaxdp.run import preflight
+from jaxdp.workdir import finished
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.")
 PROMPT = flags.DEFINE_multi_string("prompt", [], "Text to continue; may be given several times.")
@@ -31,8 +35,8 @@ def main() -> int:
         raise ConfigError("--workdir is missing: give the folder of a training run")
     if not PROMPT.value:
         raise ConfigError("--prompt is missing: give a text to continue")
-    command.check_finite(TEMPERATURE, TOP_P)
-    command.prepare_jax()
+    cli.check_finite(TEMPERATURE, TOP_P)
+    cli.prepare_jax()
     preflight.check_devices()
     texts = generate(
         os.path.expanduser(WORKDIR.value),
@@ -65,7 +69,7 @@ def generate(workdir: str | Path, prompts: list[str], **options) -> list[str]:
       ConfigError: there is no trained causal model, or a prompt can't be used.
       RunError: all checkpoints are damaged.
     """
-    run = trained.open_workdir(Path(workdir))
+    run = finished.open_workdir(Path(workdir))
     words = run.words
     if run.config.objective != "causal":
         raise ConfigError(
@@ -78,7 +82,7 @@ def generate(workdir: str | Path, prompts: list[str], **options) -> list[str]:
     for prompt, tokens in zip(prompts, ids, strict=True):
         if len(tokens) == 0:
             raise ConfigError(f"--prompt={prompt!r} is empty: give at least one character")
-    params, _ = run.params("newest", command.warn)
+    params, _ = run.params("newest", cli.warn)
     vocab_size = tokenizer.vocab_size(words)
     drawn = sampling.sample(run.model, params, ids, vocab_size=vocab_size, **options)
     end = tokenizer.end_id(words)
@@ -93,4 +97,4 @@ def _until(tokens: list[int], end: int | None) -> list[int]:
 
 
 if __name__ == "__main__":
-    sys.exit(command.run(main))
+    sys.exit(cli.run(main))

@@ -14,15 +14,18 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from jaxdp import command, drawing, parallel, prediction, price
-from jaxdp import config as configs
-from jaxdp.config import ConfigError
+from jaxdp.common import cli, png
+from jaxdp.common import config as configs
+from jaxdp.common.choices import MOST
+from jaxdp.common.errors import ConfigError
+from jaxdp.common.terminal import Display, quantity
 from jaxdp.data.cache import open_cache
-from jaxdp.display import Display, quantity
-from jaxdp.limits import MOST
-from jaxdp.model import ModelConfig, Transformer
-from jaxdp.prediction import COUNTS
-from jaxdp.price import Collective
+from jaxdp.estimate import prediction
+from jaxdp.estimate.prediction import COUNTS
+from jaxdp.model.transformer import ModelConfig, Transformer
+from jaxdp.parallel.replicas import device_memory
+from jaxdp.sync import traffic
+from jaxdp.sync.traffic import Collective
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config().")
 DEVICES = flags.DEFINE_integer(
@@ -41,10 +44,10 @@ CHECK = flags.DEFINE_bool("check", False, "Also compile the step, and compare XL
 
 def main() -> int:
     """Prints the plan; returns the exit status."""
-    config, display = command.given_config(CONFIG), Display()
-    command.check_finite(BANDWIDTH, LATENCY, TFLOPS, MEMORY)
+    config, display = cli.given_config(CONFIG), Display()
+    cli.check_finite(BANDWIDTH, LATENCY, TFLOPS, MEMORY)
     if PNG.value:
-        drawing.check(PNG.name, PNG.value)
+        png.check(PNG.name, PNG.value)
     vocab = vocabulary(config, VOCAB_SIZE.value, display.line)
     count = DEVICES.value or jax.local_device_count()
     if CHECK.value and count > jax.local_device_count():
@@ -93,7 +96,7 @@ def memory_rows(config: ConfigDict, vocab: int, count: int) -> dict[str, str]:
         for on in (False, True)
     }
     predicted = remat[prediction.remat_saves(config)]
-    limit = int(MEMORY.value * 2**30) if MEMORY.value else parallel.device_memory()
+    limit = int(MEMORY.value * 2**30) if MEMORY.value else device_memory()
     batch = prediction.largest_batch(prediction.effective(config), vocab, count, limit)
     parameters = predicted.parameters // 4  # float32
     useless = not prediction.remat_saves(prediction.changed(config, "model.remat", True))
@@ -141,7 +144,7 @@ def time_rows(config: ConfigDict, vocab: int, count: int, rate: float) -> dict[s
     """FLOPs, and the seconds that they and a ring all-reduce of the gradient take."""
     per_token, per_step = prediction.step_flops(config, vocab, count)
     params = prediction.parameter_shapes(Transformer(ModelConfig.from_config(config, vocab)))
-    gradient = Collective("all-reduce", price.num_bytes(params, config.sync.dtype))
+    gradient = Collective("all-reduce", traffic.num_bytes(params, config.sync.dtype))
     ring = prediction.communication(
         [gradient], count, BANDWIDTH.value * 1e9 / 8, LATENCY.value / 1e6
     )
@@ -172,7 +175,7 @@ def plot(table: dict[str, dict[int, float]], path: str) -> None:
     Raises:
       ConfigError: the file can't be written.
     """
-    figure = drawing.new(7, 4.5)
+    figure = png.new(7, 4.5)
     axes = figure.subplots()
     # Small on top of large, for gradient_mean and sharded send the same.
     styles = zip(table.items(), "os^Dv", (10, 6, 6, 6, 6), strict=True)
@@ -188,8 +191,8 @@ def plot(table: dict[str, dict[int, float]], path: str) -> None:
     axes.set_title(f"Predicted: {BANDWIDTH.value:g} Gbit/s, {LATENCY.value:g} us, no overlap")
     axes.grid(alpha=0.3)
     axes.legend(title="sync.method", frameon=False)
-    drawing.save(figure, PNG.name, path)
+    png.save(figure, PNG.name, path)
 
 
 if __name__ == "__main__":
-    sys.exit(command.run(main, command.check_overrides))
+    sys.exit(cli.run(main, cli.check_overrides))

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from jaxdp import command, drawing
-from jaxdp.config import ConfigError, check_text, shown
+from jaxdp.common import cli, png
+from jaxdp.common.choices import MOST
+from jaxdp.common.errors import ConfigError, check_text, shown
+from jaxdp.common.terminal import quantity
 from jaxdp.data.eval_sets import NAME
-from jaxdp.display import quantity
-from jaxdp.limits import MOST
-from jaxdp.metrics import JSONL, read_jsonl
+from jaxdp.workdir.metrics import JSONL, read_jsonl
 
 OUTPUT = flags.DEFINE_string("output", "plot.png", "File for the plot.")
 
@@ -44,9 +44,9 @@ def main(workdirs: Sequence[str]) -> int:
     """Draws the plot; returns the exit status."""
     if not workdirs:
         raise ConfigError("WORKDIR is missing: give the folder of a training run, or of several")
-    drawing.check(OUTPUT.name, OUTPUT.value)
+    png.check(OUTPUT.name, OUTPUT.value)
     runs = dict(zip(names(workdirs), map(curves, workdirs), strict=True))
-    drawing.save(draw(runs), OUTPUT.name, OUTPUT.value)
+    png.save(draw(runs), OUTPUT.name, OUTPUT.value)
     print(OUTPUT.value)
     return 0
 
@@ -123,7 +123,7 @@ def draw(runs: dict[str, dict[str, Curve]]) -> Any:
     import matplotlib
     from matplotlib.ticker import MaxNLocator, NullLocator
 
-    figure = drawing.new(8, 8)
+    figure = png.new(8, 8)
     rows = figure.subplots(
         len(PANELS), sharex=True, height_ratios=[share for _, share, _ in PANELS]
     )
@@ -215,4 +215,4 @@ def _legends(
 
 
 if __name__ == "__main__":
-    sys.exit(command.run(main, operands=True))
+    sys.exit(cli.run(main, operands=True))

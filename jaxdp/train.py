@@ -11,9 +11,11 @@ import threading
 from absl import flags
 from ml_collections import config_flags
 
-from jaxdp import command, cpu, loop, parallel, preflight
-from jaxdp import config as configs
-from jaxdp.config import ConfigError
+from jaxdp.common import cli
+from jaxdp.common import config as configs
+from jaxdp.common.errors import ConfigError
+from jaxdp.parallel import cpu, processes
+from jaxdp.run import loop, preflight
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config().")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for all that the run writes.")
@@ -26,22 +28,22 @@ STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again.
 
 def main() -> int:
     """Trains as the flags say; returns the exit status."""
-    config = command.given_config(CONFIG)
+    config = cli.given_config(CONFIG)
     if not WORKDIR.value:
         raise ConfigError("--workdir is missing: give a folder for the run, new or to go on with")
-    command.prepare_jax()
-    parallel.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    cli.prepare_jax()
+    processes.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     configs.validate(config)
     cpu.prepare(config)
     preflight.check_devices()
     stop = threading.Event()
-    command.on_stop_signal(stop.set)
+    cli.on_stop_signal(stop.set)
     result = loop.train(config, os.path.expanduser(WORKDIR.value), stop_requested=stop.is_set)
     return 0 if result.finished else STOPPED
 
 
 if __name__ == "__main__":
-    status = command.run(main, command.check_overrides)
+    status = cli.run(main, cli.check_overrides)
     if status not in (0, STOPPED):
-        parallel.end(status)
+        processes.end(status)
     sys.exit(status)

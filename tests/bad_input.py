@@ -16,8 +16,10 @@ from absl import flags
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from jaxdp import command, loop
-from jaxdp.config import RANGES, ConfigError
+from jaxdp.common import cli
+from jaxdp.common.choices import RANGES
+from jaxdp.common.errors import ConfigError
+from jaxdp.run import loop
 
 TRIED: collections.Counter = collections.Counter()
 OURS: set[str] = set()  # Names of flags of the commands.
@@ -103,20 +105,20 @@ def run_command(kind: str, name: str, *argv: str) -> tuple[int, str]:
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, only_flags_of(f"jaxdp.{name}") as module:
         patch.setattr(sys, "argv", [name, *argv])
-        patch.setattr(command, "prepare_jax", lambda: None)
-        patch.setattr(command, "on_stop_signal", lambda callback: None)
-        check = None if name == "generate" else command.check_overrides
+        patch.setattr(cli, "prepare_jax", lambda: None)
+        patch.setattr(cli, "on_stop_signal", lambda callback: None)
+        check = None if name == "generate" else cli.check_overrides
         try:
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-                status = command.run(module.main, check)
+                status = cli.run(module.main, check)
         except Reached:
             status = 0
     said = err.getvalue()
-    if status == command.WRONG_INPUT:
+    if status == cli.WRONG_INPUT:
         assert said.startswith("jaxdp: ") and said.count("\n") == 1, said
         assert_clear(said.strip())
     else:
-        assert status in (0, command.FAULT), status
+        assert status in (0, cli.FAULT), status
     return status, out.getvalue()
 
 

@@ -24,8 +24,8 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 
-from jaxdp import loop
 from jaxdp.configs import default
+from jaxdp.run import loop
 
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxdp.agreement import ReplicaCheck, fingerprints
-from jaxdp.config import RunError
-from jaxdp.parallel import Replicas
+from jaxdp.common.errors import RunError
+from jaxdp.parallel.replicas import Replicas
+from jaxdp.sync.fingerprints import ReplicaCheck, fingerprints
 
 TREE = {"a": np.arange(12.0, dtype=np.float32).reshape(3, 4), "b": {"c": np.ones(5, np.int32)}}
 

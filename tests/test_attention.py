@@ -5,8 +5,8 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxdp import attention
-from jaxdp.attention import attend, kernel, rotate
+from jaxdp.model import attention
+from jaxdp.model.attention import attend, kernel, rotate
 
 
 def arrays(length, heads, groups, dtype="float32"):

@@ -9,10 +9,10 @@ from test_methods import bits, choose
 from test_runs import after, assert_close_losses, figures, start_group
 from test_step import batches, start
 
-from jaxdp import average, evaluation, loop
-from jaxdp.checkpoint import load_params
-from jaxdp.config import ConfigError
-from jaxdp.methods import METHODS
+from jaxdp.common.errors import ConfigError
+from jaxdp.run import evaluation, loop
+from jaxdp.sync.methods import METHODS
+from jaxdp.workdir.checkpoints import load_params
 
 # A few roundings of numbers below 1, by each of two ways to the same average.
 TOLERANCE = 1e-6
@@ -60,12 +60,12 @@ def test_it_is_what_its_definition_says(config, method):
 @pytest.mark.parametrize("steps", [1, 7])
 def test_a_round_is_its_steps_with_the_same_parameters(steps):
     ema, params = {"a": np.float32(1)}, {"a": np.float32(3)}
-    once = average.moved(ema, params, 0.9, np.int32(4), steps)
+    once = ema.moved(ema, params, 0.9, np.int32(4), steps)
     for step in range(steps):
-        ema = average.moved(ema, params, 0.9, np.int32(4 + step), 1)
+        ema = ema.moved(ema, params, 0.9, np.int32(4 + step), 1)
     assert_close(once, ema)
-    assert average.keep(0.9, np.int32(10**9), 1) == np.float32(0.9)
-    assert average.keep(0.9, np.int32(0), 1) == pytest.approx(2 / 11)
+    assert ema.keep(0.9, np.int32(10**9), 1) == np.float32(0.9)
+    assert ema.keep(0.9, np.int32(0), 1) == pytest.approx(2 / 11)
 
 
 @pytest.mark.parametrize("method", ["gradient_mean", "sharded"])

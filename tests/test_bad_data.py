@@ -14,9 +14,9 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 
-from jaxdp import tokenizer as tokenizers
-from jaxdp.config import ConfigError
+from jaxdp.common.errors import ConfigError
 from jaxdp.data import layout
+from jaxdp.data import tokenizer as tokenizers
 from jaxdp.data.cache import open_cache
 
 # Texts.

@@ -26,8 +26,9 @@ from ml_collections import ConfigDict
 from test_config import KEYS
 from test_runs import flags as command_line
 
-from jaxdp import command, loop
-from jaxdp.config import ConfigError
+from jaxdp.common import cli
+from jaxdp.common.errors import ConfigError
+from jaxdp.run import loop
 
 ODD_TEXTS = st.one_of(
     st.sampled_from(
@@ -102,7 +103,7 @@ def test_config_files_that_give_rubbish(body, tmp_path, no_compiling):
     (tmp_path / "bad.py").write_text(body)
     line = [f"--config={tmp_path / 'bad.py'}", f"--workdir={tmp_path / 'run'}"]
     status, _ = run_command("config files", "train", *line)
-    assert status == command.WRONG_INPUT
+    assert status == cli.WRONG_INPUT
     assert not (tmp_path / "run").exists()
 
 
@@ -112,7 +113,7 @@ def test_config_files_of_random_bytes(body, tmp_path, no_compiling):
     (tmp_path / "bad.py").write_bytes(body)
     line = [f"--config={tmp_path / 'bad.py'}", f"--workdir={tmp_path / 'run'}"]
     status, _ = run_command("config files", "train", *line)
-    assert status == command.WRONG_INPUT
+    assert status == cli.WRONG_INPUT
 
 
 OVERRIDES = st.one_of(
@@ -152,8 +153,8 @@ def test_overrides(override, config, tmp_path, no_compiling):
     line = command_line(config, workdir)
     line[0] = f"--config={REPOSITORY / 'configs' / 'default.py'}"
     status, _ = run_command("overrides", "train", *line, override)
-    assert status == command.WRONG_INPUT or workdir.exists() or "--workdir" in override
-    if status == command.WRONG_INPUT:
+    assert status == cli.WRONG_INPUT or workdir.exists() or "--workdir" in override
+    if status == cli.WRONG_INPUT:
         assert not workdir.exists()
     shutil.rmtree(workdir, ignore_errors=True)
 
@@ -178,14 +179,14 @@ def test_overrides(override, config, tmp_path, no_compiling):
 def test_bad_arguments_of_plan(line, no_compiling):
     config = f"--config={REPOSITORY / 'configs' / 'default.py'}"
     status, _ = run_command("overrides", "plan", config, "--vocab_size=99", *line)
-    assert status == command.WRONG_INPUT
+    assert status == cli.WRONG_INPUT
 
 
 @pytest.mark.parametrize("body", CONFIG_FILES)
 def test_config_files_that_give_rubbish_to_plan(body, tmp_path, no_compiling):
     (tmp_path / "bad.py").write_text(body)
     status, _ = run_command("config files", "plan", f"--config={tmp_path / 'bad.py'}")
-    assert status == command.WRONG_INPUT
+    assert status == cli.WRONG_INPUT
 
 
 # What has to be said before anything is compiled.

@@ -36,11 +36,13 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from test_checkpoint import open_checkpoints, state_of, two_checkpoints
 
-from jaxdp import checkpoint, command, metrics, preflight
-from jaxdp import config as configs
-from jaxdp.config import ConfigError, RunError
+from jaxdp.common import cli
+from jaxdp.common import config as configs
+from jaxdp.common.errors import ConfigError, RunError
 from jaxdp.data.cache import open_cache
 from jaxdp.generate import generate
+from jaxdp.run import preflight
+from jaxdp.workdir import checkpoints, metrics
 
 # Workdirs.
 
@@ -79,7 +81,7 @@ def test_prompts_and_flags_of_generate(prompt, flag, number, workdir):
     before = contents(workdir)
     line = [f"--workdir={workdir}", "--num_tokens=3", f"--prompt={prompt}", f"--{flag}={number}"]
     status, out = run_command("prompts and flags", "generate", *line)
-    assert status == command.WRONG_INPUT or out.startswith(prompt)
+    assert status == cli.WRONG_INPUT or out.startswith(prompt)
     assert status == 0 or not out
     assert contents(workdir) == before
 
@@ -195,15 +197,15 @@ def check_checkpoints(kind: str, workdir: Path, config) -> list[str]:
     TRIED[kind] += 2
     before, reports = contents(workdir), []
     try:
-        params, step = checkpoint.load_params(workdir, state_of(0).params, report=reports.append)
+        params, step = checkpoints.load_params(workdir, state_of(0).params, report=reports.append)
     except (ConfigError, RunError) as error:
         assert_clear(str(error))
     else:
         assert_one_that_was_saved(step, params)
     assert contents(workdir) == before
     try:
-        with open_checkpoints(workdir, config, report=reports.append) as checkpoints:
-            found = checkpoints.restore(state_of(0))
+        with open_checkpoints(workdir, config, report=reports.append) as opened:
+            found = opened.restore(state_of(0))
     except (ConfigError, RunError) as error:
         assert_clear(str(error))
         assert contents(workdir) == before
@@ -257,8 +259,8 @@ def test_parts_of_a_checkpoint_replaced(part, how, two, tmp_path, config):
 def test_a_renamed_checkpoint_is_not_taken_for_another_step(name, two, config):
     (two / "checkpoints" / "5").rename(two / "checkpoints" / name)
     TRIED["checkpoints"] += 1
-    with open_checkpoints(two, config) as checkpoints:
-        assert checkpoints.restore(state_of(0))[0] == 3
+    with open_checkpoints(two, config) as opened:
+        assert opened.restore(state_of(0))[0] == 3
 
 
 @pytest.mark.slow
@@ -268,10 +270,10 @@ def test_a_checkpoint_of_other_shapes_is_refused_by_name(two, config):
     other = state.replace(params=state.params | {"a": state.params["b"]["c"]})
     message = r"params/a is \(2, 3\) in checkpoint \d and \(4,\) by the config"
     TRIED["checkpoints"] += 2
-    with open_checkpoints(two, config) as checkpoints, pytest.raises(ConfigError, match=message):
-        checkpoints.restore(other)
+    with open_checkpoints(two, config) as opened, pytest.raises(ConfigError, match=message):
+        opened.restore(other)
     with pytest.raises(ConfigError, match=message):
-        checkpoint.load_params(two, other.params)
+        checkpoints.load_params(two, other.params)
     assert contents(two) == before
 
 

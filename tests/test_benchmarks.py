@@ -14,8 +14,8 @@ sys.path.append(str(REPOSITORY / "benchmarks"))
 from schedule import Schedule
 from turns import Contestant, OutOfMemory
 
-from jaxdp import price
-from jaxdp.parallel import AXIS, Replicas
+from jaxdp.parallel.replicas import AXIS, Replicas
+from jaxdp.sync import traffic
 
 
 def scheduled(function):
@@ -24,7 +24,7 @@ def scheduled(function):
     step = replicas.pmap(lambda _, x: function(x[0]), out_axes=0)
     arguments = replicas.replicate(np.float32(0)), replicas.shard(np.ones((2, 64, 64), np.float32))
     text = step.lower(*arguments).compile().as_text()
-    [name] = price.collectives(text, 2)
+    [name] = traffic.collectives(text, 2)
     schedule = Schedule(text)
     return schedule, schedule.place(name)
 

@@ -12,10 +12,10 @@ import pytest
 from bad_input import contents
 from tokenizers import Tokenizer, models
 
-from jaxdp.config import ConfigError
+from jaxdp.common.errors import ConfigError
 from jaxdp.data import building
 from jaxdp.data.cache import open_cache
-from jaxdp.tokenizer import encode
+from jaxdp.data.tokenizer import encode
 
 
 @pytest.fixture

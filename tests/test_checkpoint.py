@@ -6,11 +6,11 @@ import numpy as np
 import optax
 import pytest
 
-from jaxdp.checkpoint import Checkpoints, load_params
-from jaxdp.config import ConfigError, RunError
-from jaxdp.methods import METHODS
-from jaxdp.parallel import AXIS, Replicas
-from jaxdp.step import State, state_axes
+from jaxdp.common.errors import ConfigError, RunError
+from jaxdp.parallel.replicas import AXIS, Replicas
+from jaxdp.step.train_step import State, state_axes
+from jaxdp.sync.methods import METHODS
+from jaxdp.workdir.checkpoints import Checkpoints, load_params
 
 
 def state_of(step, value=0.0, devices=1):

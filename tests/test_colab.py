@@ -5,9 +5,9 @@ import nbformat
 import pytest
 from conftest import REPOSITORY
 
-from jaxdp import config as configs
+from jaxdp.common import config as configs
 from jaxdp.configs import default, quickstart
-from jaxdp.methods import METHODS
+from jaxdp.sync.methods import METHODS
 
 ON_COLAB = "https://colab.research.google.com/github/jaxdp/jaxdp/blob/main/colab"
 # The notebooks, and the config that each one's OVERRIDES are for.

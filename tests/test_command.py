@@ -2,8 +2,8 @@ import sys
 
 import pytest
 
-from jaxdp import command
-from jaxdp.config import ConfigError, RunError
+from jaxdp.common import cli
+from jaxdp.common.errors import ConfigError, RunError
 
 
 @pytest.mark.parametrize(("error", "status"), [(ConfigError, 2), (RunError, 1)])
@@ -12,7 +12,7 @@ def test_an_error_with_a_message_for_the_user_is_one_line(monkeypatch, capsys, e
         raise error("x=1 is\nwrong: use 2")
 
     monkeypatch.setattr(sys, "argv", ["jaxdp"])
-    assert command.run(main) == status
+    assert cli.run(main) == status
     assert capsys.readouterr().err == "jaxdp: x=1 is wrong: use 2\n"
 
 
@@ -21,6 +21,6 @@ def test_any_other_error_is_a_traceback(monkeypatch, capsys):
         raise ZeroDivisionError
 
     monkeypatch.setattr(sys, "argv", ["jaxdp"])
-    assert command.run(main) == 1
+    assert cli.run(main) == 1
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("Traceback") and lines[-1] == "ZeroDivisionError"

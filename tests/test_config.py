@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
-from jaxdp import config as configs
-from jaxdp.config import ADDED, CHOICES, RANGES, ConfigError
+from jaxdp.common import config as configs
+from jaxdp.common.choices import ADDED, CHOICES, RANGES
+from jaxdp.common.errors import ConfigError
 from jaxdp.configs import default
 
 KEYS = configs.flatten(default.get_config())

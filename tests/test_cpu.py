@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
-from jaxdp import cpu
 from jaxdp.configs import default
+from jaxdp.parallel import cpu
 
 OURS = ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS", "MALLOC_")
 

@@ -17,15 +17,16 @@ from test_runs import contents, figures, flags
 from test_step import VOCAB
 from test_step import start as begin
 
-from jaxdp import loop, preflight, saving
-from jaxdp.checkpoint import Checkpoints
-from jaxdp.config import ConfigError, write_whole
+from jaxdp.common.errors import ConfigError
+from jaxdp.common.files import PatientFile, num_bytes, reason, write_whole
 from jaxdp.data.cache import open_cache
-from jaxdp.disk import PatientFile, num_bytes, reason
-from jaxdp.methods import METHODS
-from jaxdp.model import ModelConfig, Transformer
-from jaxdp.optimizer import get_optimizer, get_schedule
-from jaxdp.step import saved_shapes
+from jaxdp.model.transformer import ModelConfig, Transformer
+from jaxdp.run import loop, preflight
+from jaxdp.step.optimizer import get_optimizer, get_schedule
+from jaxdp.step.train_step import saved_shapes
+from jaxdp.sync.methods import METHODS
+from jaxdp.workdir import saver
+from jaxdp.workdir.checkpoints import Checkpoints
 
 FULL = 700  # Bytes: config.json and metrics.jsonl are larger, and so is each checkpoint's data.
 
@@ -51,7 +52,7 @@ class FullDisk:
 
 @pytest.fixture
 def full_disk(monkeypatch):
-    monkeypatch.setattr("jaxdp.disk.FileIO", FullDisk)
+    monkeypatch.setattr("jaxdp.common.files.FileIO", FullDisk)
     return FullDisk
 
 
@@ -124,7 +125,7 @@ async def _own(path, text):
 @pytest.mark.parametrize("whose, told", [(async_path.write_text, False), (_own, True)])
 @pytest.mark.parametrize("start", [asyncio.ensure_future, lambda x: asyncio.gather(x)])
 def test_only_orbax_fails_in_silence_where_nobody_awaits(tmp_path, caplog, whose, told, start):
-    saving._quieten()
+    saver._quieten()
 
     async def forget():
         task = start(whose(tmp_path / "missing" / "file", ""))

@@ -1,4 +1,4 @@
-from jaxdp.display import Display
+from jaxdp.common.terminal import Display
 
 
 def test_plain_lines_where_there_is_no_terminal(capsys):

@@ -12,11 +12,11 @@ from test_faults import group
 from test_runs import figures, train_in_parts
 from test_step import batches, start
 
-from jaxdp import loop
-from jaxdp.agreement import ReplicaCheck
-from jaxdp.config import RunError
-from jaxdp.divergence import WINDOW, Divergence, by_layer
-from jaxdp.objective import Objective
+from jaxdp.common.errors import RunError
+from jaxdp.run import loop
+from jaxdp.run.divergence import WINDOW, Divergence, by_layer
+from jaxdp.step.objective import Objective
+from jaxdp.sync.fingerprints import ReplicaCheck
 
 POISON = 7  # A token after which the model's output is not finite.
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
-from jaxdp.config import flatten
+from jaxdp.common.config import flatten
 from jaxdp.configs import default
 
 README = (REPOSITORY / "README.md").read_text()

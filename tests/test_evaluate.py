@@ -8,9 +8,10 @@ from bad_input import contents
 from conftest import TEXT
 from test_runs import figures, flags
 
-from jaxdp import evaluation, loop, whole
-from jaxdp.config import ConfigError, RunError
-from jaxdp.evaluation import evaluate_checkpoint
+from jaxdp.common.errors import ConfigError, RunError
+from jaxdp.run import evaluation, loop
+from jaxdp.run.evaluation import evaluate_checkpoint
+from jaxdp.workdir import integrity
 
 LOGGED = ("eval/loss", "eval/perplexity", "eval/bits_per_byte")
 
@@ -96,11 +97,13 @@ def test_the_best_checkpoint_has_the_lowest_finite_loss(tmp_path):
     losses = {1: math.nan, 2: 1.5, 3: -math.inf, 4: 1.25, 5: 1.25, 6: 10**400, 7: None, 8: "0"}
     for step, loss in losses.items():
         (tmp_path / str(step) / "metrics").mkdir(parents=True)
-        (tmp_path / str(step) / "metrics" / "metrics").write_text(json.dumps({whole.METRIC: loss}))
+        (tmp_path / str(step) / "metrics" / "metrics").write_text(
+            json.dumps({integrity.METRIC: loss})
+        )
     (tmp_path / "9").mkdir()
-    assert whole.chosen(tmp_path, [9, 8, 7, 6, 5, 4, 3, 2, 1], "best") == 5  # The newer of two.
+    assert integrity.chosen(tmp_path, [9, 8, 7, 6, 5, 4, 3, 2, 1], "best") == 5  # The newer of two.
     with pytest.raises(ConfigError, match=r"no checkpoint in .* has been evaluated"):
-        whole.chosen(tmp_path, [9, 8, 7, 3, 1], "best")
+        integrity.chosen(tmp_path, [9, 8, 7, 3, 1], "best")
 
 
 @pytest.mark.slow

@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxdp.evaluation import Evaluation, evaluate
-from jaxdp.parallel import AXIS, Replicas
+from jaxdp.parallel.replicas import AXIS, Replicas
+from jaxdp.run.evaluation import Evaluation, evaluate
 
 
 def test_perplexity_and_bits_per_byte():

@@ -16,19 +16,22 @@ from transformers import (
     pipeline,
 )
 
-from jaxdp import exported, loop, tokenizer, trained
-from jaxdp.config import ConfigError
+from jaxdp.common.errors import ConfigError
+from jaxdp.data import tokenizer
 from jaxdp.generate import generate
-from jaxdp.model import ModelConfig, Transformer
-from jaxdp.trained import Trained
+from jaxdp.huggingface import save
+from jaxdp.model.transformer import ModelConfig, Transformer
+from jaxdp.run import loop
+from jaxdp.workdir import finished
+from jaxdp.workdir.finished import Trained
 
 TEXT = "17 is odd, its square is 289.\n"
 
 
 def opened(workdir, tmp_path, which="newest"):
     """The folder, and the run as it lies in the workdir."""
-    exported.export(workdir, tmp_path / "out", which)
-    return tmp_path / "out", trained.open_workdir(workdir)
+    save.export(workdir, tmp_path / "out", which)
+    return tmp_path / "out", finished.open_workdir(workdir)
 
 
 def llama(config):
@@ -105,7 +108,7 @@ def test_a_model_begun_with_transformers_weights_is_exported_as_it_was(short, tm
     assert f"| initial weights | hf:{first} |" in (second / "README.md").read_text()
     # The tokenizer can be taken from there, too, and is the same.
     assert tokenizer.digest(tokenizer.get_tokenizer(f"hf:{first}", "causal", None)) == (
-        tokenizer.digest(trained.open_workdir(tmp_path / "second").words)
+        tokenizer.digest(finished.open_workdir(tmp_path / "second").words)
     )
     first.rename(tmp_path / "moved")
     short.num_train_steps = 3
@@ -125,7 +128,7 @@ def test_the_checkpoint_that_was_asked_for_and_what_is_known_of_it(workdir, tmp_
     card = (folder / "README.md").read_text()
     assert f"| steps | {step}, of 4 sequences x 16 tokens |" in card
     loss = re.search(r"\| validation loss \| (.*) \|", card)[1]
-    [logged] = [r for r in exported.read_jsonl(workdir) if "eval/loss" in r]
+    [logged] = [r for r in save.read_jsonl(workdir) if "eval/loss" in r]
     assert loss == (
         f"{logged['eval/loss']:.4f} nats per token" if step == 4 else "not evaluated at this step"
     )
@@ -166,14 +169,14 @@ def test_special_tokens_are_those_of_the_tokenizer(config, title, tmp_path):
     if "<s>" in names:
         words.add_special_tokens([AddedToken("<s>", special=True)])
     model = Transformer(ModelConfig.from_config(config, tokenizer.vocab_size(words)))
-    found = exported.special_tokens(Trained(tmp_path, config, words, model))
+    found = save.special_tokens(Trained(tmp_path, config, words, model))
     assert found == {f"{role}_token": name for role, name in expected.items()}
 
 
 def test_a_folder_that_is_there_is_left_alone(workdir, tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(ConfigError, match=r"--output='.*out' is there already: give another"):
-        exported.export(workdir, tmp_path / "out")
+        save.export(workdir, tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
 
 
@@ -182,10 +185,10 @@ def test_a_folder_is_made_whole_or_not_at_all(workdir, tmp_path, monkeypatch):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(exported, "save_file", full)
+    monkeypatch.setattr(save, "save_file", full)
     before = contents(tmp_path)
     with pytest.raises(ConfigError, match=r"can't be written \(No space left on device\)"):
-        exported.export(workdir, tmp_path / "new" / "out")
+        save.export(workdir, tmp_path / "new" / "out")
     assert contents(tmp_path).keys() - before.keys() == {"new"}
 
 
@@ -204,7 +207,7 @@ def test_a_model_that_transformers_does_not_know_is_refused(workdir, tmp_path, c
     config["model"] |= changes
     (workdir / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match=message):
-        exported.export(workdir, tmp_path / "out")
+        save.export(workdir, tmp_path / "out")
 
 
 @pytest.mark.slow

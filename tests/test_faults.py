@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from test_runs import figures, flags, identities, start
 
-from jaxdp import loop
+from jaxdp.run import loop
 
 pytestmark = pytest.mark.slow
 

@@ -14,10 +14,10 @@ from conftest import REPOSITORY
 from safetensors.numpy import load_file, save_file
 from test_model import LLAMA, SMALL, initialised
 
-from jaxdp import families, huggingface, tensors
-from jaxdp.config import ConfigError
-from jaxdp.families import FAMILIES
-from jaxdp.model import ModelConfig, Transformer, num_parameters, parameter_shapes
+from jaxdp.common.errors import ConfigError
+from jaxdp.huggingface import families, load, tensors
+from jaxdp.huggingface.families import FAMILIES
+from jaxdp.model.transformer import ModelConfig, Transformer, num_parameters, parameter_shapes
 
 GPT2 = dataclasses.replace(SMALL, bias=True, norm_epsilon=1e-3)
 BERT = dataclasses.replace(
@@ -122,7 +122,7 @@ def test_logits_of_an_exported_model_are_the_same(title, tmp_path):
 def test_logits_of_a_model_of_transformers_are_the_same(name, tmp_path):
     theirs, model = random_model(name)
     theirs.save_pretrained(tmp_path)
-    folder = huggingface.open_folder(f"hf:{tmp_path}")
+    folder = load.open_folder(f"hf:{tmp_path}")
     folder.check(model)
     params = folder.read(model)
     assert_close(f"{name}, from transformers", our_logits(model, params), their_logits(theirs))
@@ -131,7 +131,7 @@ def test_logits_of_a_model_of_transformers_are_the_same(name, tmp_path):
 @every_model
 def test_there_and_back_is_the_same_to_the_bit(title, tmp_path):
     _, params = initialised(MODELS[title])
-    folder = huggingface.open_folder(f"hf:{written(title, params, tmp_path)}")
+    folder = load.open_folder(f"hf:{written(title, params, tmp_path)}")
     assert folder.name == name_of(title)
     always = "bias" not in FAMILIES[folder.name].keys
     model = dataclasses.replace(MODELS[title], bias=MODELS[title].bias or always)
@@ -150,7 +150,7 @@ def test_there_and_back_is_the_same_to_the_bit(title, tmp_path):
 def test_back_and_there_is_the_same_to_the_bit(name, tmp_path):
     theirs, model = random_model(name)
     theirs.save_pretrained(tmp_path)
-    params = huggingface.open_folder(f"hf:{tmp_path}").read(model)
+    params = load.open_folder(f"hf:{tmp_path}").read(model)
     again = tensors.to_tensors(params, model, name, PAD)
     before = load_file(tmp_path / "model.safetensors")
     assert again.keys() == before.keys()
@@ -203,7 +203,7 @@ def test_weights_in_several_files_and_in_bfloat16_are_read(tmp_path):
     theirs, model = random_model("llama")
     theirs.bfloat16().save_pretrained(tmp_path, max_shard_size="4KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
-    params = huggingface.read(f"hf:{tmp_path}", model)
+    params = load.read(f"hf:{tmp_path}", model)
     assert all(x.dtype == np.float32 for x in jax.tree.leaves(params))
     # Every bfloat16 is a float32.
     theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
@@ -213,7 +213,7 @@ def test_weights_in_several_files_and_in_bfloat16_are_read(tmp_path):
 def test_names_of_old_folders_are_known(tmp_path):
     """GPT-2's on the hub lack their first part and have masks; BERT's have gamma and beta."""
     spec, model = saved("gpt2", tmp_path)
-    expected = huggingface.read(spec, model)
+    expected = load.read(spec, model)
     weights = load_file(tmp_path / "model.safetensors")
     old = {name.removeprefix("transformer."): array for name, array in weights.items()}
     old["h.0.attn.bias"] = np.ones((1, 1, 8, 8), np.float32)
@@ -222,7 +222,7 @@ def test_names_of_old_folders_are_known(tmp_path):
     kept = ("model_type", "n_embd", "n_head", "n_layer", "n_positions", "n_inner", "vocab_size")
     values = {key: values[key] for key in kept}
     (tmp_path / "config.json").write_text(json.dumps(values))
-    folder = huggingface.open_folder(spec)
+    folder = load.open_folder(spec)
     # What is left out is GPT-2's.
     original = dataclasses.replace(model, norm_epsilon=1e-5)
     folder.check(original)
@@ -233,7 +233,7 @@ def test_names_of_old_folders_are_known(tmp_path):
 
     (tmp_path / "bert").mkdir()
     spec, model = saved("bert", tmp_path / "bert")
-    expected = huggingface.read(spec, model)
+    expected = load.read(spec, model)
     weights = load_file(tmp_path / "bert" / "model.safetensors")
     old = {}
     for name, array in weights.items():
@@ -242,7 +242,7 @@ def test_names_of_old_folders_are_known(tmp_path):
     old["cls.seq_relationship.weight"] = np.ones((2, 16), np.float32)
     save_file(old, tmp_path / "bert" / "model.safetensors")
     for one, other in zip(
-        jax.tree.leaves(huggingface.read(spec, model)), jax.tree.leaves(expected), strict=True
+        jax.tree.leaves(load.read(spec, model)), jax.tree.leaves(expected), strict=True
     ):
         assert (one == other).all()
 
@@ -252,7 +252,7 @@ def test_a_shorter_context_is_the_beginning_of_a_longer(name, tmp_path):
     theirs, model = random_model(name)
     theirs.save_pretrained(tmp_path)
     half = dataclasses.replace(model, seq_len=4)
-    folder = huggingface.open_folder(f"hf:{tmp_path}")
+    folder = load.open_folder(f"hf:{tmp_path}")
     folder.check(half)
     logits = our_logits(model, folder.read(model))[:, :4]
     params = folder.read(half)
@@ -269,7 +269,7 @@ def test_all_keys_that_differ_are_named_with_what_the_folder_has(tmp_path):
     spec, model = saved("gpt2", tmp_path)
     other = dataclasses.replace(model, num_layers=3, causal=False, seq_len=16, bias=False)
     with pytest.raises(ConfigError) as error:
-        huggingface.open_folder(spec).check(other)
+        load.open_folder(spec).check(other)
     assert str(error.value).startswith(f"init_from={spec!r} is another model: ")
     for part in (
         "model.num_layers=3 (there 2)",
@@ -280,7 +280,7 @@ def test_all_keys_that_differ_are_named_with_what_the_folder_has(tmp_path):
         assert part in str(error.value)
     assert str(error.value).count("there") == 4
     with pytest.raises(ConfigError, match=r"a vocabulary of 11 tokens, and .* give 12: use token"):
-        huggingface.open_folder(spec).check(dataclasses.replace(model, vocab_size=12))
+        load.open_folder(spec).check(dataclasses.replace(model, vocab_size=12))
 
 
 @pytest.mark.parametrize(
@@ -307,7 +307,7 @@ def test_settings_that_are_not_computed_here_are_refused(name, changes, message,
     values = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(values | changes))
     with pytest.raises(ConfigError, match=rf"init_from='hf:.*' can't be used \(.*{message}"):
-        huggingface.open_folder(spec)
+        load.open_folder(spec)
 
 
 def test_weights_that_do_not_fit_are_refused(tmp_path):
@@ -318,7 +318,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
     def refused(changed, message):
         save_file({k: v for k, v in (weights | changed).items() if v is not None}, path)
         with pytest.raises(ConfigError, match=rf"can't be used \(.*{message}"):
-            huggingface.open_folder(spec).check(model)
+            load.open_folder(spec).check(model)
 
     wte = "transformer.wte.weight"
     refused({wte: None}, f"{wte} is missing")
@@ -327,17 +327,17 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
     refused({"h.0.crossattention.c_attn.weight": weights[wte]}, "crossattention.* to no such model")
     save_file(weights | {"lm_head.weight": weights[wte] + 1}, path)
     with pytest.raises(ConfigError, match=r"lm_head\.weight is not the embedding, though tie_"):
-        huggingface.read(spec, model)
+        load.read(spec, model)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ConfigError, match=r"can't be used \(SafetensorError: "):
-        huggingface.read(spec, model)
+        load.read(spec, model)
     path.unlink()
     (tmp_path / "pytorch_model.bin").touch()
     with pytest.raises(ConfigError, match=r"model\.safetensors is missing; other formats than"):
-        huggingface.read(spec, model)
+        load.read(spec, model)
     (tmp_path / "config.json").unlink()
     with pytest.raises(ConfigError, match=r"can't be used \(it has no config.json\): give what"):
-        huggingface.open_folder(spec)
+        load.open_folder(spec)
 
 
 @pytest.fixture
@@ -351,7 +351,7 @@ def offline(monkeypatch, tmp_path):
 @pytest.mark.parametrize("spec", ["hf:no-such/model", "hf:", "hf:/no/such", f"hf:{'x' * 5000}"])
 def test_what_is_no_folder_and_not_to_be_had_is_refused(offline, spec):
     with pytest.raises(ConfigError, match=r"init_from='hf:.*can't be had .*: give hf:FOLDER"):
-        huggingface.open_folder(spec)
+        load.open_folder(spec)
 
 
 def test_a_name_is_found_in_the_cache(offline):
@@ -363,8 +363,8 @@ def test_a_name_is_found_in_the_cache(offline):
     (repository / "refs" / "main").write_text(commit)
     spec, model = saved("llama", folder)
     for one, other in zip(
-        jax.tree.leaves(huggingface.read("hf:some/llama", model)),
-        jax.tree.leaves(huggingface.read(spec, model)),
+        jax.tree.leaves(load.read("hf:some/llama", model)),
+        jax.tree.leaves(load.read(spec, model)),
         strict=True,
     ):
         assert (one == other).all()

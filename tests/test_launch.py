@@ -15,7 +15,7 @@ import yaml
 from conftest import REPOSITORY, USER_XLA_FLAGS
 from test_runs import flags
 
-from jaxdp.command import WRONG_INPUT
+from jaxdp.common.cli import WRONG_INPUT
 
 LAUNCH = REPOSITORY / "launch"
 STOPPED = 75

@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdp.losses import chunked_cross_entropy, cross_entropy, mask_tokens
+from jaxdp.step.losses import chunked_cross_entropy, cross_entropy, mask_tokens
 
 MASK, VOCAB = 99, 50
 

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdp.matmul import matmul
+from jaxdp.model.matmul import matmul
 
 # Kernels as the model has them: [D, F], [D, H, K] and [H, K, D].
 KERNELS = [((16,), (24,)), ((16,), (2, 8)), ((2, 8), (16,))]

@@ -6,9 +6,9 @@ import optax
 import pytest
 from test_step import assert_same_run, batches, start, train
 
-from jaxdp import price
-from jaxdp.methods import METHODS
-from jaxdp.parallel import AXIS
+from jaxdp.parallel.replicas import AXIS
+from jaxdp.sync import traffic
+from jaxdp.sync.methods import METHODS
 
 
 def sgd(config, momentum=0.9):
@@ -199,4 +199,4 @@ def test_traffic_needs_no_arrays(config):
         choose(config, name)
         method = METHODS[name](config, AXIS)
         assert method.traffic(shapes, (), 4)[0].bytes == expected
-    assert price.Collective("all-reduce", 100).sent(4) == 150
+    assert traffic.Collective("all-reduce", 100).sent(4) == 150

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
-from jaxdp import metrics
-from jaxdp.metrics import MetricsWriter, Throughput, load_balance, peak_flops, read_jsonl
+from jaxdp.workdir import metrics
+from jaxdp.workdir.metrics import MetricsWriter, Throughput, load_balance, peak_flops, read_jsonl
 
 
 def test_one_line_per_step(tmp_path, config):

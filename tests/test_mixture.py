@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from test_pipeline import assert_equal, joined
 from test_sequences import FEW, examples
 
-from jaxdp import loop
-from jaxdp.config import ConfigError
+from jaxdp.common.errors import ConfigError
 from jaxdp.data import mixture, pipeline
 from jaxdp.data.cache import open_cache
 from jaxdp.data.sequences import Examples, Windows
+from jaxdp.run import loop
 
 L, G = 8, 4
 # Three sources of 100, 60 and 203 tokens 0, 1, 2, ...: a token tells its position.

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxdp.configs import shakespeare_char_cpu, shakespeare_char_tuned
-from jaxdp.model import (
+from jaxdp.model.transformer import (
     Dropout,
     ModelConfig,
     Transformer,

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 from test_step import ROWS, VOCAB, assert_same_run, batches, start, train
 
-from jaxdp import losses
-from jaxdp.evaluation import compiled
-from jaxdp.model import ModelConfig, Transformer
-from jaxdp.objective import Objective
-from jaxdp.parallel import Replicas
+from jaxdp.model.transformer import ModelConfig, Transformer
+from jaxdp.parallel.replicas import Replicas
+from jaxdp.run.evaluation import compiled
+from jaxdp.step import losses
+from jaxdp.step.objective import Objective
 
 
 def test_evaluation_sums_over_devices_and_chunks(config):

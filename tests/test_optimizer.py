@@ -4,8 +4,8 @@ import numpy as np
 import optax
 import pytest
 
-from jaxdp.model import ModelConfig, Transformer
-from jaxdp.optimizer import decay_mask, get_optimizer, get_schedule, muon_dimensions
+from jaxdp.model.transformer import ModelConfig, Transformer
+from jaxdp.step.optimizer import decay_mask, get_optimizer, get_schedule, muon_dimensions
 
 INPUTS = jnp.zeros((1, 16), jnp.int32)
 

@@ -3,9 +3,9 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jaxdp import parallel
-from jaxdp.config import ConfigError
-from jaxdp.parallel import AXIS, Replicas
+from jaxdp.common.errors import ConfigError
+from jaxdp.parallel import processes
+from jaxdp.parallel.replicas import AXIS, Replicas, prefetch
 
 LAUNCHERS = (
     "SLURM_STEP_NUM_TASKS",
@@ -24,7 +24,7 @@ def no_launcher(monkeypatch):
 
 def test_rows_number_the_global_batch():
     replicas = Replicas(jax.local_devices()[:4])
-    step = replicas.pmap(lambda _, x: lax.all_gather(parallel.rows(len(x)), AXIS))
+    step = replicas.pmap(lambda _, x: lax.all_gather(rows(len(x)), AXIS))
     rows = step(replicas.replicate(np.float32(0)), replicas.shard(np.zeros(12)))
     assert (np.asarray(rows) == np.arange(12).reshape(4, 3)).all()
 
@@ -62,7 +62,7 @@ def test_donated_state_is_not_copied_again():
 def test_prefetch_keeps_order_and_loses_nothing():
     replicas = Replicas(jax.local_devices()[:2])
     for count in (0, 1, 2, 5):
-        got = list(parallel.prefetch((np.full(2, i) for i in range(count)), replicas.shard))
+        got = list(prefetch((np.full(2, i) for i in range(count)), replicas.shard))
         assert [int(x[0, 0]) for x in got] == list(range(count))
 
 
@@ -88,9 +88,9 @@ def test_alone_without_launcher(monkeypatch):
         raise AssertionError("a single process must not wait for others")
 
     monkeypatch.setattr(jax.distributed, "initialize", refuse)
-    parallel.initialize(None, None, None)
+    processes.initialize(None, None, None)
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
-    parallel.initialize(None, None, None)
+    processes.initialize(None, None, None)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_launchers_are_left_to_jax(monkeypatch, name, value):
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *a: calls.append(a))
     monkeypatch.setenv(name, value)
-    parallel.initialize(None, None, None)
+    processes.initialize(None, None, None)
     assert calls == [(None, None, None)]
 
 
@@ -122,4 +122,4 @@ def test_launchers_are_left_to_jax(monkeypatch, name, value):
 )
 def test_wrong_arguments_are_refused(arguments, message):
     with pytest.raises(ConfigError, match=message):
-        parallel.initialize(*arguments)
+        processes.initialize(*arguments)

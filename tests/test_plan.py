@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import pytest
 from conftest import REPOSITORY
 
-from jaxdp import memory, plan, prediction
-from jaxdp.config import ConfigError, batch_sizes
+from jaxdp import plan
+from jaxdp.common.config import batch_sizes
+from jaxdp.common.errors import ConfigError
 from jaxdp.configs import quickstart
-from jaxdp.methods import METHODS
-from jaxdp.price import Collective
+from jaxdp.estimate import liveness, prediction
+from jaxdp.sync.methods import METHODS
+from jaxdp.sync.traffic import Collective
 
 VOCAB = 20
 # What XLA stores is known by rules, not exactly; its own packing of buffers wastes some, too.
@@ -21,7 +23,7 @@ TOLERANCE = 10.0
 
 
 def peak(function, *shapes):
-    return memory.peak_bytes(jax.make_jaxpr(function)(*shapes).jaxpr)
+    return liveness.peak_bytes(jax.make_jaxpr(function)(*shapes).jaxpr)
 
 
 def table(config, bandwidth=1e9, latency=1e-5):

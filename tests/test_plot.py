@@ -8,10 +8,11 @@ from bad_input import HARM, JSON, NUMBERS, TRIED, assert_clear, harm, only_flags
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxdp import command, drawing, plot
-from jaxdp.config import ConfigError
-from jaxdp.limits import MOST
-from jaxdp.metrics import MetricsWriter
+from jaxdp import plot
+from jaxdp.common import cli, png
+from jaxdp.common.choices import MOST
+from jaxdp.common.errors import ConfigError
+from jaxdp.workdir.metrics import MetricsWriter
 
 FIGURES = [name for _, _, names in plot.PANELS for name in names]
 
@@ -27,7 +28,7 @@ def run(capsys, *arguments):
     """Runs the command; returns its status, and what it says."""
     with pytest.MonkeyPatch.context() as patch, only_flags_of("jaxdp.plot") as module:
         patch.setattr(sys, "argv", ["plot", *arguments])
-        return command.run(module.main, operands=True), capsys.readouterr()
+        return cli.run(module.main, operands=True), capsys.readouterr()
 
 
 def points(curve):
@@ -112,7 +113,7 @@ def test_many_points_are_drawn_behind_their_mean(tmp_path):
 def test_every_number_can_be_drawn(tmp_path, value):
     records = [{"step": step, **dict.fromkeys(FIGURES, value)} for step in (0, MOST)]
     figure = plot.draw({"$x_{$": plot.curves(log(tmp_path, *records))})
-    drawing.save(figure, "output", str(tmp_path / "plot.png"))
+    png.save(figure, "output", str(tmp_path / "plot.png"))
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -172,11 +173,11 @@ def test_wrong_input_is_one_line_and_status_2(tmp_path, capsys, arguments, messa
 
 
 def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(drawing.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(png.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
         ConfigError, match=r"needs the package matplotlib: pip install 'jaxdp\[plot\]"
     ):
-        drawing.check("output", "plot.png")
+        png.check("output", "plot.png")
 
 
 def test_the_command_writes_the_plot(tmp_path, capsys):

@@ -5,8 +5,8 @@ import shutil
 import numpy as np
 import pytest
 
-from jaxdp import preflight
-from jaxdp.config import ConfigError
+from jaxdp.common.errors import ConfigError
+from jaxdp.run import preflight
 
 
 def hold(workdir, ready, over):

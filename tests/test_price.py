@@ -3,9 +3,9 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jaxdp import price
-from jaxdp.parallel import AXIS, Replicas
-from jaxdp.price import Collective
+from jaxdp.parallel.replicas import AXIS, Replicas
+from jaxdp.sync import traffic
+from jaxdp.sync.traffic import Collective
 
 
 @pytest.mark.parametrize(
@@ -20,13 +20,13 @@ def test_a_ring_of_four(kind, sent, hops):
 
 def test_rounds_are_shared_by_their_steps():
     round_ = [Collective("all-reduce", 100, 10), Collective("collective-permute", 5, 1)]
-    assert price.sent_per_step(round_, 4) == 15 + 5
+    assert traffic.sent_per_step(round_, 4) == 15 + 5
 
 
 def test_bytes_of_floats_only():
     tree = {"a": np.zeros((2, 3), np.float32), "count": np.zeros((), np.int32)}
-    assert price.num_bytes(tree) == 24
-    assert price.num_bytes(tree, "bfloat16") == 12
+    assert traffic.num_bytes(tree) == 24
+    assert traffic.num_bytes(tree, "bfloat16") == 12
 
 
 def compiled(function, x, devices=4):
@@ -47,7 +47,7 @@ def compiled(function, x, devices=4):
 )
 def test_collectives_of_a_compiled_program(function, kind, size):
     _, _, text = compiled(function, np.ones((8, 8), np.float32))
-    [found] = price.collectives(text, 4).values()
+    [found] = traffic.collectives(text, 4).values()
     assert (found.kind, found.bytes) == (kind, size)
 
 
@@ -57,7 +57,7 @@ def test_names_as_gpu_programs_have_them():
       %all-reduce-done.1 = f32[10]{0} all-reduce-done(%all-reduce-start.1)
       ROOT %psum.2 = (bf16[], bf16[3,2]{1,0}) all-reduce(%a, %b), to_apply=%add
     """
-    found = price.collectives(text, 4)
+    found = traffic.collectives(text, 4)
     assert [(n, c.kind, c.bytes) for n, c in found.items()] == [
         ("all-reduce-start.1", "all-reduce", 40),
         ("psum.2", "all-reduce", 14),
@@ -68,8 +68,8 @@ def test_waiting_is_a_share_of_time_and_none_where_nothing_is_recorded():
     step, arguments, text = compiled(lambda x: lax.psum(x * 2, AXIS), np.ones((8, 64), np.float32))
     jax.block_until_ready(step(*arguments))
     shares = []
-    for names in (price.collectives(text, 4), ["no-such-thing"]):
-        trace = price.Trace(names, 4)
+    for names in (traffic.collectives(text, 4), ["no-such-thing"]):
+        trace = traffic.Trace(names, 4)
         for _ in range(3):
             jax.block_until_ready(step(*arguments))
         shares.append(trace.stop())

@@ -5,9 +5,11 @@ from collections import Counter
 import jax
 import pytest
 
-from jaxdp import loop, price
-from jaxdp.config import ConfigError, validate
-from jaxdp.profiling import Profile
+from jaxdp.common.config import validate
+from jaxdp.common.errors import ConfigError
+from jaxdp.run import loop
+from jaxdp.run.profiling import Profile
+from jaxdp.sync import traffic
 
 
 def events(workdir):
@@ -39,7 +41,7 @@ def test_whole_rounds_are_recorded(config, tmp_path, capsys, method, asked, reco
 @pytest.mark.slow
 def test_where_the_profiler_is_in_use_the_run_goes_on(config, tmp_path, capsys):
     config.profile.update({"start_step": 2, "num_steps": 2})
-    own = price.Trace((), 1)
+    own = traffic.Trace((), 1)
     result = loop.train(config, tmp_path, devices=jax.local_devices()[:1])
     own.stop()
     assert result.finished and not (tmp_path / "profile").exists()

@@ -16,11 +16,12 @@ import pytest
 from conftest import REPOSITORY, USER_XLA_FLAGS
 from test_agreement import corrupt, flip_lowest_bit
 
-from jaxdp import loop
-from jaxdp.config import ConfigError, RunError, flatten
+from jaxdp.common.config import flatten
+from jaxdp.common.errors import ConfigError, RunError
 from jaxdp.generate import generate
-from jaxdp.methods import METHODS
-from jaxdp.metrics import read_jsonl
+from jaxdp.run import loop
+from jaxdp.sync.methods import METHODS
+from jaxdp.workdir.metrics import read_jsonl
 
 pytestmark = pytest.mark.slow
 TIMES = {"tokens_per_second", "step_time_ms", "data_wait_ms", "mfu"}

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from test_metrics import logged
 
-from jaxdp import loop
-from jaxdp.model import ModelConfig, Transformer
-from jaxdp.sampling import filter_logits, sample
+from jaxdp.model.sampling import filter_logits, sample
+from jaxdp.model.transformer import ModelConfig, Transformer
+from jaxdp.run import loop
 
 VOCAB, CONTEXT = 13, 16
 

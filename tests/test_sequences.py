@@ -15,16 +15,16 @@ from test_runs import after
 from test_step import assert_same_run
 from test_step import train as train_steps
 
-from jaxdp import config as configs
-from jaxdp import losses
-from jaxdp.config import ConfigError
+from jaxdp.common import config as configs
+from jaxdp.common.errors import ConfigError
 from jaxdp.data import pipeline
 from jaxdp.data.cache import open_cache
 from jaxdp.data.feed import Feed
 from jaxdp.data.pipeline import eval_batches
 from jaxdp.data.sequences import Examples, Windows
-from jaxdp.model import Transformer
-from jaxdp.preflight import check_data
+from jaxdp.model.transformer import Transformer
+from jaxdp.run.preflight import check_data
+from jaxdp.step import losses
 
 END = 0
 DOCUMENTS = st.lists(st.lists(st.integers(1, 9), max_size=20), min_size=2, max_size=20)
@@ -169,7 +169,7 @@ def test_documents_need_a_tokenizer_that_ends_them(config):
 
 def test_a_run_with_packed_documents_trains_evaluates_and_resumes(config, tmp_path):
     """On text files, of which each is a document."""
-    from jaxdp import loop
+    from jaxdp.run import loop
 
     for number, start in enumerate(range(0, len(TEXT), 40)):
         (tmp_path / f"{number:04}.txt").write_text(TEXT[start : start + 40])
@@ -281,7 +281,7 @@ def fine_tuning(config, tmp_path):
 
 def test_fine_tuning_on_json_lines(fine_tuning, tmp_path, capsys):
     """The cut ones are counted, and the last evaluation is the pass, written down directly."""
-    from jaxdp import loop
+    from jaxdp.run import loop
 
     result = loop.train(fine_tuning, tmp_path / "run", devices=jax.local_devices()[:2])
     out = " ".join(capsys.readouterr().out.split())

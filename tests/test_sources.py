@@ -1,6 +1,6 @@
 import pytest
 
-from jaxdp.config import ConfigError
+from jaxdp.common.errors import ConfigError
 from jaxdp.configs import default
 from jaxdp.data.sources import get_source
 from jaxdp.data.tensorflow import tf

@@ -8,9 +8,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from test_tokenizer import FEW, unused
 
-from jaxdp import tokenizer as tokenizers
-from jaxdp.config import ConfigError
-from jaxdp.tokenizer import encode, get_tokenizer
+from jaxdp.common.errors import ConfigError
+from jaxdp.data import tokenizer as tokenizers
+from jaxdp.data.tokenizer import encode, get_tokenizer
 
 # Prose, code, and characters that are in no piece. A combining mark behind a character that NFKC
 # replaces is left out: `tokenizers` loses it, in every such conversion.

@@ -7,13 +7,13 @@ import numpy as np
 import optax
 import pytest
 
-from jaxdp import losses
-from jaxdp.model import ModelConfig, Transformer
-from jaxdp.objective import Objective, plain
-from jaxdp.optimizer import get_optimizer, get_schedule
-from jaxdp.parallel import Replicas
-from jaxdp.program import Program
-from jaxdp.step import clip, create_state
+from jaxdp.model.transformer import ModelConfig, Transformer
+from jaxdp.parallel.replicas import Replicas
+from jaxdp.step import losses
+from jaxdp.step.objective import Objective, plain
+from jaxdp.step.optimizer import get_optimizer, get_schedule
+from jaxdp.step.program import Program
+from jaxdp.step.train_step import clip, create_state
 
 VOCAB, ROWS, LENGTH = 20, 8, 16
 # Losses are near 3 and sums of 128 float32 terms differ in their last bits with the order.

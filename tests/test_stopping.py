@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_runs import figures, params_of, start_group, train_in_parts
 
-from jaxdp import loop
-from jaxdp.stopping import Stopping
+from jaxdp.run import loop
+from jaxdp.run.early_stopping import Stopping
 
 
 def judged(config, losses, patience=3, min_delta=0.0):

@@ -5,8 +5,8 @@ import optax
 import pytest
 from jax import lax
 
-from jaxdp import sync
-from jaxdp.parallel import AXIS, Replicas
+from jaxdp.parallel.replicas import AXIS, Replicas
+from jaxdp.sync import reductions
 
 RNG = np.random.default_rng(0)
 SUMS = RNG.normal(size=(8, 5)).astype(np.float32)
@@ -24,13 +24,13 @@ def on(devices, function, batch, own=False):
 
 
 def figures(part):
-    return {"tokens": sync.per_device(part["weights"].sum(), AXIS)}
+    return {"tokens": reductions.per_device(part["weights"].sum(), AXIS)}
 
 
 def mean_over(devices, sums=SUMS, weights=WEIGHTS, dtype="float32"):
     def mean(part):
         total = {"a": part["sums"].sum(0), "b": part["sums"].sum()}
-        return sync.gradient_mean(total, figures(part), AXIS, dtype)
+        return reductions.gradient_mean(total, figures(part), AXIS, dtype)
 
     return on(devices, mean, {"sums": sums, "weights": weights})
 
@@ -74,7 +74,7 @@ def test_parameter_mean_weighs_by_tokens(devices):
         tree = {"x": part["x"][0], "all": jnp.int32(start + 10), "count": start + 10 - skipped}
         before = {"x": tree["x"], "all": jnp.int32(start), "count": jnp.int32(start)}
         tokens = lax.all_gather(part["tokens"][0], AXIS)
-        return sync.parameter_mean(tree, before, tokens, AXIS)
+        return reductions.parameter_mean(tree, before, tokens, AXIS)
 
     got = on(devices, mean, {"x": values, "tokens": tokens})
     weights = tokens if devices > 1 else np.ones(1)  # No tokens at all: a plain mean.
@@ -89,7 +89,7 @@ def test_drift_is_relative_and_zero_for_equals():
 
     def drift(part):
         x = part[0]
-        return sync.drift({"x": x}, {"x": lax.pmean(x, AXIS)}, AXIS)
+        return reductions.drift({"x": x}, {"x": lax.pmean(x, AXIS)}, AXIS)
 
     # Two of four replicas are 5 away from a mean of length 5.
     np.testing.assert_allclose(on(4, drift, values), np.sqrt(2 * 25 / 4) / 5, rtol=1e-6)
@@ -106,7 +106,7 @@ def test_outer_step_is_nesterov_on_the_mean_change():
         delta = np.asarray(theta["x"]) - mean
         velocity = momentum * velocity + delta
         expected = expected - rate * (delta + momentum * velocity)
-        theta, state = sync.outer_step(outer, theta, {"x": jnp.array(mean)}, state)
+        theta, state = reductions.outer_step(outer, theta, {"x": jnp.array(mean)}, state)
         # Rounding of float32 numbers near 2, of which some cancel.
         np.testing.assert_allclose(theta["x"], expected, rtol=1e-6, atol=1e-6)
 
@@ -114,9 +114,9 @@ def test_outer_step_is_nesterov_on_the_mean_change():
 @pytest.mark.parametrize("count", [1, 3, 8])
 def test_slices_and_back(count):
     tree = {"a": np.arange(10.0).reshape(2, 5), "b": np.arange(3.0)}
-    cut = sync.slices(tree, count)
+    cut = reductions.slices(tree, count)
     assert cut["a"].shape == (count, -(-10 // count))
-    back = sync.unslice(cut, tree)
+    back = reductions.unslice(cut, tree)
     assert all((back[k] == tree[k]).all() and back[k].shape == tree[k].shape for k in tree)
 
 
@@ -124,9 +124,9 @@ def test_slices_and_back(count):
 def test_scatter_and_gather_are_the_mean(devices):
     def there_and_back(part):
         sums = {"a": part["sums"].sum(0), "b": part["sums"].sum(0).reshape(5, 1)[:2]}
-        mine, _ = sync.scatter_mean(sums, figures(part), AXIS)
+        mine, _ = reductions.scatter_mean(sums, figures(part), AXIS)
         assert mine["a"].shape == (-(-5 // devices),)
-        return sync.all_gather(mine, sums, AXIS)
+        return reductions.all_gather(mine, sums, AXIS)
 
     got = on(devices, there_and_back, {"sums": SUMS, "weights": WEIGHTS})
     np.testing.assert_allclose(got["a"], MEAN, **ROUNDING)
@@ -141,12 +141,17 @@ def test_ordered_sums_are_the_same_bits_on_any_number_of_devices():
     a, b, c, d, e, f, g, h = values
     tree = ((a + b) + (c + d)) + ((e + f) + (g + h))
     for devices in (1, 2, 4, 8):
-        got = on(devices, lambda x: sync.doubling_sum(sync.pairwise_sum(x), AXIS), values, own=True)
+        got = on(
+            devices,
+            lambda x: reductions.doubling_sum(reductions.pairwise_sum(x), AXIS),
+            values,
+            own=True,
+        )
         assert all(row.tobytes() == tree.tobytes() for row in got)
     assert (tree != values.sum(0)).any()
 
 
-@pytest.mark.parametrize("add", [sync.accumulate, sync.accumulate_in_order])
+@pytest.mark.parametrize("add", [reductions.accumulate, reductions.accumulate_in_order])
 @pytest.mark.parametrize("count", [1, 2, 8])
 def test_accumulation_sums_over_micro_batches(add, count):
     def value_and_grad(params, batch):

@@ -7,9 +7,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from jaxdp import tokenizer as tokenizers
-from jaxdp.config import ConfigError
-from jaxdp.tokenizer import END_OF_TEXT, encode, encode_documents, get_tokenizer
+from jaxdp.common.errors import ConfigError
+from jaxdp.data import tokenizer as tokenizers
+from jaxdp.data.tokenizer import END_OF_TEXT, encode, encode_documents, get_tokenizer
 
 MASK = "<|mask|>"
 BYTE = get_tokenizer("byte", "causal", lambda _: [])

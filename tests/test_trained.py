@@ -1,13 +1,13 @@
 import numpy as np
 import pytest
 
-from jaxdp import trained
-from jaxdp.config import ConfigError
-from jaxdp.model import parameter_shapes
+from jaxdp.common.errors import ConfigError
+from jaxdp.model.transformer import parameter_shapes
+from jaxdp.workdir import finished
 
 
 def test_a_workdir_has_all_that_a_model_needs(workdir):
-    run = trained.open_workdir(workdir)
+    run = finished.open_workdir(workdir)
     params, step = run.params("newest", print)
     assert step == 4
     [ids] = run.words.encode_batch(["1 is odd"])
@@ -20,4 +20,4 @@ def test_the_tokenizer_must_be_that_of_the_checkpoint(workdir):
     path = workdir / "tokenizer.json"
     path.write_text(path.read_text().replace('"1"', '"~"', 1))
     with pytest.raises(ConfigError, match=r"the tokenizer is not the one that checkpoint 4 was"):
-        trained.open_workdir(workdir).params("newest", print)
+        finished.open_workdir(workdir).params("newest", print)

@@ -10,10 +10,11 @@ import pytest
 from test_faults import Run, group
 from test_runs import flags
 
-from jaxdp import loop, parallel, watchdog
-from jaxdp.config import RunError
+from jaxdp.common.errors import RunError
 from jaxdp.data import pipeline
-from jaxdp.watchdog import FACTOR, SLOW, TICK, Watchdog
+from jaxdp.parallel import processes
+from jaxdp.run import loop, watchdog
+from jaxdp.run.watchdog import FACTOR, SLOW, TICK, Watchdog
 
 
 class Ended(Exception):
@@ -93,8 +94,8 @@ def test_the_whole_first_pass_is_slow(passes, limit):
 def test_it_says_who_lags(monkeypatch, case, words):
     told = {}
     monkeypatch.setattr(jax, "process_count", lambda: 3)
-    monkeypatch.setattr(parallel, "told", lambda: told)
-    monkeypatch.setattr(parallel, "tell", lambda text: told.update({1: text}))
+    monkeypatch.setattr(processes, "told", lambda: told)
+    monkeypatch.setattr(processes, "tell", lambda text: told.update({1: text}))
     dog = Watchdog(60)
     for step in (7, 8):
         dog.beat("training", step)
@@ -148,9 +149,9 @@ def test_only_a_lost_process_is_called_that(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     error = jax.errors.JaxRuntimeError
     lost = pytest.raises(RunError, match=r"has ended .*Read error.*; run again")
-    with lost, parallel.others_needed():
+    with lost, processes.others_needed():
         raise error("UNKNOWN: Gloo all-reduce failed: Read error")
-    with pytest.raises(error), parallel.others_needed():
+    with pytest.raises(error), processes.others_needed():
         raise error("RESOURCE_EXHAUSTED: Out of memory")
 
 

@@ -15,9 +15,9 @@ import numpy as np
 from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
-from jaxdp import tokenizer as tokenizers
-from jaxdp.config import write_whole
+from jaxdp.common.files import write_whole
 from jaxdp.data import layout
+from jaxdp.data import tokenizer as tokenizers
 from jaxdp.data.layout import INDEX, SPLITS, DamagedError
 from jaxdp.data.sources import Example, Source
 

@@ -22,10 +22,10 @@ import numpy as np
 from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
-from jaxdp import disk
-from jaxdp import tokenizer as tokenizers
-from jaxdp.config import ConfigError, shown
+from jaxdp.common import files
+from jaxdp.common.errors import ConfigError, shown
 from jaxdp.data import building, layout
+from jaxdp.data import tokenizer as tokenizers
 from jaxdp.data.layout import SPLITS, DamagedError
 from jaxdp.data.sources import Source, ValidationOnly, get_sources
 
@@ -107,7 +107,7 @@ def open_cache(
         with filelock.FileLock(_lock(folder)):
             return _build_once(config, sources, folder, report)
     except OSError as error:
-        if error.errno not in disk.FULL:
+        if error.errno not in files.FULL:
             raise
         raise ConfigError(
             f"data.cache_dir={str(root)!r} can't be written ({error.strerror}): make room, or "

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 from ml_collections import ConfigDict
 
-from jaxdp.config import ConfigError, shown
+from jaxdp.common.errors import ConfigError, shown
 from jaxdp.data.cache import TokenCache, open_cache
 from jaxdp.data.sources import get_sources
 

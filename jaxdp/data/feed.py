@@ -7,8 +7,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxdp import tokenizer
-from jaxdp.data import mixture, pipeline
+from jaxdp.data import mixture, pipeline, tokenizer
 from jaxdp.data.cache import TokenCache
 from jaxdp.data.sequences import Batch, Examples, Sequences, Windows
 from jaxdp.data.sequences import keys as sequence_keys

@@ -8,7 +8,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from jaxdp.config import ConfigError, shown
+from jaxdp.common.errors import ConfigError, shown
 
 # Only what has a kind can have a weight: "2*.txt" is a glob.
 WEIGHTED = r"[^*+:/]*\*(?=(?:tfds|text|jsonl):)"

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from ml_collections import ConfigDict
 
-from jaxdp.config import ConfigError, shown
+from jaxdp.common.errors import ConfigError, shown
 from jaxdp.data import mixture
 
 Example = tuple[str, str]

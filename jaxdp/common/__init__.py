@@ -1,0 +1,1 @@
+"""What every wing uses: errors, the config, files, flags, the terminal."""

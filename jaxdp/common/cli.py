@@ -1,0 +1,137 @@
+"""What the commands share: flags, errors, signals, and JAX's settings."""
+
+import math
+import os
+import re
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from absl import flags, logging
+from ml_collections import ConfigDict
+
+from jaxdp.common.config import check_known
+from jaxdp.common.errors import ConfigError, RunError, shown
+
+WRONG_INPUT = 2
+FAULT = 1
+
+
+def run(
+    main: Callable[..., int],
+    check_arguments: Callable[[list[str]], None] | None = None,
+    operands: bool = False,
+) -> int:
+    """Parses the flags and runs a command.
+
+    What the user did wrong becomes one line on stderr, an unexpected exception its traceback.
+
+    Args:
+      main: the command; returns its exit status.
+      check_arguments: raises ConfigError for what the flags' own errors explain badly.
+      operands: whether main takes a list of the arguments that are no flags; else there are none.
+
+    Returns:
+      The exit status.
+    """
+    logging.set_verbosity(logging.WARNING)
+    try:
+        if check_arguments:
+            check_arguments(sys.argv[1:])
+        rest = _parse_flags()
+        if operands:
+            return main(rest)
+        if rest:
+            raise ConfigError(f"{rest[0]!r} is not understood: flags look like --name=value")
+        return main()
+    except (ConfigError, RunError) as error:
+        print(f"jaxdp: {' '.join(str(error).split())}", file=sys.stderr)
+        return WRONG_INPUT if isinstance(error, ConfigError) else FAULT
+    except Exception:
+        traceback.print_exc()
+        return FAULT
+
+
+def check_overrides(argv: list[str]) -> None:
+    """Refuses --config.KEY=VALUE of an unknown key, which config_flags does with a traceback."""
+    overrides = (re.match(r"--?config\.([^=]*)=?(.*)", argument, re.DOTALL) for argument in argv)
+    check_known({match[1]: match[2] for match in overrides if match})
+
+
+def _parse_flags() -> list[str]:
+    """Returns the arguments that are no flags."""
+    try:
+        return flags.FLAGS(sys.argv)[1:]
+    except (Exception, SystemExit) as error:
+        # Parsing --config runs the config file, which can raise anything; some of it comes as a
+        # flag's error that ends with a traceback.
+        said, _, traceback = str(error).partition("Traceback (most recent call last)")
+        if isinstance(error, flags.Error) and not traceback:
+            more = ": see configs/default.py for what it takes" if "--config." in said else ""
+            raise ConfigError(f"{shown(said, as_text=str)}{more}") from None
+        reason = (
+            traceback.strip().splitlines()[-1] if traceback else f"{type(error).__name__}: {said}"
+        )
+        raise ConfigError(
+            f"--config can't be read ({shown(reason, as_text=str)}): give a Python file with a "
+            "get_config() like those in configs/"
+        ) from error
+
+
+def given_config(flag: flags.FlagHolder) -> ConfigDict:
+    """The value of --config.
+
+    Raises:
+      ConfigError: there is none, or the file gives something else.
+    """
+    if not flag.present:
+        raise ConfigError("--config is missing: give a config file, such as configs/quickstart.py")
+    if not isinstance(flag.value, ConfigDict):
+        raise ConfigError(
+            f"--config gives {shown(flag.value)}, no ConfigDict: let its get_config() return one, "
+            "like those in configs/"
+        )
+    return flag.value
+
+
+def warn(line: str) -> None:
+    """Prints a line that is no result."""
+    print(f"jaxdp: {line}", file=sys.stderr)
+
+
+def check_finite(*given: flags.FlagHolder) -> None:
+    """Refuses infinity and NaN, which a flag's bounds let pass; None is no number and passes."""
+    for flag in given:
+        if flag.value is not None and not math.isfinite(flag.value):
+            raise ConfigError(f"--{flag.name}={flag.value} is no finite number: give another")
+
+
+def check_step(flag: flags.FlagHolder) -> None:
+    """Refuses what names no checkpoint."""
+    if not re.fullmatch("newest|best|[0-9]{1,10}", flag.value):
+        raise ConfigError(
+            f"--{flag.name}={shown(flag.value)} is none: give newest, best, or a number"
+        )
+
+
+def prepare_jax() -> None:
+    """Turns the persistent compilation cache on, unless the user has set it up already."""
+    import jax
+
+    if jax.config.values["jax_compilation_cache_dir"] is None:
+        home = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+        jax.config.update("jax_compilation_cache_dir", str(home / "jaxdp" / "xla"))
+
+
+def on_stop_signal(callback: Callable[[], None]) -> None:
+    """Calls back on the first SIGTERM or SIGINT; a second one ends the process as usual."""
+
+    def handle(number, frame):
+        del frame
+        signal.signal(number, signal.SIG_DFL)
+        callback()
+
+    signal.signal(signal.SIGTERM, handle)
+    signal.signal(signal.SIGINT, handle)

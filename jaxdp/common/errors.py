@@ -1,0 +1,34 @@
+"""The errors that end a command in one line, and what their messages are made of."""
+
+from collections.abc import Callable
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """The user asked for something impossible; the message is one line that says what to do."""
+
+
+class RunError(RuntimeError):
+    """A run can't go on, by no mistake of the user's; the message is one line that says why."""
+
+
+def check_text(key: str, text: str) -> None:
+    """Raises ConfigError for a text that is no Unicode, or no name that the system takes."""
+    if not text.isascii() and text != text.encode(errors="ignore").decode():
+        raise ConfigError(f"{key}={shown(text)} is not UTF-8: write it in UTF-8")
+    if "\0" in text and "prompt" not in key:
+        raise ConfigError(f"{key}={shown(text)} holds a NUL character: leave it out")
+
+
+def shown(value: Any, length: int = 200, as_text: Callable[[Any], str] = repr) -> str:
+    r"""A value as a message shows it: not too long, and whatever it is.
+
+    Examples:
+      >>> shown(0.5), shown("a\n"), shown(10**5000)
+      ('0.5', "'a\\n'", 'an int')
+    """
+    try:
+        text = as_text(value).strip().replace("\n", " ")
+    except Exception:  # Python writes no int of more than 4300 digits.
+        return f"an {type(value).__name__}"
+    return text if len(text) <= length else f"{text[:length]}..."

@@ -1,0 +1,1 @@
+"""Models of Hugging Face transformers: folders to start from, and folders to export."""

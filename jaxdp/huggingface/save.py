@@ -1,0 +1,208 @@
+"""A trained model as a folder that Hugging Face's transformers opens."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer
+
+from jaxdp.common import files
+from jaxdp.common.errors import ConfigError, check_text, shown
+from jaxdp.common.terminal import quantity
+from jaxdp.data import tokenizer
+from jaxdp.huggingface import families, load, tensors
+from jaxdp.model import sampling
+from jaxdp.model.transformer import num_parameters
+from jaxdp.workdir import finished
+from jaxdp.workdir.finished import Trained
+from jaxdp.workdir.metrics import read_jsonl
+
+# What well-known tokenizers call their special tokens, the likeliest first.
+NAMES = {
+    "bos_token": ("<|begin_of_text|>", "<bos>", "<s>", tokenizer.END_OF_TEXT),
+    "eos_token": tokenizer.END_NAMES,
+    "unk_token": ("[UNK]", "<unk>", "<|unk|>"),
+    "pad_token": ("[PAD]", "<pad>", "<|pad|>"),
+}
+MASKED_NAMES = {
+    "cls_token": ("[CLS]", "<s>"),
+    "sep_token": ("[SEP]", "</s>"),
+    "mask_token": tokenizer.MASK_NAMES,
+}
+
+
+def export(
+    workdir: Path, output: Path, which: str = "newest", report: Callable[[str], None] = print
+) -> int:
+    """Writes a checkpoint as a folder of transformers, whole or not at all.
+
+    Args:
+      workdir: of the run.
+      output: is not there yet.
+      which: "newest", "best" or a number of steps.
+      report: is told in a line what is wrong with a checkpoint.
+
+    Returns:
+      The step of the checkpoint.
+
+    Raises:
+      ConfigError: transformers has no such model, or the folder is there or can't be written.
+      RunError: the checkpoint is damaged.
+    """
+    _check_absent(output)
+    run = finished.open_workdir(workdir)
+    family, special = families.family_of(run.model.config), special_tokens(run)
+    pad_id = _id(run.words, special.get("pad_token"))
+    if family == "bert" and special.get("mask_token") == "<mask>" and pad_id is not None:
+        family = "roberta"  # Whose tokenizer it is.
+    params, step = run.params(which, report)
+    texts = {
+        "config.json": families.to_json(run.model.config, family, pad_id) | _ids(run, special),
+        "tokenizer_config.json": tokenizer_config(run, special),
+        "tokenizer.json": run.words.to_str(pretty=True),
+        "README.md": card(run, family, step, num_parameters(params)),
+    }
+    if run.model.config.causal:
+        texts["generation_config.json"] = generation_config(run, special)
+    weights = tensors.to_tensors(params, run.model.config, family, pad_id)
+    _write(output, weights, texts)
+    return step
+
+
+def special_tokens(run: Trained) -> dict[str, str]:
+    """The special tokens that a tokenizer has, by what transformers calls them."""
+    special = {t.content for t in run.words.get_added_tokens_decoder().values() if t.special}
+    names = NAMES | ({} if run.model.config.causal else MASKED_NAMES)
+    found = {
+        role: next((name for name in candidates if name in special), None)
+        for role, candidates in names.items()
+    }
+    # These two are what the model was trained with, whatever the tokenizer thinks of them.
+    found["eos_token"] = _token(run.words, tokenizer.end_id(run.words))
+    if not run.model.config.causal:
+        found["mask_token"] = _token(run.words, tokenizer.mask_id(run.words))
+    return {role: name for role, name in found.items() if name is not None}
+
+
+def tokenizer_config(run: Trained, special: dict[str, str]) -> dict[str, Any]:
+    """tokenizer_config.json: which tokens are special, and how long a text may be."""
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": run.config.seq_len,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "clean_up_tokenization_spaces": False,
+        **special,
+    }
+
+
+def generation_config(run: Trained, special: dict[str, str]) -> dict[str, Any]:
+    """generation_config.json: to draw text as `jaxdp.generate` does."""
+    padding = range(tokenizer.vocab_size(run.words), run.model.config.vocab_size)
+    return {
+        "do_sample": True,
+        "temperature": sampling.TEMPERATURE,
+        "top_k": 0,
+        "max_length": run.config.seq_len,
+        **_ids(run, special),
+        **({"suppress_tokens": list(padding)} if padding else {}),
+    }
+
+
+def card(run: Trained, family: str, step: int, parameters: int) -> str:
+    """README.md: what is known of the model, and nothing else."""
+    config, architecture = run.config, families.FAMILIES[family].architecture
+    causal = run.model.config.causal
+    task = "text-generation" if causal else "fill-mask"
+    rows = {
+        "architecture": f"{architecture}, {quantity(parameters)} parameters",
+        "initial weights": config.init_from or "random",
+        "steps": f"{step:,}, of {config.global_batch_size} sequences x {config.seq_len} tokens",
+        "data": config.data.path,
+        "tokenizer": f"{config.tokenizer}, {tokenizer.vocab_size(run.words):,} tokens",
+        "validation loss": _eval_loss(run.workdir, step),
+    }
+    table = "\n".join(f"| {key} | {_cell(value)} |" for key, value in rows.items())
+    return f"""---
+library_name: transformers
+pipeline_tag: {task}
+---
+
+# {architecture} trained by jaxdp
+
+| | |
+|---|---|
+{table}
+
+Licence: not stated. Whoever publishes these weights has to say it.
+
+```python
+from transformers import pipeline
+
+print(pipeline("{task}", "FOLDER")("{"TEXT" if causal else "TEXT with the mask token"}"))
+```
+
+The config of the run:
+
+```json
+{json.dumps(config.to_dict(), indent=2)}
+```
+"""
+
+
+def _cell(value: str) -> str:
+    return " ".join(value.split()).replace("|", "\\|")
+
+
+def _eval_loss(workdir: Path, step: int) -> str:
+    try:
+        losses = [r.get("eval/loss") for r in read_jsonl(workdir) if r["step"] == step]
+    except OSError:
+        losses = []
+    known = [loss for loss in losses if isinstance(loss, float)]
+    return f"{known[-1]:.4f} nats per token" if known else "not evaluated at this step"
+
+
+def _ids(run: Trained, special: dict[str, str]) -> dict[str, int | None]:
+    roles = ("bos_token", "eos_token", "pad_token")
+    return {f"{role}_id": _id(run.words, special.get(role)) for role in roles}
+
+
+def _id(words: Tokenizer, token: str | None) -> int | None:
+    return None if token is None else words.token_to_id(token)
+
+
+def _token(words: Tokenizer, number: int | None) -> str | None:
+    return None if number is None else words.id_to_token(number)
+
+
+def _check_absent(output: Path) -> None:
+    check_text("--output", str(output))
+    if os.path.lexists(output):
+        raise ConfigError(f"--output={shown(str(output))} is there already: give another folder")
+
+
+def _write(output: Path, weights: dict[str, Any], texts: dict[str, Any]) -> None:
+    """Makes the folder under another name first, so that it is never seen in part."""
+    temporary = output.with_name(f"{output.name}.tmp-{os.getpid()}")
+    try:
+        temporary.mkdir(parents=True)
+        save_file(weights, temporary / load.WEIGHTS, {"format": "pt"})
+        for name, content in texts.items():
+            text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
+            (temporary / name).write_text(text, encoding="utf-8")
+        # safetensors lets nobody else read it.
+        shutil.copymode(temporary / "config.json", temporary / load.WEIGHTS)
+        _check_absent(output)
+        temporary.rename(output)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(
+            f"--output={shown(str(output))} can't be written ({files.reason(error)}): make room, "
+            "or give another folder"
+        ) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""The transformer and text drawn from it; nothing here knows of devices."""

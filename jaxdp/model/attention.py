@@ -1,0 +1,171 @@
+"""Scaled dot-product attention and rotary positions.
+
+Shapes: B batch, L length, S length of keys, H heads, G key/value heads, K head width, R rows.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+MAX_BLOCKS = 4
+SMALLEST_BLOCK = 64
+
+
+def kernel(dtype: jnp.dtype, width: int, masked: bool) -> str:
+    """Which implementation `attend` uses, "cudnn" or "xla".
+
+    That of cuDNN (FlashAttention, Dao et al. 2022; it stores no [L, S] array) has been on NVIDIA
+    GPUs since Ampere, for 16 bits and such head widths. Other masks than the causal one it takes as
+    an array of all pairs only, so masked attention stays with XLA.
+
+    Args:
+      dtype: of query, key and value.
+      width: K.
+      masked: whether there is a mask.
+    """
+    fits = jnp.dtype(dtype).itemsize == 2 and width % 8 == 0 and width <= 128 and not masked
+    return "cudnn" if fits and _on_nvidia() else "xla"
+
+
+def _on_nvidia() -> bool:
+    device = jax.local_devices()[0]
+    nvidia = device.platform == "gpu" and "cuda" in device.client.platform_version
+    return nvidia and float(device.compute_capability) >= 8.0
+
+
+def attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array | None = None,
+    *,
+    causal: bool = False,
+) -> jax.Array:
+    """Scaled dot-product attention (Vaswani et al. 2017); products and softmax in float32.
+
+    By the `kernel` for its platform, which without a GPU is the one of this file: as
+    `jax.nn.dot_product_attention`, but for three things. Causal attention goes through blocks of
+    queries and leaves out the keys after each. The backward pass takes the softmax's sum from the
+    results, which are smaller than the weights (Dao et al. 2022, FlashAttention, section B.2). And
+    the softmax divides by multiplying, for a division is compiled differently for one device and
+    for several, which `reductions.fixed_order` must not be.
+
+    Args:
+      query: [B, L, H, K].
+      key: [B, S, G, K], G dividing H.
+      value: [B, S, G, K].
+      mask: bool [B or 1, L, S]: whom a query may look at; None: everyone.
+      causal: whether a query looks at no later key; S is L then.
+
+    Returns:
+      [B, L, H, K] in the dtype of value.
+    """
+    batch, length, heads, width = query.shape
+    if kernel(query.dtype, width, mask is not None) == "cudnn":
+        return jax.nn.dot_product_attention(
+            query, key, value, is_causal=causal, implementation="cudnn"
+        )
+    query = query * width**-0.5
+    # The heads that share keys are rows of the same matrix.
+    query = query.reshape(batch, length, key.shape[2], -1, width)
+    query = query.transpose(0, 2, 1, 3, 4).reshape(batch, key.shape[2], -1, width)
+    key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
+    out = _attend(causal, heads // key.shape[1], query, key, value, mask)
+    out = out.reshape(batch, key.shape[1], length, -1, width).transpose(0, 2, 1, 3, 4)
+    return out.reshape(batch, length, heads, width)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(causal, heads, query, key, value, mask):
+    """Queries [B, G, L * heads, K], keys and values [B, G, S, K], mask [B, L, S] -> as queries."""
+    return _forward(causal, heads, query, key, value, mask)[0]
+
+
+def _forward(causal, heads, query, key, value, mask):
+    outs, saved = [], []
+    for tokens, rows, seen in _blocks(causal, heads, query):
+        scores = _product("rk,sk->rs", query[:, :, rows], key[:, :, seen])
+        allowed = _allowed(causal, heads, mask, tokens, seen)
+        if allowed is not None:
+            scores = jnp.where(allowed, scores, -1e30)
+        weights = jnp.exp(scores - scores.max(-1, keepdims=True))
+        weights *= 1 / weights.sum(-1, keepdims=True)
+        weights = weights.astype(value.dtype)
+        outs.append(_product("rs,sk->rk", weights, value[:, :, seen]))
+        saved.append(weights)
+    out = jnp.concatenate(outs, 2).astype(value.dtype)
+    return out, (query, key, value, out, saved)
+
+
+def _backward(causal, heads, residuals, d_out):
+    query, key, value, out, saved = residuals
+    # The softmax's backward pass needs sum(weights * d_weights), which is this.
+    sums = (out.astype(jnp.float32) * d_out).sum(-1, keepdims=True)
+    d_query, d_key, d_value = [], [], []
+    blocks = _blocks(causal, heads, query)
+    for (_, rows, seen), weights in zip(blocks, saved, strict=True):
+        d_weights = _product("rk,sk->rs", d_out[:, :, rows], value[:, :, seen])
+        d_scores = (weights * (d_weights - sums[:, :, rows])).astype(query.dtype)
+        d_query.append(_product("rs,sk->rk", d_scores, key[:, :, seen]))
+        d_key.append(_product("rs,rk->sk", d_scores, query[:, :, rows]))
+        d_value.append(_product("rs,rk->sk", weights, d_out[:, :, rows]))
+    totals = jnp.concatenate(d_query, 2), _sum(d_key), _sum(d_value)
+    return *(t.astype(x.dtype) for t, x in zip(totals, residuals, strict=False)), None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _blocks(causal, heads, query):
+    """The tokens of a block, their rows among the queries, and the keys that they can see."""
+    length, count = query.shape[2] // heads, 1
+    while causal and count < MAX_BLOCKS and length % (2 * count * SMALLEST_BLOCK) == 0:
+        count *= 2
+    size = length // count
+    for start in range(0, length, size):
+        end = start + size
+        yield slice(start, end), slice(heads * start, heads * end), slice(end if causal else None)
+
+
+def _allowed(causal, heads, mask, tokens, seen):
+    """Which keys the rows of a block may look at, bool [B or 1, 1, R, keys]; None: all."""
+    allowed = None if mask is None else mask[:, tokens, seen]
+    if causal:
+        earlier = jnp.tri(tokens.stop - tokens.start, seen.stop, tokens.start, dtype=bool)[None]
+        allowed = earlier if allowed is None else allowed & earlier
+    return None if allowed is None else jnp.repeat(allowed, heads, 1)[:, None]
+
+
+def _product(subscripts, first, second):
+    """Of matrices [B, G, ·, ·], accumulated in float32."""
+    subscripts = "bg" + subscripts.replace(",", ",bg").replace("->", "->bg")
+    return jnp.einsum(subscripts, first, second, preferred_element_type=jnp.float32)
+
+
+def _sum(terms):
+    """The sum of what each block has for the keys that it sees, the last for all."""
+    *rest, total = terms
+    for term in reversed(rest):
+        total = total.at[:, :, : term.shape[2]].add(term)
+    return total
+
+
+def rotate(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
+    """Rotary position embedding (Su et al. 2021), halves rotated as in Llama.
+
+    Args:
+      x: [B, L, H, K], K even.
+      positions: [B, L] int32.
+      base: of the wavelengths, the longest of which is nearly 2 pi times this; 10,000 in the paper.
+
+    Returns:
+      [B, L, H, K] in the dtype of x; the angles are computed in float32.
+    """
+    half = x.shape[-1] // 2
+    frequencies = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
+    sin, cos = jnp.sin(angles), jnp.cos(angles)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)

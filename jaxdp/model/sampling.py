@@ -1,0 +1,136 @@
+"""Generating text with a KV cache.
+
+Shapes: R prompts, S context, V vocabulary.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdp.model.transformer import Transformer
+
+TEMPERATURE = 0.8  # What text is drawn with unless the user says otherwise, as in nanoGPT.
+
+
+def sample(
+    model: Transformer,
+    params: Any,
+    prompts: list[np.ndarray],
+    *,
+    vocab_size: int,
+    num_tokens: int,
+    temperature: float = TEMPERATURE,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> list[np.ndarray]:
+    """Continues each prompt by `num_tokens` tokens.
+
+    A prompt's continuation doesn't depend on the other prompts. Where the context is full, the
+    newer half of it is kept and read anew, so a text can be longer than the context.
+
+    Args:
+      model: causal.
+      params: its parameters, on one device or on the host.
+      prompts: R arrays of at least one token id each; of a longer one than S, the end is used.
+      vocab_size: of the tokenizer; what pads the model's vocabulary beyond is never drawn.
+      num_tokens: how many tokens to add.
+      temperature: divides the logits; 0 takes the likeliest token always.
+      top_k: draw from the k likeliest tokens only; 0: from all.
+      top_p: draw from the likeliest tokens whose probabilities reach p (Holtzman et al. 2020).
+      seed: of the draws.
+
+    Returns:
+      R arrays of [num_tokens] int32: the new tokens only.
+    """
+    context = model.config.seq_len
+    histories = [np.asarray(prompt, np.int32) for prompt in prompts]
+    lengths = [len(history) for history in histories]
+    run = functools.partial(_continue, model, vocab_size=vocab_size)
+    while len(histories[0]) < lengths[0] + num_tokens:
+        missing = lengths[0] + num_tokens - len(histories[0])
+        fits = max(map(len, histories)) < context
+        windows = [h if fits else h[-max(context // 2, 1) :] for h in histories]
+        starts = np.array([len(window) for window in windows], np.int32)
+        count = min(missing, context - starts.max())
+        tokens = np.zeros((len(windows), context), np.int32)
+        for row, window in zip(tokens, windows, strict=True):
+            row[: len(window)] = window
+        drawn = np.array([len(h) - n for h, n in zip(histories, lengths, strict=True)], np.int32)
+        filled = np.asarray(
+            run(
+                params,
+                tokens,
+                starts,
+                drawn,
+                count,
+                temperature,
+                min(top_k or vocab_size, vocab_size),
+                top_p,
+                seed,
+            )
+        )
+        histories = [
+            np.concatenate([history, row[start : start + count]])
+            for history, row, start in zip(histories, filled, starts, strict=True)
+        ]
+    return [history[length:] for history, length in zip(histories, lengths, strict=True)]
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="vocab_size")
+def _continue(
+    model, params, tokens, starts, drawn, count, temperature, top_k, top_p, seed, *, vocab_size
+):
+    """Fills tokens[r, starts[r]:starts[r] + count]; the number of draws so far seeds each draw.
+
+    All rows, padded on the right, are read in one pass. The cache's entries beyond a row's prompt
+    are then those of padding, but a token is written over each before it is looked at.
+    """
+    read = functools.partial(model.apply, decode=True, mutable=["cache"])
+    row_numbers = jnp.arange(len(tokens))
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    logits, cache = read({"params": params}, tokens, positions=positions)
+    logits = logits[row_numbers, starts - 1]
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), row_numbers)
+
+    def body(i, carry):
+        tokens, logits, cache = carry
+        draw_keys = jax.vmap(jax.random.fold_in)(keys, drawn + i)
+        likely = filter_logits(
+            logits[:, :vocab_size].astype(jnp.float32), top_k, top_p, temperature
+        )
+        chosen = jax.vmap(jax.random.categorical)(draw_keys, likely).astype(tokens.dtype)
+        at = starts + i
+        tokens = tokens.at[row_numbers, at].set(chosen)
+        logits, cache = read({"params": params, **cache}, chosen[:, None], positions=at[:, None])
+        return tokens, logits[:, 0], cache
+
+    return jax.lax.fori_loop(0, count, body, (tokens, logits, cache))[0]
+
+
+def filter_logits(
+    logits: jax.Array, top_k: jax.Array, top_p: jax.Array, temperature: jax.Array
+) -> jax.Array:
+    """Divides by the temperature and puts all but the likeliest tokens at minus infinity.
+
+    Args:
+      logits: [R, V] float32.
+      top_k: how many tokens may be drawn, at least 1.
+      top_p: what their probabilities must reach, more than 0.
+      temperature: 0 leaves only the likeliest.
+
+    Returns:
+      [R, V] float32.
+    """
+    warm = temperature > 1e-6  # Less would overflow.
+    top_k = jnp.where(warm, top_k, 1)
+    logits = logits / jnp.where(warm, temperature, 1.0)
+    falling = jnp.sort(logits, axis=-1, descending=True)
+    probabilities = jax.nn.softmax(falling)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    kept = (before < top_p) & (jnp.arange(logits.shape[-1]) < top_k)
+    lowest = jnp.min(jnp.where(kept, falling, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits >= lowest, logits, -jnp.inf)

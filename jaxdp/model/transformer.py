@@ -1,0 +1,323 @@
+"""The transformer, in Flax linen; it knows nothing of devices.
+
+Shapes: B batch, L length, D model width, G key/value heads, K head width, V vocabulary, S context
+(the KV cache's length).
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from jaxdp.model.attention import attend, rotate
+from jaxdp.model.matmul import matmul
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """What the model is; the fields are explained in configs/default.py."""
+
+    vocab_size: int
+    seq_len: int
+    causal: bool
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    embed_dim: int
+    mlp_dim: int
+    positions: str
+    rotary_base: float
+    norm: str
+    norm_position: str
+    norm_epsilon: float
+    activation: str
+    head_transform: bool
+    tied_head: bool
+    bias: bool
+    dropout: float
+    dtype: Any
+    remat: bool
+    scan_layers: bool
+
+    @classmethod
+    def from_config(cls, config: ConfigDict, vocab_size: int) -> "ModelConfig":
+        """Fills in what the config leaves open; `vocab_size` is that of the tokenizer."""
+        fields = config.model.to_dict()
+        multiple = fields.pop("vocab_multiple")
+        return cls(
+            **fields
+            | {
+                "vocab_size": -(-vocab_size // multiple) * multiple,
+                "seq_len": config.seq_len,
+                "causal": config.objective == "causal",
+                "num_kv_heads": config.model.num_kv_heads or config.model.num_heads,
+                "mlp_dim": config.model.mlp_dim or 4 * config.model.embed_dim,
+                "dtype": jnp.dtype(config.model.dtype),
+            }
+        )
+
+
+# GPT-2's initialisation: 0.02 everywhere, less for what adds to the residual stream.
+INIT_STDDEV = 0.02
+
+
+class Transformer(nn.Module):
+    """Transformer with a language-model head: of itself GPT-2 (Radford et al. 2019).
+
+    Options make it Llama (Touvron et al. 2023): rotary positions, RMSNorm, SwiGLU, grouped-query
+    attention, an untied head. Others make it BERT (Devlin et al. 2019): norms after the sums and
+    after the embeddings, exact GELU, a layer before the head.
+    """
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        """Makes what `hidden` and `logits` share, and what the latter needs."""
+        c = self.config
+        self.embed = nn.Embed(c.vocab_size, c.embed_dim, dtype=c.dtype, embedding_init=_init())
+        if c.head_transform:
+            self.head_transform = _dense(c, c.embed_dim)
+            self.head_norm = _norm(c)
+        if not c.tied_head:
+            self.head = _dense(c, c.vocab_size, bias=False)
+        if c.head_transform and c.bias:
+            self.head_bias = self.param("head_bias", nn.initializers.zeros, (c.vocab_size,))
+
+    def __call__(self, inputs: jax.Array, **options: Any) -> jax.Array:
+        """Maps tokens [B, L] to logits [B, L, V]; the options are those of `hidden`."""
+        return self.logits(self.hidden(inputs, **options))
+
+    @nn.compact
+    def hidden(
+        self,
+        inputs: jax.Array,
+        *,
+        rows: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        segments: jax.Array | None = None,
+        decode: bool = False,
+    ) -> jax.Array:
+        """Maps tokens to what logits are made of.
+
+        Args:
+          inputs: [B, L] int32 token ids.
+          rows: [B] int32, the number of each sequence in the global batch. Turns dropout on, with
+            the 'dropout' rng: each row's masks depend on its number, not on where it is computed.
+          positions: [B, L] int32; counted from 0 when left out.
+          segments: [B, L] int32; a token attends to those of its own segment only. None: to all.
+          decode: read and write the 'cache' collection, at `positions`; each token attends to the
+            cached ones at its own and lower positions.
+
+        Returns:
+          [B, L, D] in the dtype of computation.
+        """
+        c = self.config
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape)
+        x = self.embed(inputs)
+        if c.positions == "learned":
+            table = nn.Embed(
+                c.seq_len, c.embed_dim, dtype=c.dtype, embedding_init=_init(), name="position_embed"
+            )
+            x = x + table(positions)
+        if c.norm_position == "post":
+            x = _norm(c, "embed_norm")(x)
+        x = Dropout(c.dropout)(x, rows)
+        x = self._layers(x, rows, positions, decode, segments)
+        return _norm(c, "final_norm")(x) if c.norm_position == "pre" else x
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """Maps [..., D] of `hidden` to logits [..., V] in the dtype of computation."""
+        c = self.config
+        if c.head_transform:
+            x = self.head_norm(_activate(c, self.head_transform(x)))
+        x = self.embed.attend(x) if c.tied_head else self.head(x)
+        return x + self.head_bias.astype(c.dtype) if c.head_transform and c.bias else x
+
+    def _layers(self, x, rows, positions, decode, segments):
+        c = self.config
+        block = Block
+        if c.remat:
+            # Inside a scan, the loop already keeps XLA from merging the recomputation away.
+            block = nn.remat(Block, static_argnums=(4,), prevent_cse=not c.scan_layers)
+        if not c.scan_layers:
+            for i in range(c.num_layers):
+                x = block(c, name=f"layer_{i}")(x, rows, positions, decode, segments)
+            return x
+
+        def body(layer, carry, _):
+            return layer(carry, rows, positions, decode, segments), None
+
+        scan = nn.scan(
+            body,
+            variable_axes={"params": 0, "cache": 0},
+            split_rngs={"params": True, "dropout": True},
+            length=c.num_layers,
+        )
+        return scan(block(c, name="layers"), x, None)[0]
+
+
+class Block(nn.Module):
+    """Attention and MLP, each added to the residual stream; its input or the sum is normalised."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x, rows, positions, decode, segments):
+        """[B, L, D] -> [B, L, D]; the other arguments are those of `Transformer`."""
+        c = self.config
+        before, after = (_norm, _same) if c.norm_position == "pre" else (_same, _norm)
+        y = before(c, "attention_norm")(x)
+        y = Attention(c, name="attention")(y, positions, decode, segments)
+        x = after(c, "attention_norm")(x + Dropout(c.dropout)(y, rows))
+        y = MLP(c, name="mlp")(before(c, "mlp_norm")(x))
+        return after(c, "mlp_norm")(x + Dropout(c.dropout)(y, rows))
+
+
+class Attention(nn.Module):
+    """Multi-head (Vaswani et al. 2017) or grouped-query (Ainslie et al. 2023) attention."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x, positions, decode, segments):
+        """[B, L, D] -> [B, L, D]."""
+        c = self.config
+        head_dim = c.embed_dim // c.num_heads
+        query = _dense(c, (c.num_heads, head_dim), "query")(x)
+        key = _dense(c, (c.num_kv_heads, head_dim), "key")(x)
+        value = _dense(c, (c.num_kv_heads, head_dim), "value")(x)
+        if c.positions == "rotary":
+            query, key = (rotate(x, positions, c.rotary_base) for x in (query, key))
+        mask = None if segments is None else segments[:, :, None] == segments[:, None, :]
+        if decode:
+            key, value = self._cached(key, value, positions)
+            mask = jnp.arange(c.seq_len) <= positions[:, :, None]
+        out = attend(query, key, value, mask, causal=c.causal and not decode)
+        out_dense = nn.DenseGeneral(
+            c.embed_dim,
+            axis=(-2, -1),
+            use_bias=c.bias,
+            dtype=c.dtype,
+            kernel_init=_residual_init(c),
+            dot_general=matmul,
+            name="out",
+        )
+        return out_dense(out)
+
+    def _cached(self, key, value, positions):
+        """Writes [B, L, G, K] into the cache at `positions`; returns all of it, [B, S, G, K]."""
+        shape = (key.shape[0], self.config.seq_len, *key.shape[2:])
+        batch = jnp.arange(key.shape[0])[:, None]
+        caches = []
+        for name, new in (("cached_key", key), ("cached_value", value)):
+            cache = self.variable("cache", name, jnp.zeros, shape, new.dtype)
+            cache.value = cache.value.at[batch, positions].set(new)
+            caches.append(cache.value)
+        return caches
+
+
+class MLP(nn.Module):
+    """GELU (Hendrycks and Gimpel 2016) or SwiGLU (Shazeer 2020) feed-forward layer."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x):
+        """[B, L, D] -> [B, L, D]."""
+        c = self.config
+        y = _dense(c, c.mlp_dim, "up")(x)
+        if c.activation == "swiglu":
+            y = nn.silu(_dense(c, c.mlp_dim, "gate")(x)) * y
+        else:
+            y = _activate(c, y)
+        return _dense(c, c.embed_dim, "down", kernel_init=_residual_init(c))(y)
+
+
+class Dropout(nn.Module):
+    """Dropout whose mask for a row depends on (rng, row) only.
+
+    So a run with dropout, too, is the same run on any number of devices. `nn.Dropout` draws one
+    mask for the whole batch that a device happens to hold.
+    """
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array, rows: jax.Array | None) -> jax.Array:
+        """[B, ...] -> [B, ...]; the identity where `rows` is None."""
+        if rows is None or self.rate == 0:
+            return x
+        rng = self.make_rng("dropout")
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, rows)
+        draw = functools.partial(jax.random.bernoulli, p=1 - self.rate, shape=x.shape[1:])
+        return jnp.where(jax.vmap(draw)(keys), x / (1 - self.rate), 0)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def initial_params(model: Transformer, seed: int) -> Any:
+    """Draws the parameters; traced once for each model."""
+    inputs = jnp.zeros((1, model.config.seq_len), jnp.int32)
+    return model.init(jax.random.key(seed), inputs)["params"]
+
+
+def parameter_shapes(model: Transformer) -> Any:
+    """Shapes and dtypes of the parameters; nothing is computed."""
+    return initial_params.eval_shape(model, 0)
+
+
+def num_parameters(params) -> int:
+    """How many numbers a pytree of parameters holds."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def flops_per_token(config: ModelConfig, parameters: int) -> int:
+    """Floating-point operations of forward and backward pass per token.
+
+    6 per parameter that is multiplied, and 12 per layer, context position and unit of width for
+    attention, all positions counted (PaLM, Chowdhery et al. 2022, appendix B).
+    """
+    if config.positions == "learned":
+        parameters -= config.seq_len * config.embed_dim
+    if not config.tied_head:
+        parameters -= config.vocab_size * config.embed_dim  # A table is looked up, not multiplied.
+    return 6 * parameters + 12 * config.num_layers * config.embed_dim * config.seq_len
+
+
+def _init():
+    return nn.initializers.normal(INIT_STDDEV)
+
+
+def _residual_init(c: ModelConfig):
+    return nn.initializers.normal(INIT_STDDEV / (2 * c.num_layers) ** 0.5)
+
+
+def _dense(c: ModelConfig, features, name=None, bias=True, kernel_init=None):
+    return nn.DenseGeneral(
+        features,
+        use_bias=c.bias and bias,
+        dtype=c.dtype,
+        kernel_init=kernel_init or _init(),
+        dot_general=matmul,
+        name=name,
+    )
+
+
+def _norm(c: ModelConfig, name=None):
+    if c.norm == "rmsnorm":
+        return nn.RMSNorm(epsilon=c.norm_epsilon, dtype=c.dtype, name=name)
+    return nn.LayerNorm(epsilon=c.norm_epsilon, use_bias=c.bias, dtype=c.dtype, name=name)
+
+
+def _same(c: ModelConfig, name):
+    """In place of a norm that isn't there."""
+    del c, name
+    return lambda x: x
+
+
+def _activate(c: ModelConfig, x):
+    return nn.gelu(x, approximate=c.activation != "gelu_exact")

@@ -1,0 +1,163 @@
+"""The processes of a run: how they find, hear and wait for each other, by `jax.distributed`."""
+
+import contextlib
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax._src import distributed  # For its client, which has no public name; Orbax uses it, too.
+from jax.experimental import multihost_utils
+
+from jaxdp.common.errors import ConfigError, RunError
+
+WAITING = 20.0  # Seconds in which processes that were started together usually find each other.
+LATE = (
+    "jaxdp: still waiting for the other processes: check that every one was started and can reach "
+    "process 0; JAX ends this one when 300 s have passed"
+)
+
+
+def initialize(
+    coordinator_address: str | None, num_processes: int | None, process_id: int | None
+) -> None:
+    """Joins the processes of a run by `jax.distributed`, where there are several.
+
+    With no argument given it asks the environment (SLURM, Open MPI, Kubernetes, TPU pods); a
+    single process then stays alone.
+
+    Raises:
+      ConfigError: the arguments don't go together, or the others can't be reached.
+    """
+    given = [coordinator_address, num_processes, process_id]
+    if any(x is not None for x in given) and any(x is None for x in given):
+        raise ConfigError(
+            f"--coordinator_address={coordinator_address} --num_processes={num_processes} "
+            f"--process_id={process_id} are incomplete: give all three, or none under a scheduler"
+        )
+    if num_processes is None and not _scheduled():
+        return
+    if process_id is not None and not 0 <= process_id < (num_processes or 0):
+        raise ConfigError(
+            f"--process_id={process_id} is out of range: number the processes from 0 to "
+            f"num_processes - 1 = {(num_processes or 0) - 1}"
+        )
+    # JAX waits for 300 s, and then aborts with a stack of its own.
+    late = threading.Timer(WAITING, print, [LATE], {"file": sys.stderr, "flush": True})
+    late.daemon = True
+    late.start()
+    try:
+        jax.distributed.initialize(coordinator_address, num_processes, process_id)
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"jax.distributed could not join the processes ({str(error).splitlines()[0]}): check "
+            "that every process was started and can reach the coordinator"
+        ) from error
+    finally:
+        late.cancel()
+
+
+def _scheduled() -> bool:
+    """Whether a launcher started this process as one of several; jax.distributed finds the rest."""
+    environ = os.environ
+    counts = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+    return (
+        any(int(environ.get(name, "1")) > 1 for name in counts)
+        or "," in environ.get("TPU_WORKER_HOSTNAMES", "")
+        or "JOB_COMPLETION_INDEX" in environ  # A Kubernetes indexed job, or a JobSet of them.
+        or "JAX_COORDINATOR_ADDRESS" in environ
+    )
+
+
+def is_main() -> bool:
+    """Whether this is process 0, the one that writes logs."""
+    return jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+    """Returns when all processes have come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def tell(text: str) -> None:
+    """Shows the other processes a text of this one, in place of the one before."""
+    key = f"jaxdp/told/{jax.process_index()}"
+    _client().key_value_set(key, text, allow_overwrite=True)
+
+
+def told() -> dict[int, str]:
+    """What each process told last; waits while process 0, which keeps it, does not answer."""
+    found = _client().key_value_dir_get("jaxdp/told/")
+    return {int(key.rsplit("/", 1)[1]): text for key, text in found}
+
+
+def _client() -> Any:
+    return distributed.global_state.client  # None in a process that is alone.
+
+
+@contextlib.contextmanager
+def others_needed() -> Iterator[None]:
+    """Makes a line of the error that a collective raises when another process has died.
+
+    Raises:
+      RunError: in its place.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        reason = " ".join(str(error).split())
+        # On GPUs it is NCCL's; that of JAX's coordination service can be first.
+        if jax.process_count() == 1 or not re.search("gloo|nccl|coordination", reason, re.I):
+            raise
+        raise RunError(
+            f"another process of the run has ended or can't be reached ({reason[:200]}): see what "
+            "it printed; run again to go on from the newest checkpoint"
+        ) from error
+
+
+def end(status: int, seconds: float = 5.0) -> None:
+    """Ends a process that has failed, where it is one of several; else returns.
+
+    An ordinary exit would wait for the others, and these for it.
+
+    Args:
+      status: of the exit.
+      seconds: the others have to come here, too, if they have failed alike.
+    """
+    if _client() is None:
+        return
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        _client().wait_at_barrier("jaxdp/end", round(1000 * seconds))
+    if distributed.global_state.process_id == 0:
+        time.sleep(1)  # Its end kills the others, who may still be printing.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def from_main(text: str) -> str:
+    """The text of process 0, up to its first 1,000 bytes, on all processes; all have to call it."""
+    if jax.process_count() == 1:
+        return text
+    data = np.frombuffer(text.encode()[:1000].ljust(1000, b"\0"), np.uint8)
+    data = np.asarray(multihost_utils.broadcast_one_to_all(data), np.uint8)
+    return data.tobytes().rstrip(b"\0").decode(errors="ignore")
+
+
+def on_main(action: Callable[[], None]) -> None:
+    """Runs something on process 0; a ConfigError there is raised in all processes."""
+    problem = ""
+    if is_main():
+        try:
+            action()
+        except ConfigError as error:
+            problem = str(error)
+    problem = from_main(problem)
+    if problem:
+        raise ConfigError(problem)

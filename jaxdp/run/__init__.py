@@ -1,0 +1,1 @@
+"""A run under way: the loop, and what watches over it."""

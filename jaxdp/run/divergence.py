@@ -1,0 +1,188 @@
+"""Does a run still learn? Updates that were skipped, losses that leap, and why."""
+
+import dataclasses
+import functools
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from jaxdp.data.feed import Feed
+from jaxdp.parallel.replicas import Replicas
+from jaxdp.step.objective import Batch, Objective
+from jaxdp.step.train_step import State
+
+WINDOW = 100  # Losses that a spike is measured against.
+# Median absolute deviation of a normal distribution -> its standard deviation.
+MAD_TO_DEVIATION = 1.4826
+
+
+@dataclasses.dataclass(frozen=True)
+class Trouble:
+    """Why a run must not go on like this, seen at the end of a round that ends at `step`."""
+
+    step: int
+    reason: str
+
+
+class Divergence:
+    """Judges a run by its figures alone, so that all processes, and a resumed run, judge alike.
+
+    Attributes:
+      skipped: updates skipped in all, as their loss or gradient wasn't finite.
+      in_a_row: of these, those since the last update that was made.
+      rollbacks: times that the run went back to a checkpoint.
+      trouble: what the last round has shown; None while all is well.
+    """
+
+    def __init__(self, config: ConfigDict):
+        """Takes a valid config; nothing has happened yet."""
+        self._config = config.divergence
+        self.skipped, self.in_a_row, self.rollbacks = 0, 0, 0
+        self._losses: deque[float] = deque(maxlen=WINDOW)
+        self.trouble: Trouble | None = None
+
+    def add(self, end: int, losses: Sequence[float], skipped: Sequence[float]) -> None:
+        """Takes the steps of a round that ends at step `end`.
+
+        Args:
+          end: steps done with it.
+          losses: of each of its steps, nats per token.
+          skipped: for each of them whether its update was skipped, not 0, on any device.
+        """
+        for step, (loss, skip) in enumerate(
+            zip(losses, skipped, strict=True), end + 1 - len(losses)
+        ):
+            self.skipped += bool(skip)
+            self.in_a_row = self.in_a_row + 1 if skip else 0
+            reason = None if skip else self._spike(step, loss)
+            if self.in_a_row >= self._config.max_bad_steps:
+                last = f"{self.in_a_row} steps in a row" if self.in_a_row > 1 else "a step"
+                reason = f"no finite loss or gradient in {last}"
+            if reason:
+                self.trouble = Trouble(end, reason)
+                return
+            if not skip:
+                self._losses.append(float(loss))
+
+    def _spike(self, step: int, loss: float) -> str | None:
+        threshold = self._config.spike_threshold
+        if not threshold or len(self._losses) < WINDOW:
+            return None
+        median = np.median(self._losses)
+        deviation = MAD_TO_DEVIATION * np.median(np.abs(np.asarray(self._losses) - median))
+        if loss <= median + threshold * deviation:
+            return None
+        return (
+            f"the loss {loss:.4f} of step {step} is more than {threshold:g} robust deviations of "
+            f"{deviation:.2g} above {median:.4f}, the median of the {WINDOW} before"
+        )
+
+    def roll_back(self) -> None:
+        """Begins anew with judging, after a return to a checkpoint."""
+        self.rollbacks += 1
+        self.in_a_row, self.trouble = 0, None
+        self._losses.clear()
+
+    def to_json(self) -> dict[str, Any]:
+        """What a checkpoint has to hold of this."""
+        counts = {name: getattr(self, name) for name in ("skipped", "in_a_row", "rollbacks")}
+        return counts | {"losses": list(self._losses)}
+
+    def load(self, saved: dict[str, Any]) -> None:
+        """The inverse of `to_json`."""
+        self.skipped, self.in_a_row = saved["skipped"], saved["in_a_row"]
+        self.rollbacks = saved["rollbacks"]
+        self._losses.extend(saved["losses"])
+
+
+def diagnose(
+    config: ConfigDict,
+    replicas: Replicas,
+    feed: Feed,
+    objective: Objective,
+    trouble: Trouble,
+    state: State,
+) -> dict[str, Any]:
+    """What is known of the step of some trouble.
+
+    Args:
+      config: of the run.
+      replicas: its devices.
+      feed: its data.
+      objective: likewise.
+      trouble: what has been seen.
+      state: after it.
+
+    Returns:
+      step, reason, loss (nats per token), sequences_begin_at_tokens (of the whole global batch, in
+      the training split), and norms {layer: {"parameters": norm, "gradient": norm}}.
+    """
+    step = trouble.step - 1  # Counted from 0, as the state and the data count.
+    of_batch = functools.partial(
+        norms, objective=objective, grad_accum_steps=config.grad_accum_steps
+    )
+    batch = replicas.shard(next(feed.train(step)))
+    bare = replicas.replicate(state.replace(step=np.int32(step), opt_state=(), outer=(), ema=()))
+    found = jax.device_get(replicas.pmap(of_batch)(bare, batch))
+    return {
+        "step": trouble.step,
+        "reason": trouble.reason,
+        "loss": found["loss"].item(),
+        "sequences_begin_at_tokens": feed.positions(step),
+        "norms": by_layer(found),
+    }
+
+
+def norms(
+    state: State, batch: Batch, *, objective: Objective, grad_accum_steps: int
+) -> dict[str, Any]:
+    """Norms of the parameters and of a batch's gradient; call it under the axis 'batch'.
+
+    Args:
+      state: at the step whose batch it is; its opt_state isn't looked at.
+      batch: that of `Objective.gradients`.
+      objective: of the run.
+      grad_accum_steps: A; divides b.
+
+    Returns:
+      parameters and gradient: {layer: norm}, [] float32, or [layers] of scanned ones; and loss [],
+      nats per token.
+    """
+    grads, figures = objective.gradients(state, batch, grad_accum_steps=grad_accum_steps)
+    return {
+        "loss": figures["loss"] / figures["tokens"].sum(),
+        "parameters": _layer_norms(state.params),
+        "gradient": _layer_norms(grads),
+    }
+
+
+def _layer_norms(tree: Any) -> dict[str, jax.Array]:
+    def squares(name, x):
+        return jnp.square(x).sum(axis=tuple(range(int(name == "layers"), x.ndim)))
+
+    return {
+        name: jnp.sqrt(sum(squares(name, x) for x in jax.tree.leaves(part)))
+        for name, part in tree.items()
+    }
+
+
+def by_layer(found: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """{layer: {"parameters": norm, "gradient": norm}} of `norms`, in the order of the model."""
+    rows: dict[str, dict[str, float]] = {}
+    for kind in ("parameters", "gradient"):
+        for name, values in found[kind].items():
+            many = [f"layer_{i}" for i in range(values.size)] if values.ndim else [name]
+            for layer, value in zip(many, values.reshape(-1), strict=True):
+                rows.setdefault(layer, {})[kind] = float(value)
+    return dict(sorted(rows.items(), key=lambda row: _place(row[0])))
+
+
+def _place(name: str) -> tuple[int, int]:
+    if name.startswith("layer_"):
+        return 1, int(name.removeprefix("layer_"))
+    return (0 if "embed" in name else 2), 0

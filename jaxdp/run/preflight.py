@@ -1,0 +1,218 @@
+"""What can be found wrong before anything is compiled, beyond the config itself."""
+
+import contextlib
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import filelock
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from jaxdp.common import files
+from jaxdp.common.config import BatchSizes
+from jaxdp.common.errors import ConfigError, check_text, shown
+from jaxdp.common.terminal import quantity
+from jaxdp.data import eval_sets, mixture, tokenizer
+from jaxdp.data.cache import TokenCache
+from jaxdp.data.eval_sets import Split
+from jaxdp.data.feed import sequences
+from jaxdp.data.layout import SPLITS
+from jaxdp.huggingface import load
+from jaxdp.model.transformer import ModelConfig
+from jaxdp.parallel import processes
+from jaxdp.parallel.replicas import device_memory
+from jaxdp.run import profiling
+from jaxdp.workdir import integrity
+
+
+def check_data(config: ConfigDict, cache: TokenCache) -> None:
+    """Refuses splits that hold not even one sequence, and a sample prompt that can't be read."""
+    # A process that is alone imports it later, while its step is compiled; several would drift
+    # apart.
+    if "tensorflow" in sys.modules or jax.process_count() > 1:
+        import jaxdp.data.tensorflow  # noqa: F401  It refuses to share the accelerators.
+
+    for split in SPLITS:
+        check_split(config, cache, split)
+    if config.objective == "causal" and config.sample.num_tokens:
+        try:
+            [prompt] = tokenizer.encode(cache.tokenizer, [config.sample.prompt])
+        except ConfigError as error:
+            raise ConfigError(f"sample.prompt={config.sample.prompt!r}: {error}") from None
+        if len(prompt) == 0:
+            raise ConfigError(
+                f"sample.prompt={config.sample.prompt!r} is empty: give at least one character, or "
+                "sample.num_tokens=0"
+            )
+
+
+def check_split(config: ConfigDict, cache: TokenCache, split: str) -> None:
+    """Refuses a split, "train" or "validation", of which a source holds not even one sequence."""
+    name = {"train": "training"}.get(split, split)
+    borders = cache.train_borders if split == "train" else (len(cache.validation),)
+    paths = list(mixture.parse(config.data.path)) if split == "train" else [config.data.path]
+    counts = [part.count for part in sequences(config, cache, split).parts]
+    for path, count, tokens in zip(paths, counts, np.diff(borders, prepend=0), strict=True):
+        if config.data.packing == "padded" and not count:
+            raise ConfigError(
+                f"data.path={path!r} gives no {name} example of which seq_len="
+                f"{config.seq_len} leaves a token to predict: give more, or a larger seq_len"
+            )
+        if config.data.packing != "padded" and tokens <= config.seq_len:
+            raise ConfigError(
+                f"data.path={path!r} gives {tokens} {name} tokens, too few for one sequence "
+                f"of seq_len={config.seq_len} and a next token: give more text, or a smaller "
+                "seq_len"
+            )
+    if config.data.packing == "documents" and tokenizer.end_id(cache.tokenizer) is None:
+        raise ConfigError(
+            f"data.packing='documents' needs a token that ends a document, and tokenizer="
+            f"{config.tokenizer!r} has none ({', '.join(tokenizer.END_NAMES)}): use another "
+            "tokenizer, such as 'byte', or data.packing='stream'"
+        )
+
+
+def open_eval_sets(
+    config: ConfigDict, cache: TokenCache, report: Callable[[str], None]
+) -> dict[str, Split]:
+    """Opens eval_sets with the tokenizer of a cache, and refuses those that can't be used."""
+    sets = {}
+    for name in eval_sets.parse(config.eval_sets):
+        with eval_sets.named(config, name):
+            sets[name] = eval_sets.open_set(config, name, cache, report)
+            check_split(sets[name].config, sets[name].cache, "validation")
+    return sets
+
+
+def same_tokens(config: ConfigDict, cache: TokenCache, step: int, saved: dict) -> bool:
+    """True; refuses other data than that of a checkpoint, whose JSON has the cache's digest."""
+    del step
+    if cache.digest != saved["digest"]:
+        raise ConfigError(
+            f"data.path={config.data.path!r} no longer gives the tokens that this workdir was "
+            "trained on: restore the data, or use another --workdir"
+        )
+    return True
+
+
+def check_workdir(workdir: Path) -> None:
+    """Refuses a workdir in which something else has the name of what the run writes."""
+    check_text("--workdir", str(workdir))
+    kinds = dict.fromkeys(("checkpoints", "tensorboard", profiling.FOLDER), Path.is_dir)
+    kinds |= dict.fromkeys(("config.json", "tokenizer.json", "metrics.jsonl"), Path.is_file)
+    try:
+        for name, fits in kinds.items():
+            path = workdir / name
+            if (path.exists() or path.is_symlink()) and not fits(path):
+                kind = "folder" if fits is Path.is_dir else "file"
+                raise ConfigError(
+                    f"{path} is no {kind}, as a run needs it: move it away, or use another "
+                    "--workdir"
+                )
+    except OSError as error:
+        raise ConfigError(
+            f"--workdir={shown(str(workdir))} can't be read ({error.strerror}): choose another "
+            "folder"
+        ) from None
+
+
+def check_init(config: ConfigDict, workdir: Path, vocab_size: int | None = None) -> None:
+    """Refuses weights to start from that are of another model, or aren't there.
+
+    A run that has a checkpoint needs them no more.
+
+    Args:
+      config: of the run.
+      workdir: of the run.
+      vocab_size: of the tokenizer, where it is known already.
+    """
+    if config.init_from and not integrity.steps(workdir / "checkpoints"):
+        model = ModelConfig.from_config(config, vocab_size or 1)
+        load.open_folder(config.init_from).check(model, vocab_size is not None)
+
+
+def check_memory(config: ConfigDict, model: ModelConfig, sizes: BatchSizes) -> None:
+    """Refuses what can't fit whatever the compiler does.
+
+    At least parameters and gradients are held, the input of one layer, and the batch.
+    """
+    layer = 2 * model.embed_dim**2 + 2 * model.embed_dim * model.mlp_dim
+    parameters = 8 * (model.vocab_size * model.embed_dim + model.num_layers * layer)
+    batch = 4 * config.seq_len * (sizes.micro * model.embed_dim + 3 * sizes.per_device)
+    room = device_memory()
+    for key, needed in (("model", parameters), ("global_batch_size", parameters + batch)):
+        if needed > room:
+            raise ConfigError(
+                f"{key} is too large: model.num_layers={model.num_layers} and model.embed_dim="
+                f"{model.embed_dim} with {sizes.micro} sequences at once take at least "
+                f"{quantity(needed)}B and a device has {quantity(room)}B: make them smaller"
+            )
+
+
+def create_workdir(workdir: Path) -> None:
+    """Makes the workdir where there is none yet, and makes sure that it can be written."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=workdir).close()
+    except OSError as error:
+        raise ConfigError(
+            f"--workdir={workdir} can't be written ({error.strerror}): choose another folder"
+        ) from None
+
+
+def check_devices() -> None:
+    """Refuses a platform that was asked for and isn't there."""
+    try:
+        jax.local_devices()
+    except (RuntimeError, AssertionError) as error:  # The latter where no plugin is installed.
+        platforms = os.environ.get("JAX_PLATFORMS", "")
+        reason = (str(error).splitlines() or ["JAX has no such platform here"])[0]
+        raise ConfigError(
+            f"JAX_PLATFORMS={platforms!r} can't be used ({reason}): install the "
+            "drivers and pip install -e '.[cuda]', or leave JAX_PLATFORMS empty"
+        ) from error
+
+
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Keeps other runs out of a workdir; the lock of a process that died is free.
+
+    Process 0 holds it for all of a run's processes.
+    """
+    if not processes.is_main():
+        yield
+        return
+    lock = filelock.FileLock(workdir / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise ConfigError(
+            f"--workdir={workdir} is in use by another run: wait until it has ended, or use "
+            "another folder"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def check_disk(workdir: Path, state: Any) -> None:
+    """Refuses a disk that hasn't room for a checkpoint; the old one stays while one is written.
+
+    Args:
+      workdir: exists.
+      state: what a checkpoint holds, or its shapes and dtypes.
+    """
+    needed = files.num_bytes(state)
+    free = shutil.disk_usage(workdir).free
+    if free < needed:
+        raise ConfigError(
+            f"--workdir={workdir} has {quantity(free)}B free and a checkpoint takes "
+            f"{quantity(needed)}B: make room, or use another folder"
+        )

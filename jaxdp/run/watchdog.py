@@ -1,0 +1,158 @@
+"""Ends a process whose run makes no more progress, so that a scheduler can start it again."""
+
+import contextlib
+import faulthandler
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple, TypeVar
+
+import jax
+
+from jaxdp.parallel import processes
+
+T = TypeVar("T")
+
+TICK = 0.5  # Seconds.
+FACTOR = 10  # Progress may take so many times longer than ever before.
+SLOW = 10  # What compiles or writes may take so many times config.hang_seconds.
+
+
+class Beat(NamedTuple):
+    """A sign of progress: the how manieth, what comes next, after which step, when, is it slow."""
+
+    number: int
+    doing: str
+    done: int
+    at: float
+    slow: bool
+
+
+class Watchdog:
+    """Is told of progress, and ends the process when there is none for too long.
+
+    Too long is `seconds`, or FACTOR times the longest that progress took until then. Where
+    something is compiled or written it is SLOW times `seconds`. Time is counted in ticks of a
+    thread: while the process is stopped (Ctrl-Z) or the machine sleeps, none passes. (JAX counts
+    for itself: a process of several that is stopped for 100 s ends the run.)
+
+    Each process tells the others where it is, by JAX's store of keys and values.
+    """
+
+    def __init__(self, seconds: float):
+        """Watches from `with` on; never if `seconds` is 0."""
+        self._seconds = seconds
+        self._clock = self._longest = self._answered = 0.0
+        self._beat = Beat(0, "starting", 0, 0.0, slow=True)
+        self._known: set[str] = set()
+        self._heard: dict[int, tuple[str, float]] = {}  # By process: what it told last, and when.
+        self._every = min(5.0, max(seconds / 10, TICK))  # Seconds between telling the others.
+        self._ended = threading.Event()
+        parts = [self._watch] + [self._talk] * (jax.process_count() > 1)
+        self._threads = [threading.Thread(target=part, daemon=True) for part in parts]
+
+    def beat(self, doing: str, done: int, slow: bool = False) -> None:
+        """Tells that there was progress.
+
+        Args:
+          doing: what comes next; the first time that it comes, it is slow.
+          done: steps done until here.
+          slow: whether it can take long and says nothing of how long things take.
+        """
+        last, now = self._beat, self._clock
+        if not last.slow:
+            self._longest = max(self._longest, now - last.at)
+        slow = slow or doing not in self._known
+        self._known.add(doing)
+        self._beat = Beat(last.number + 1, doing, done, now, slow)
+
+    def each(self, items: Iterable[T], doing: str, done: int) -> Iterator[T]:
+        """Yields the items, with a beat before each; the first time, all of them are slow."""
+        slow = doing not in self._known
+        for item in items:
+            self.beat(doing, done, slow)
+            yield item
+
+    def tick(self) -> None:
+        """Lets TICK seconds pass."""
+        self._clock += TICK
+        beat = self._beat
+        waited = self._clock - beat.at
+        if waited > self._limit(beat):
+            longest = max(self._longest, TICK)
+            end(
+                f"no progress for {waited:.0f} s (the longest before took {longest:g} s): "
+                f"{beat.doing} after step {beat.done}{self._who_lags()}; run again to go on from "
+                "the newest checkpoint"
+            )
+
+    def _limit(self, beat: Beat) -> float:
+        limit = max(self._seconds, FACTOR * self._longest)
+        return max(limit, SLOW * self._seconds) if beat.slow else limit
+
+    def _who_lags(self) -> str:
+        """What is known of the other processes, in words."""
+        if jax.process_count() == 1:
+            return ""
+        patience = 3 * self._every
+        if self._clock - self._answered > patience:
+            return "; process 0, which the others ask for news, does not answer"
+        beats = {i: Beat(*json.loads(text)) for i, (text, _) in self._heard.items()}
+        seen = {i: f"process {i} ({b.doing} after step {b.done})" for i, b in beats.items()}
+        silent = [
+            seen.get(i, f"process {i} (never heard of)")
+            for i in range(jax.process_count())
+            if i not in seen or self._clock - self._heard[i][1] > patience
+        ]
+        if silent:
+            return f"; no more is heard of {', '.join(silent)}"
+        least = min(b.number for b in beats.values())
+        last = [seen[i] for i, b in beats.items() if b.number == least]
+        if len(last) == len(beats):
+            return "; all processes are there"
+        return f"; the others wait for {', '.join(last)}"
+
+    def talk(self) -> None:
+        """Tells the others where this process is; asks where they are only when it has waited."""
+        beat = self._beat
+        processes.tell(json.dumps(beat._replace(at=self._clock)))  # Which shows that it is alive.
+        if self._clock - beat.at > self._limit(beat) / 2:
+            for process, text in processes.told().items():
+                if self._heard.get(process, ("", 0.0))[0] != text:
+                    self._heard[process] = text, self._clock
+        self._answered = self._clock
+
+    def _watch(self) -> None:
+        while not self._ended.wait(TICK):
+            self.tick()
+
+    def _talk(self) -> None:
+        while not self._ended.wait(self._every):
+            with contextlib.suppress(jax.errors.JaxRuntimeError):
+                self.talk()
+
+    def __enter__(self) -> "Watchdog":
+        if self._seconds:
+            for thread in self._threads:
+                thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Ends the threads."""
+        self._ended.set()
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join(self._every)
+
+
+def end(message: str) -> None:
+    """Prints all stacks and the message, and ends the process whatever the main thread does."""
+    signal.alarm(10)  # Should nobody read what is printed, this ends the process.
+    faulthandler.dump_traceback(sys.__stderr__ or 2)
+    show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
+    print(f"{show_cursor}jaxdp: {message}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(1)

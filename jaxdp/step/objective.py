@@ -1,0 +1,139 @@
+"""What is minimised: sums of losses over a batch's tokens, and their gradient.
+
+Shapes: N devices, b sequences per device, A micro-batches, L length.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax.training.train_state import TrainState
+from jax import lax
+from ml_collections import ConfigDict
+
+from jaxdp.parallel.replicas import AXIS, rows
+from jaxdp.step.losses import chunked_cross_entropy, mask_tokens
+from jaxdp.sync import reductions
+
+Batch = dict[str, jax.Array]
+# Corrupts a batch for masked-LM training: (key, rows, batch) -> batch; the identity otherwise.
+Transform = Callable[[jax.Array, jax.Array, Batch], Batch]
+# Keeps the keys of masks apart from those of dropout.
+MASK_STREAM, DROPOUT_STREAM = 0, 1
+# Of a batch, what goes through the model as it is; only where documents are kept apart.
+PACKING = ("segments", "positions")
+
+
+def plain(key: jax.Array, rows: jax.Array, batch: Batch) -> Batch:
+    """The transform that changes nothing."""
+    del key, rows
+    return batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """The loss of a run. Its methods are called under the axis 'batch'.
+
+    Attributes:
+      seed: of the run; what is hidden and what is dropped depend on it.
+      transform: applied to each micro-batch.
+      loss_chunks: see `losses.chunked_cross_entropy`.
+    """
+
+    seed: int
+    transform: Transform = plain
+    loss_chunks: int = 1
+
+    def gradient_sums(
+        self, state: TrainState, batch: Batch, accumulate: Callable
+    ) -> tuple[tuple[jax.Array, jax.Array], Any]:
+        """Sums over this device's tokens.
+
+        Args:
+          state: see `train_step.train_step`.
+          batch: inputs and targets [b, L] int32, weights [b, L] float32; maybe segments and
+            positions [b, L] int32.
+          accumulate: (value_and_grad, params, batch) -> their sums over micro-batches.
+
+        Returns:
+          (loss_sum, weight_sum), [] float32 each, and the gradient of loss_sum, like state.params.
+        """
+        batch = _of_model(batch)
+
+        def loss_fn(params, micro):
+            return self._loss_sums(state.apply_fn, params, micro, state.step, train=True)
+
+        return accumulate(jax.value_and_grad(loss_fn, has_aux=True), state.params, batch)
+
+    def gradients(
+        self, state: TrainState, batch: Batch, *, grad_accum_steps: int = 1
+    ) -> tuple[Any, dict[str, jax.Array]]:
+        """The gradient of the global batch by `reductions.gradient_mean`.
+
+        Args:
+          state: see `train_step.train_step`.
+          batch: that of `gradient_sums`.
+          grad_accum_steps: A; divides b.
+
+        Returns:
+          The gradient, like state.params, and loss [] (summed, nats) and tokens [N].
+        """
+        add = functools.partial(reductions.accumulate, count=grad_accum_steps)
+        (loss, weight), sums = self.gradient_sums(state, batch, add)
+        figures = {"loss": loss, "tokens": reductions.per_device(weight, AXIS)}
+        return reductions.gradient_mean(sums, figures, AXIS)
+
+    def eval_step(
+        self, params: Any, batch: Batch, *, apply_fn: Callable
+    ) -> tuple[jax.Array, jax.Array]:
+        """Sums of loss and weight over the batches of all devices.
+
+        Args:
+          params: equal on all devices.
+          batch: that of `gradient_sums`, and number [b] int32, which batch of the evaluation it
+            is: what masked-LM hides depends on it.
+          apply_fn: the model's.
+
+        Returns:
+          loss_sum (nats) and weight_sum, [] float32 each.
+        """
+        number = batch["number"][0]
+        sums = self._loss_sums(apply_fn, params, _of_model(batch), number, train=False)
+        return lax.psum(sums, AXIS)
+
+    def _loss_sums(self, apply_fn, params, micro: Batch, number, train: bool):
+        micro = dict(micro)
+        rows = micro.pop("rows")
+        key = jax.random.fold_in(jax.random.key(self.seed), number)
+        micro = self.transform(jax.random.fold_in(key, MASK_STREAM), rows, micro)
+        dropout = {"rows": rows, "rngs": {"dropout": jax.random.fold_in(key, DROPOUT_STREAM)}}
+        packing = {name: micro[name] for name in PACKING if name in micro}
+        of_model = functools.partial(apply_fn, {"params": params})
+        options = packing | (dropout if train else {})
+        hidden = of_model(micro["inputs"], method="hidden", **options)
+        to_logits = functools.partial(of_model, method="logits")
+        targets, weights = micro["targets"], micro["weights"]
+        return chunked_cross_entropy(to_logits, hidden, targets, weights, self.loss_chunks)
+
+
+def get_objective(config: ConfigDict, vocab_size: int, mask_id: int | None) -> Objective:
+    """The one that a config asks for.
+
+    Args:
+      config: with the keys of configs/default.py.
+      vocab_size: V.
+      mask_id: token that hides another; None for a tokenizer without one, which only causal bears.
+    """
+    transform = plain
+    if config.objective == "masked":
+        assert mask_id is not None
+        transform = functools.partial(mask_tokens, mask_id=mask_id, vocab_size=vocab_size)
+    return Objective(config.seed, transform, config.loss_chunks)
+
+
+def _of_model(batch: Batch) -> Batch:
+    names = ("inputs", "targets", "weights", *PACKING)
+    of_model = {name: batch[name] for name in names if name in batch}
+    return of_model | {"rows": rows(len(batch["inputs"]))}

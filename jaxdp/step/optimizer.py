@@ -1,0 +1,96 @@
+"""The learning-rate schedule and the optax chain."""
+
+import jax
+import optax
+from ml_collections import ConfigDict
+from optax.contrib import MuonDimensionNumbers
+
+MUON_RMS = 0.2  # Makes Muon's updates as large as AdamW's, so that learning rates carry over.
+
+
+def get_schedule(config: ConfigDict) -> optax.Schedule:
+    """Step -> learning rate: linear warm-up from 0, then what optimizer.schedule names.
+
+    "wsd" is warm-up, stable, decay (Hu et al. 2024): constant but for a linear decay over the last
+    decay_fraction of all steps.
+
+    Examples:
+      >>> from jaxdp.configs import default
+      >>> schedule = get_schedule(default.get_config())
+      >>> [round(float(schedule(step)), 6) for step in (0, 50, 100, 1000)]
+      [0.0, 0.0005, 0.001, 0.0001]
+    """
+    c, steps = config.optimizer, config.num_train_steps
+    peak, final = c.learning_rate, c.learning_rate * c.final_fraction
+    rest = max(steps - c.warmup_steps, 1)
+    if c.schedule == "cosine":
+        after = optax.cosine_decay_schedule(peak, rest, c.final_fraction)
+    elif c.schedule == "linear":
+        after = optax.linear_schedule(peak, final, rest)
+    elif c.schedule == "wsd":
+        decay = min(round(steps * c.decay_fraction), rest)
+        after = optax.linear_schedule(peak, final, decay, rest - decay)
+    else:
+        after = optax.constant_schedule(peak)
+    if c.warmup_steps == 0:
+        return after
+    warmup = optax.linear_schedule(0.0, peak, c.warmup_steps)
+    return optax.join_schedules([warmup, after], [c.warmup_steps])
+
+
+def get_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """The optimizer that optimizer.name names, with decoupled weight decay.
+
+    Gradients are clipped before (`train_step.clip`), by the norm over all devices' slices.
+    """
+    c = config.optimizer
+    decay = {"weight_decay": c.weight_decay}
+    if c.name == "adamw":
+        return optax.adamw(schedule, c.b1, c.b2, mask=decay_mask, **decay)
+    if c.name == "lion":
+        return optax.lion(schedule, c.b1, c.b2, mask=decay_mask, **decay)
+    if c.name == "sgd":
+        return optax.chain(
+            optax.trace(c.b1, nesterov=True) if c.b1 else optax.identity(),
+            optax.add_decayed_weights(c.weight_decay, decay_mask),
+            optax.scale_by_learning_rate(schedule),
+        )
+    # Its AdamW part can't tell norm scales from embeddings, so it decays neither.
+    return optax.contrib.muon(
+        schedule,
+        beta=c.b1,
+        adam_b1=c.b1,
+        adam_b2=c.b2,
+        weight_decay_mask=decay_mask,
+        muon_weight_dimension_numbers=muon_dimensions,
+        consistent_rms=MUON_RMS,
+        **decay,
+    )
+
+
+def decay_mask(params):
+    """True for matrices and embeddings, False for biases and norm scales."""
+    return jax.tree.map_with_path(lambda path, _: _name(path) in ("kernel", "embedding"), params)
+
+
+def muon_dimensions(params):
+    """Which axes of a hidden matrix are summed over and which are its outputs; None for the rest.
+
+    Hidden matrices only: embeddings and the head are AdamW's (Jordan et al. 2024). Query, key and
+    value kernels are [D, H, K], the attention's output kernel is [H, K, D]; with scanned layers
+    each has one axis of layers in front, which is no part of the matrix.
+    """
+
+    def dimensions(path, leaf):
+        if _name(path) != "kernel" or _name(path[:-1]) == "head":
+            return None
+        front = int(_name(path[:1]) == "layers")
+        axes = tuple(range(front, leaf.ndim))
+        inputs = 2 if _name(path[:-1]) == "out" else 1
+        return MuonDimensionNumbers(axes[:inputs], axes[inputs:])
+
+    return jax.tree.map_with_path(dimensions, params)
+
+
+def _name(path) -> str:
+    return path[-1].key

@@ -1,0 +1,196 @@
+"""A run's state and its optimizer steps, as pure functions of what a device holds.
+
+Shapes: N devices, b sequences per device, L length.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax.training.train_state import TrainState
+from jax import lax
+
+from jaxdp.model.transformer import initial_params, parameter_shapes
+from jaxdp.parallel.replicas import AXIS, Replicas
+from jaxdp.step.ema import moved
+from jaxdp.step.objective import Batch, Objective
+from jaxdp.sync import reductions
+from jaxdp.sync.methods import Sync
+
+
+class State(TrainState):
+    """What a run is at a step: flax's TrainState, and what only some runs have.
+
+    Every field is the same on all devices, but for opt_state and ema [N, ...] of the methods that
+    say so.
+
+    Attributes:
+      outer: state of DiLoCo's outer optimizer.
+      ema: average of the parameters, or this device's part of it; see `average`.
+    """
+
+    outer: Any = ()
+    ema: Any = ()
+
+
+def create_state(
+    model: Any,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    replicas: Replicas,
+    method: Sync,
+    read: Callable[[], Any] | None = None,
+) -> State:
+    """Makes the optimizer's state for initial parameters, on all devices.
+
+    Args:
+      model: a `Transformer`.
+      optimizer: of the run.
+      seed: of the run.
+      replicas: the devices.
+      method: how they agree.
+      read: gives the parameters, on the host; by default they are drawn.
+    """
+
+    def state_of(params, _):
+        opt_state, outer = method.init(optimizer, params)
+        step = jnp.zeros((), jnp.int32)
+        ema = method.part(params) if method.ema_decay else ()
+        return State(step, model.apply, params, optimizer, opt_state, outer, ema)
+
+    params = replicas.replicate(read() if read else initial_params(model, seed))
+    shapes = jax.eval_shape(lambda: State(0, model.apply, params, optimizer, (), ()))
+    start = replicas.pmap(state_of, out_axes=state_axes(shapes, method))
+    return start(params, replicas.shard(np.zeros(len(replicas.devices))))
+
+
+def saved_shapes(
+    model: Any, optimizer: optax.GradientTransformation, method: Sync, device_count: int
+) -> Any:
+    """Shapes and dtypes of all arrays of a checkpoint; nothing is computed."""
+    params = parameter_shapes(model)
+    like = jax.eval_shape(optimizer.init, params)
+
+    def outer(params, _):
+        return method.init(optimizer, params)[1]
+
+    on_devices = jax.vmap(outer, in_axes=(None, 0), out_axes=None, axis_name=AXIS)
+    return {
+        "step": jax.ShapeDtypeStruct((), jnp.int32),
+        "params": params,
+        "opt_state": method.saved_shapes(like, device_count),
+        "outer": jax.eval_shape(on_devices, params, np.zeros(device_count)),
+        "ema": params if method.ema_decay else (),
+    }
+
+
+def state_axes(state: State, method: Sync) -> State:
+    """Which fields of a state have an axis of devices, as `jax.pmap` wants to be told."""
+    opt_state, ema = (0 if own else None for own in (method.own_opt_state, method.own_ema))
+    return state.replace(step=None, params=None, opt_state=opt_state, outer=None, ema=ema)
+
+
+def train_step(
+    state: State,
+    batch: Batch,
+    *,
+    method: Sync,
+    schedule: optax.Schedule,
+    objective: Objective,
+    clip_norm: float = 0.0,
+) -> tuple[State, dict[str, jax.Array]]:
+    """One optimizer step, or a round of several; call it under an axis named 'batch'.
+
+    Loss and gradient are means over the weights of all tokens in the global batch, however many
+    devices and micro-batches it is spread over. Random numbers depend on (seed, step, number of
+    the sequence in the global batch), so they don't depend on that either.
+
+    Args:
+      state: equal on all devices, but for what `method` keeps apart.
+      batch: this device's inputs and targets [steps, b, L] int32, weights [steps, b, L] float32,
+        where documents are kept apart segments and positions [steps, b, L] int32, and
+        stop and busy [steps, b] float32: whether this process was asked to stop, and the seconds
+        it was last busy with a step.
+      method: how replicas agree.
+      schedule: step -> learning rate, for the metrics only.
+      objective: whose gradient it is.
+      clip_norm: gradients with a larger norm are scaled down to it; 0: never.
+
+    Returns:
+      The new state, and metrics of each step, float32: loss (nats per token), grad_norm (before
+      clipping; a mean over devices where each has its own), learning_rate, stop (any process's) and
+      skipped (0 where the update was made; more where loss or gradient weren't finite, so that
+      parameters and moments stayed as they were), [steps] each; tokens (real ones) and busy,
+      [steps, N], of every device; drift [steps] where replicas drift apart.
+    """
+
+    def step(state, batch):
+        (loss, weight), sums = objective.gradient_sums(state, batch, method.accumulate)
+        figures = {
+            "loss": loss,
+            "stop": batch["stop"].max(),
+            "tokens": reductions.per_device(weight, AXIS),
+            "busy": reductions.per_device(batch["busy"].max(), AXIS),
+        }
+        grads, figures = method.mean(sums, figures)
+        figures["grad_norm"] = method.norm(grads)
+        if clip_norm:
+            grads = clip(grads, figures["grad_norm"], clip_norm)
+        figures["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
+        # A loss or gradient that isn't finite would be in the parameters for ever.
+        good = jnp.isfinite(figures["loss"]) & jnp.isfinite(figures["grad_norm"])
+        figures["skipped"] = jnp.where(good, 0.0, 1.0)
+        updated, skipped = method.update(state, grads), at_step(state, state.step + 1)
+        return _choose(good, updated, skipped), figures
+
+    steps, ema, state = len(batch["inputs"]), state.ema, state.replace(ema=())
+    if steps == 1:
+        after, figures = step(state, jax.tree.map(lambda x: x[0], batch))
+        figures = jax.tree.map(lambda x: x[None], figures)
+    else:
+        after, figures = lax.scan(step, state, batch)
+    rates = figures.pop("learning_rate")
+    after, figures = method.agree(state, after, figures)
+    if method.ema_decay:
+        part = method.part(after.params)
+        after = after.replace(ema=moved(ema, part, method.ema_decay, state.step, steps))
+    figures["loss"] /= jnp.maximum(figures["tokens"].sum(1), 1)
+    return after, figures | {"learning_rate": rates}
+
+
+def _choose(first: jax.Array, one: State, other: State) -> State:
+    """One state or the other, of which one was made from the other, in the memory of the other.
+
+    The new moments may take the place of the old only when the new parameters, made from the old
+    ones, are there. XLA copies the moments rather than wait, unless the moments need something of
+    the parameters: here whether their first numbers are NaN, which says nothing new.
+    """
+
+    def pick(first, one, other):
+        return jax.tree.map(lambda x, y: jnp.where(first, x, y), one, other)
+
+    params = pick(first, one.params, other.params)
+    sample = sum(x[(0,) * x.ndim] for x in jax.tree.leaves(params))
+    return pick(first | jnp.isnan(sample), one, other).replace(params=params)
+
+
+def at_step(state: State, step: Any) -> State:
+    """The same parameters and moments, at another step of the run and of the schedule.
+
+    What counts the updates in the moments, for Adam's bias correction, stays as it is.
+    """
+
+    def of_schedule(path, _):
+        return path[-1].tuple_name == "ScaleByScheduleState"
+
+    opt_state = optax.tree.set(state.opt_state, of_schedule, count=step)
+    return state.replace(step=step, opt_state=opt_state)
+
+
+def clip(grads: Any, norm: jax.Array, limit: float) -> Any:
+    """Scales a gradient of this norm down to `limit` where it is longer."""
+    scale = limit / jnp.maximum(norm, limit)
+    return jax.tree.map(lambda x: x * scale, grads)

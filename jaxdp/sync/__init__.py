@@ -1,0 +1,1 @@
+"""How replicas agree on one model, and what that costs."""

@@ -1,0 +1,370 @@
+"""The checkpoints of a run: what is in them, what of it is whole, and reading it."""
+
+from collections.abc import Callable, Container
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from ml_collections import ConfigDict
+
+from jaxdp.common.errors import ConfigError, RunError
+from jaxdp.common.files import first_line
+from jaxdp.parallel import processes
+from jaxdp.parallel.replicas import Replicas, to_global, to_local
+from jaxdp.sync.methods import Sync
+from jaxdp.workdir import integrity
+from jaxdp.workdir.saver import Saver
+
+FOLDER = "checkpoints"
+
+
+class Checkpoints:
+    """The checkpoints of a workdir, `checkpoints/<step>/`, step being the steps done.
+
+    Kept are the newest keep_last, the best by validation loss, the multiples of keep_every, and the
+    newest of the multiples of `every`, to which a run that diverges goes back.
+    Each holds the state (`step`, `params`, `opt_state`, ...), a fingerprint of each of its arrays,
+    and a small JSON of what the run must find again when it goes on.
+    """
+
+    def __init__(
+        self,
+        workdir: Path,
+        config: ConfigDict,
+        replicas: Replicas,
+        method: Sync,
+        report: Callable[[str], None] = print,
+    ):
+        """Opens the workdir's checkpoints, or an empty set of them.
+
+        Args:
+          workdir: of the run.
+          config: with the keys of configs/default.py.
+          replicas: the devices.
+          method: how they agree; says what of the state each of them has of its own.
+          report: is told in a line what is wrong with a checkpoint.
+
+        Raises:
+          ConfigError: their folder can't be made.
+          RunError: there are some, and all are damaged; nothing is moved.
+        """
+        self._replicas, self._method, self._report = replicas, method, report
+        self._folder = _folder(workdir)
+        processes.on_main(lambda: _make(self._folder))
+        self._moved: list[tuple[Path, int]] = []
+        # Orbax opens a folder only if it can read the metrics of each checkpoint.
+        steps = integrity.steps(self._folder)
+        damaged = [path for path in steps if not integrity.readable(path)]
+        if damaged and len(damaged) == len(steps):
+            raise integrity.all_damaged(self._folder, [int(path.name) for path in damaged])
+        for path in damaged:
+            report(f"Checkpoint {path.name} is damaged (its metrics can't be read).")
+        self._set_aside([int(path.name) for path in damaged])
+        self._saver = Saver(self._folder, config, report)
+        self._last: tuple[int, dict, float | None] | None = None
+
+    def save(self, step: int, state: Any, extra: dict, eval_loss: float | None) -> None:
+        """Starts to save; waits only for the one before and for a copy of the state.
+
+        Args:
+          step: steps done; names the checkpoint.
+          state: on the devices.
+          extra: JSON.
+          eval_loss: at this very step, where it was evaluated.
+        """
+        self._last = (step, extra, eval_loss)
+        tree = self._saved(state)
+        if processes.is_main():
+            extra = extra | {
+                "devices": self._replicas.device_count,
+                integrity.MARKS: integrity.marks(tree),
+            }
+            # Orbax refuses what is on the devices of one process of several.
+            tree = tree if jax.process_count() == 1 else jax.device_get(tree)
+            self._saver.start(step, tree, extra, eval_loss)
+
+    def check(self) -> None:
+        """Reports a save that failed in the background; doesn't wait for one under way."""
+        self._saver.check()
+
+    def finish(self, state: Any) -> str:
+        """Returns when the state that was last given to `save` is on disk.
+
+        Where it could not be saved, it is tried once more.
+
+        Args:
+          state: that very state.
+
+        Returns:
+          Nothing, or why it could not be saved and which the newest checkpoint is; process 0 knows.
+        """
+        self._saver.settle("trying once more")
+        if self._last is not None and processes.from_main(self._saver.failure):
+            step, extra, eval_loss = self._last
+            self.save(step, state, extra, eval_loss)
+            self._saver.settle("")
+        if self._last is None or not self._saver.failure:
+            return ""
+        newest = self._manager.latest_step()
+        has = "there is no checkpoint" if newest is None else f"the newest is that of step {newest}"
+        return f"checkpoint {self._last[0]} could not be saved ({self._saver.failure}; {has})"
+
+    def restore(
+        self, state: Any, fit: Callable[[int, dict], bool] = lambda step, extra: True
+    ) -> tuple[int, dict, Any] | None:
+        """Restores the newest checkpoint that is whole, written on however many devices.
+
+        Newer ones that are damaged are reported and moved to checkpoints-damaged/.
+
+        Args:
+          state: on the devices, of the same shapes; its values are not used.
+          fit: (step, JSON saved with it) -> whether this checkpoint will do; raises ConfigError
+            where it is of another run.
+
+        Returns:
+          The step, the JSON saved with it, and the state, on the devices; None where there is no
+          checkpoint that will do.
+
+        Raises:
+          ConfigError: there are some, but of another run or model; nothing is moved.
+          RunError: there are some, and all are damaged; nothing is moved.
+        """
+        damaged, other = [], None
+        for step in self._steps():
+            try:
+                extra = self._read_extra(step)
+                if not fit(step, extra):
+                    continue
+                restored = self._read(step, state, extra)
+            except ConfigError:
+                self._put_back()
+                raise
+            except Exception as error:  # Orbax and TensorStore raise whatever they like.
+                other = error if isinstance(error, integrity.OtherModelError) else other
+                self._report(f"Checkpoint {step} is damaged ({first_line(error)}).")
+                damaged.append(step)
+                continue
+            self._set_aside(damaged)
+            self._moved = []
+            if damaged:
+                self._manager.reload()
+            return step, extra, restored
+        self._put_back()
+        if other is not None:
+            raise ConfigError(
+                f"this workdir holds a different run ({other}): use the config of that run, or "
+                "another --workdir"
+            )
+        if damaged:
+            raise integrity.all_damaged(self._folder, damaged)
+        return None
+
+    @property
+    def _manager(self) -> ocp.CheckpointManager:
+        return self._saver.manager
+
+    def _steps(self) -> list[int]:
+        """Of the checkpoints on disk, the newest first; process 0 has written them."""
+        self.wait()
+        processes.barrier("checkpoints written")
+        if not processes.is_main():
+            self._manager.reload()
+        return sorted(self._manager.all_steps(), reverse=True)
+
+    def _read_extra(self, step: int) -> dict:
+        args = ocp.args.Composite(extra=ocp.args.JsonRestore())
+        return self._manager.restore(step, args=args).extra
+
+    def _read(self, step: int, state: Any, extra: dict) -> Any:
+        """The state of a checkpoint; raises anything where it is damaged."""
+        target, parts = _shared(state), self._parts(state)
+        has = "ema" in integrity.check_shapes(self._folder / str(step), state.params)
+        if has != ("ema" in target):
+            raise integrity.OtherModelError(f"ema is {'present' if has else 'absent'} in it")
+        for name, like in parts.items():
+            # Orbax reads to the host, not to a device, where it is shown a NumPy array.
+            target[name] = jax.tree.map(
+                lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape),
+                self._method.saved_shapes(like, extra["devices"]),
+            )
+        target = _globally(to_global, target, parts)
+        target = jax.tree.map(
+            lambda x: ocp.utils.to_shape_dtype_struct(x) if isinstance(x, jax.Array) else x, target
+        )
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
+        with integrity.ending_reads():
+            found = dict(self._manager.restore(step, args=args).state)
+        found = _globally(to_local, found, parts)
+        integrity.check_marks(found, extra[integrity.MARKS])
+        if int(found["step"]) != step:
+            raise ValueError(f"it was saved after step {int(found['step'])}")
+        count = self._replicas.device_count
+        own = {
+            name: self._replicas.put_own(self._method.load(found.pop(name), count))
+            for name in parts
+        }
+        return state.replace(**self._replicas.replicate(found), **own)
+
+    def _saved(self, state: Any) -> dict:
+        """What goes into a checkpoint: the same whatever the number of devices, where it can be."""
+        tree = _shared(state)
+        for name, like in self._parts(state).items():
+            tree[name] = self._method.save(self._replicas.gather_own(tree[name]), like)
+        return tree
+
+    def _parts(self, state: Any) -> dict[str, Any]:
+        """The fields of which each device has its own: their shapes on one that has it all."""
+        parts = {}
+        if self._method.own_opt_state:
+            parts["opt_state"] = jax.eval_shape(state.tx.init, state.params)
+        if self._method.own_ema and self._method.ema_decay:
+            parts["ema"] = state.params
+        return parts
+
+    def _set_aside(self, steps: list[int]) -> None:
+        if not steps:
+            return
+        processes.barrier("all have seen what is damaged")
+        if processes.is_main():
+            aside = self._folder.with_name(f"{FOLDER}-damaged")
+            aside.mkdir(exist_ok=True)
+            for step in steps:
+                number = sum(path.name.split(".")[0] == str(step) for path in aside.iterdir())
+                target = aside / (f"{step}.{number}" if number else str(step))
+                self._moved.append(((self._folder / str(step)).rename(target), step))
+                self._report(f"It was moved to {target}.")
+        processes.barrier("checkpoints set aside")
+
+    def _put_back(self) -> None:
+        """Moves what was set aside back, for a run that can't go on changes nothing."""
+        for path, step in self._moved:
+            path.rename(self._folder / str(step))
+            self._report(f"{path} was moved back.")
+            if not any(path.parent.iterdir()):
+                path.parent.rmdir()
+        self._moved = []
+
+    def wait(self) -> None:
+        """Returns when all is on disk, or could not be saved, which is reported."""
+        self._saver.settle()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Waits, and frees threads."""
+        self._saver.close()
+
+
+def load_params(
+    workdir: Path,
+    params: Any,
+    said: dict[str, Any] | None = None,
+    report: Callable[[str], None] = print,
+    *,
+    which: str = "newest",
+    check: Callable[[int, dict], Any] = lambda step, extra: None,
+) -> tuple[Any, int]:
+    """Reads only the parameters of a checkpoint, or their average if it has one, on one device.
+
+    Args:
+      workdir: of a run.
+      params: a pytree of arrays or of their shapes and dtypes.
+      said: what the JSON saved with them says, if it says something of these keys.
+      report: is told in a line what is wrong with a checkpoint.
+      which: "newest" of those that are whole, "best" by validation loss, or the steps done.
+      check: (step, JSON saved with it); raises ConfigError where it is of another run.
+
+    Returns:
+      The parameters, and the step they are of.
+
+    Raises:
+      ConfigError: there is no checkpoint, or one of another model or tokenizer.
+      RunError: there are some, and those that would do are damaged.
+    """
+    folder = _folder(workdir)
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} does not exist: --workdir must be that of a training run")
+    steps = sorted(
+        (int(path.name) for path in integrity.steps(folder) if path.is_dir()), reverse=True
+    )
+    if not steps:
+        raise ConfigError(f"{folder} holds no checkpoint: train first, with the same --workdir")
+    if which != "newest":
+        steps = [integrity.chosen(folder, steps, which)]
+    other, damage = None, []
+    for step in steps:
+        try:
+            found, extra = _read_params(folder / str(step), params)
+            check(step, extra)
+        except ConfigError:
+            raise
+        except Exception as error:  # Orbax and TensorStore raise whatever they like.
+            other = error if isinstance(error, integrity.OtherModelError) else other
+            damage.append(f"Checkpoint {step} is damaged ({first_line(error)}).")
+            continue
+        for key, value in (said or {}).items():
+            if extra.get(key, value) != value:
+                raise ConfigError(
+                    f"{workdir}: the {key} is not the one that checkpoint {step} was trained "
+                    f"with: restore {key}.json from a copy"
+                )
+        for line in damage:
+            report(f"{line} That of step {step} is used.")
+        return found, step
+    if other is not None:
+        raise ConfigError(
+            f"{workdir} holds the files of different runs ({other}): restore config.json and "
+            "tokenizer.json from a copy"
+        )
+    if which != "newest":
+        raise RunError(f"{damage[0]} Restore it from a copy, or choose another: see {folder}")
+    raise integrity.all_damaged(folder, steps)
+
+
+def _read_params(folder: Path, params: Any) -> tuple[Any, dict]:
+    """See `load_params`; also the JSON of the checkpoint; raises anything where it is damaged."""
+    name = "ema" if "ema" in integrity.check_shapes(folder, params) else "params"
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    target = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), {name: params}
+    )
+    restore = ocp.args.PyTreeRestore(
+        target,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+        partial_restore=True,
+    )
+    reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
+    with integrity.ending_reads(), reader as checkpointer:
+        found = checkpointer.restore(
+            folder, args=ocp.args.Composite(state=restore, extra=ocp.args.JsonRestore())
+        )
+    integrity.check_marks({name: found.state[name]}, found.extra[integrity.MARKS])
+    return found.state[name], found.extra
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"{folder} can't be made ({error.strerror}): make room, or use another --workdir"
+        ) from None
+
+
+def _folder(workdir: Path) -> Path:
+    return workdir.absolute() / FOLDER
+
+
+def _shared(state: Any) -> dict:
+    fields = {name: getattr(state, name) for name in ("step", "params", "opt_state")}
+    some = {"outer": state.outer, "ema": state.ema}
+    return fields | {name: x for name, x in some.items() if jax.tree.leaves(x)}
+
+
+def _globally(convert: Callable[[Any], Any], tree: dict, parts: Container[str]) -> dict:
+    """Converts what is on devices; that of which each has its own is on the host."""
+    shared = convert({name: x for name, x in tree.items() if name not in parts})
+    return shared | {name: x for name, x in tree.items() if name in parts}

@@ -1,0 +1,159 @@
+"""Whether a checkpoint is whole, and of the model that is asked for."""
+
+import asyncio
+import contextlib
+import json
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from jaxdp.common.errors import ConfigError, RunError
+from jaxdp.sync.fingerprints import fingerprints
+
+METRIC = "eval/loss"
+MARKS = "fingerprints"
+
+
+@contextlib.contextmanager
+def ending_reads() -> Iterator[None]:
+    """Lets Orbax end all reads of a checkpoint where one of them fails.
+
+    It would close the event loop under the others, which then print a traceback each, at any time.
+    """
+    before = asyncio.get_event_loop_policy()
+    asyncio.set_event_loop_policy(_PatientPolicy())
+    try:
+        yield
+    finally:
+        asyncio.set_event_loop_policy(before)
+
+
+class _PatientPolicy(asyncio.DefaultEventLoopPolicy):
+    def new_event_loop(self) -> asyncio.AbstractEventLoop:
+        return _PatientLoop()
+
+
+class _PatientLoop(asyncio.SelectorEventLoop):
+    def close(self) -> None:
+        tasks = () if self.is_closed() else asyncio.all_tasks(self)
+        if tasks:
+            self.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        super().close()
+
+
+class OtherModelError(ValueError):
+    """A checkpoint holds other arrays than asked for."""
+
+
+def check_shapes(folder: Path, params: Any) -> set[str]:
+    """What the state of a checkpoint consists of, such as params.
+
+    Raises:
+      OtherModelError: it has parameters of other names or shapes.
+    """
+    with ending_reads():
+        metadata = ocp.PyTreeCheckpointHandler().metadata(folder / "state")
+    saved = _shapes_by_name(metadata.tree["params"])
+    wanted = _shapes_by_name(params)
+    for name in sorted(saved.keys() | wanted.keys()):
+        if saved.get(name) != wanted.get(name):
+            raise OtherModelError(
+                f"params/{name} is {saved.get(name, 'absent')} in checkpoint {folder.name} and "
+                f"{wanted.get(name, 'absent')} by the config and the tokenizer"
+            )
+    return set(metadata.tree)
+
+
+def _shapes_by_name(tree: Any) -> dict[str, tuple[int, ...]]:
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(x.shape)
+        for path, x in jax.tree.leaves_with_path(tree)
+    }
+
+
+def steps(folder: Path) -> list[Path]:
+    """What is called as Orbax calls the checkpoint of a step; it may be no folder."""
+    return [path for path in folder.glob("*") if re.fullmatch("0|[1-9][0-9]*", path.name)]
+
+
+def marks(tree: Any) -> dict[str, int]:
+    """A fingerprint of each array, by path."""
+    leaves = jax.tree.leaves_with_path(tree)
+    on_devices = [x for _, x in leaves if isinstance(x, jax.Array)]
+    values = iter(np.asarray(_fingerprints(on_devices)) if on_devices else ())
+    # What is on the host goes through a device array by array: it may be too large for one.
+    found = [next(values) if isinstance(x, jax.Array) else _fingerprints([x])[0] for _, x in leaves]
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    return {name: int(mark) for name, mark in zip(names, found, strict=True)}
+
+
+def check_marks(tree: Any, expected: dict[str, int]) -> None:
+    """Raises ValueError for an array that isn't as it was when it was saved."""
+    for name, mark in marks(tree).items():
+        if expected[name] != mark:
+            raise ValueError(f"{name} is not what was saved")
+
+
+def all_damaged(folder: Path, steps: list[int]) -> RunError:
+    """The error where no checkpoint is whole; names their steps."""
+    return RunError(
+        f"all checkpoints in {folder} are damaged ({', '.join(map(str, steps))}): "
+        "restore them from a copy, or use another --workdir; nothing was changed"
+    )
+
+
+def readable(checkpoint: Path) -> bool:
+    """Whether Orbax can read a checkpoint's metrics; they may be missing."""
+    return checkpoint.is_dir() and _metric(checkpoint) is not None
+
+
+def _eval_loss(checkpoint: Path) -> float:
+    """Infinite where it has none."""
+    found = _metric(checkpoint)
+    return found if found is not None and -math.inf < found < math.inf else math.inf
+
+
+def _metric(checkpoint: Path) -> float | None:
+    """Infinite where it is missing, None where it can't be read."""
+    path = checkpoint / "metrics" / "metrics"
+    try:
+        metrics = json.loads(path.read_bytes()) if path.exists() else {METRIC: math.inf}
+        value = metrics.get(METRIC) if isinstance(metrics, dict) else None
+        return value if _number(value) else None
+    except (ValueError, RecursionError, OSError):
+        return None
+
+
+def chosen(folder: Path, steps: list[int], which: str) -> int:
+    """The step of the checkpoint of "best" validation loss, or of that number.
+
+    Raises:
+      ConfigError: there is none.
+    """
+    if which == "best":
+        losses = {step: _eval_loss(folder / str(step)) for step in steps}
+        if min(losses.values()) == math.inf:
+            raise ConfigError(
+                f"--step=best: no checkpoint in {folder} has been evaluated: give its step, of "
+                f"{', '.join(map(str, steps))}"
+            )
+        return min(steps, key=lambda step: losses[step])
+    if int(which) not in steps:
+        raise ConfigError(
+            f"--step={int(which)} is no checkpoint in {folder}: choose of "
+            f"{', '.join(map(str, steps))}"
+        )
+    return int(which)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+_fingerprints = jax.jit(fingerprints)
