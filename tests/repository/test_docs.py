@@ -196,11 +196,11 @@ def test_ci_runs_the_readmes_test_command():
 
 @pytest.mark.parametrize("name", sorted(set(re.findall(r"`([a-z0-9_]+\.py)`", README))))
 def test_files_named_in_the_readme_exist(name):
-    assert [*REPOSITORY.glob(f"configs/{name}"), *REPOSITORY.glob(f"jaxdp/{name}")], name
+    assert [*REPOSITORY.glob(f"configs/{name}"), *REPOSITORY.glob(f"jaxdp/**/{name}")], name
 
 
 def test_every_module_and_config_is_in_the_readme():
-    for path in [*REPOSITORY.glob("jaxdp/*.py"), *REPOSITORY.glob("configs/*.py")]:
+    for path in [*MODULES, *REPOSITORY.glob("configs/*.py")]:
         if path.name != "__init__.py":
             assert re.search(rf"\b{path.name}\b", README), path.name
 
