@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_runs import after, figures
 
-from jaxdp import plot
 from jaxdp.common.errors import ConfigError
 from jaxdp.data import eval_sets
 from jaxdp.data.cache import open_cache
 from jaxdp.run import evaluation, loop
+from jaxdp.workdir import curves as plot
 
 NAMES = ("loss", "perplexity", "bits_per_byte")
 

@@ -18,12 +18,12 @@ from transformers import (
 
 from jaxdp.common.errors import ConfigError
 from jaxdp.data import tokenizer
-from jaxdp.generate import generate
 from jaxdp.huggingface import save
 from jaxdp.model.transformer import ModelConfig, Transformer
 from jaxdp.run import loop
 from jaxdp.workdir import finished
 from jaxdp.workdir.finished import Trained
+from jaxdp.workdir.generation import generate
 
 TEXT = "17 is odd, its square is 289.\n"
 

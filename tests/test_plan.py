@@ -9,11 +9,10 @@ import jax.numpy as jnp
 import pytest
 from conftest import REPOSITORY
 
-from jaxdp import plan
 from jaxdp.common.config import batch_sizes
 from jaxdp.common.errors import ConfigError
 from jaxdp.configs import quickstart
-from jaxdp.estimate import liveness, prediction
+from jaxdp.estimate import liveness, plan, prediction
 from jaxdp.sync.methods import METHODS
 from jaxdp.sync.traffic import Collective
 

@@ -8,10 +8,10 @@ from bad_input import HARM, JSON, NUMBERS, TRIED, assert_clear, harm, only_flags
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxdp import plot
 from jaxdp.common import cli, png
 from jaxdp.common.choices import MOST
 from jaxdp.common.errors import ConfigError
+from jaxdp.workdir import curves as plot
 from jaxdp.workdir.metrics import MetricsWriter
 
 FIGURES = [name for _, _, names in plot.PANELS for name in names]

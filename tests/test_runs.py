@@ -18,9 +18,9 @@ from test_agreement import corrupt, flip_lowest_bit
 
 from jaxdp.common.config import flatten
 from jaxdp.common.errors import ConfigError, RunError
-from jaxdp.generate import generate
 from jaxdp.run import loop
 from jaxdp.sync.methods import METHODS
+from jaxdp.workdir.generation import generate
 from jaxdp.workdir.metrics import read_jsonl
 
 pytestmark = pytest.mark.slow

@@ -15,6 +15,7 @@ CHOICES = {
 }
 
 MOST = 2**31 - 1  # What an int32 holds, as on devices.
+TEMPERATURE = 0.8  # What text is drawn with unless the user says otherwise, as in nanoGPT.
 
 # Key -> (lowest, highest) value allowed, both included.
 RANGES = {
