@@ -29,8 +29,8 @@ def define_config(argv: list[str]) -> None:
     """Defines --config; ml_collections looks at its keys at once, so they have to be right."""
     for value in config_file.given(argv):
         raise ConfigError(
-            f"--config={shown(value)} is not wanted here, as the run has its own: change its keys by "
-            "--config.KEY=VALUE"
+            f"--config={shown(value)} is not wanted here, as the run has its own: change its keys "
+            "by --config.KEY=VALUE"
         )
     cli.check_overrides(argv)
     config_flags.DEFINE_config_dict(

@@ -20,6 +20,7 @@ from jaxdp.common.config import check_known
 from jaxdp.common.errors import WRONG_INPUT, ConfigError, RunError, shown
 
 FAULT = 1
+REPEATED = "; repeat this option to specify a list of values"  # absl adds it.
 NO_FUNCTION = "AttributeError: module 'config_config' has no attribute 'get_config'"
 
 
@@ -43,7 +44,7 @@ def run(
     """
     logging.set_verbosity(logging.WARNING)
     try:
-        if _told(main, check_arguments):
+        if _shows_help(main, check_arguments):
             return 0
         if check_arguments:
             check_arguments(sys.argv[1:])
@@ -61,7 +62,9 @@ def run(
         return FAULT
 
 
-def _told(main: Callable[..., int], check_arguments: Callable[[list[str]], None] | None) -> bool:
+def _shows_help(
+    main: Callable[..., int], check_arguments: Callable[[list[str]], None] | None
+) -> bool:
     """Prints help or the version where a user asks for it, whatever else is on the line."""
     end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     asked = set(sys.argv[1:end])
@@ -76,11 +79,24 @@ def _told(main: Callable[..., int], check_arguments: Callable[[list[str]], None]
     # absl calls the module that runs by the name of the program.
     names = {main.__module__, sys.argv[0]}
     modules = flags.FLAGS.flags_by_module_dict()
-    own = [flag for name in modules if name in names for flag in modules[name]]
-    others = [flag for name in modules if not name.startswith("jaxdp") for flag in modules[name]]
-    others = [flag for flag in others if flag not in own] if "--helpfull" in asked else []
+    rows = {name: [row for flag in modules[name] for row in _rows(flag)] for name in modules}
+    own = [row for name in names for row in rows.pop(name, [])]
+    others = list(itertools.chain(*rows.values())) if "--helpfull" in asked else []
     print(usage.help_for(Path(inspect.getfile(main)), own, others))
     return True
+
+
+def _rows(flag: flags.Flag) -> list[tuple[str, str]]:
+    """A flag as it is typed, and what it means with its default; of --config, its keys too."""
+    kind, default = flag.flag_type(), flag.default
+    text = " ".join((flag.help or "").split()).removesuffix(REPEATED)
+    if kind == "config object":
+        file = [] if default else [("--config=FILE.py", text)]
+        return [*file, (usage.KEY, "Another value for a key, such as --config.data.path=FILE.txt.")]
+    if default not in (None, "", [], False):
+        text += f" Default: {default}."
+    value = "" if flag.boolean else "=NUMBER" if kind in ("int", "float") else "=TEXT"
+    return [(f"--{flag.name}{value}", text)]
 
 
 def check_config(argv: list[str]) -> None:
@@ -104,7 +120,7 @@ def check_overrides(argv: list[str]) -> None:
 
 def _parse_flags() -> list[str]:
     """Returns the arguments that are no flags."""
-    for name in [name for name in flags.FLAGS if "_" in name]:
+    for name in [name for name in flags.FLAGS if "_" in name]:  # --num-tokens is --num_tokens.
         hyphenated = name.replace("_", "-")
         if hyphenated not in flags.FLAGS:
             flags.FLAGS[hyphenated] = flags.FLAGS[name]

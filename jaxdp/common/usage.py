@@ -8,21 +8,15 @@ import ast
 import os
 import shutil
 import textwrap
-from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from jaxdp import __version__
-
-if TYPE_CHECKING:
-    from absl import flags
 
 PACKAGE = Path(__file__).parent.parent
 COMMANDS = ("train", "evaluate", "generate", "export", "plan", "plot")
 HELP = ("--help", "-h", "--helpfull")
 KEY = "--config.KEY=VALUE"
 VERSION = f"jaxdp {__version__}"
-REPEAT = "; repeat this option to specify a list of values"  # absl adds it.
 
 
 def described(source: Path) -> tuple[str, str, str]:
@@ -48,40 +42,25 @@ jaxdp COMMAND --help lists the flags of a command.
 {_keys()}"""
 
 
-def help_for(source: Path, own: "Iterable[flags.Flag]", others: "Iterable[flags.Flag]" = ()) -> str:
+def help_for(
+    source: Path, rows: list[tuple[str, str]], others: list[tuple[str, str]] | None = None
+) -> str:
     """What --help prints.
 
     Args:
       source: the command's file.
-      own: its flags.
+      rows: its flags as they are typed, and what they mean.
       others: flags of libraries, to be listed as well.
     """
     purpose, call, rest = described(source)
-    rows = [row for flag in own for row in _rows(flag)]
     text = f"usage: {call}\n\n{purpose}\n\n{rest}\n\nflags:\n{_table(rows)}"
     if others:
-        text += f"\n\nflags of libraries:\n{_table(row for flag in others for row in _rows(flag))}"
-    if KEY in dict(rows):
-        text += f"\n\n{_keys()}"
-    return text
+        text += f"\n\nflags of libraries:\n{_table(others)}"
+    return f"{text}\n\n{_keys()}" if KEY in dict(rows) else text
 
 
-def _rows(flag: "flags.Flag") -> list[tuple[str, str]]:
-    """A flag as it is typed; what it means, and its default."""
-    kind, default = flag.flag_type(), flag.default
-    help_ = " ".join((flag.help or "").split()).removesuffix(REPEAT)
-    if kind == "config object":
-        file = [] if default else [("--config=FILE.py", help_)]
-        return [*file, (KEY, "Another value for a key, such as --config.data.path=FILE.txt.")]
-    if default not in (None, "", [], False):
-        help_ += f" Default: {default}."
-    value = "" if flag.boolean else "=NUMBER" if kind in ("int", "float") else "=TEXT"
-    return [(f"--{flag.name}{value}", help_)]
-
-
-def _table(rows: Iterable[tuple[str, str]]) -> str:
+def _table(rows: list[tuple[str, str]]) -> str:
     """Names on the left, texts on the right, in the width of the terminal."""
-    rows = list(rows)
     left = min(max(len(name) for name, _ in rows), 28) + 4
     width = max(min(shutil.get_terminal_size().columns, 100) - left, 30)
     lines = []

@@ -23,7 +23,7 @@ class Split:
       cache: of its data.
     """
 
-    config: ConfigDict
+    config: ConfigDict = dataclasses.field(repr=False)
     cache: TokenCache
 
 

@@ -66,7 +66,7 @@ class Result:
 
     def __repr__(self) -> str:
         """Without the state, whose arrays would fill a notebook."""
-        loss = f", validation loss={self.evaluation.loss:.4f}" if self.evaluation else ""
+        loss = f", validation_loss={self.evaluation.loss:.4f}" if self.evaluation else ""
         return f"Result(step={self.step}, finished={self.finished}{loss})"
 
 
