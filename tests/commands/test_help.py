@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from jaxdp import __version__
-from jaxdp.common import config_file, usage
+from jaxdp.common import cli, config_file, usage
 from jaxdp.common.errors import ConfigError
 
 REPOSITORY = Path(__file__).parent.parent.parent
@@ -41,7 +41,7 @@ def test_the_commands_are_the_modules_on_top():
     assert set(usage.COMMANDS) == modules - {"__init__", "__main__"}
 
 
-@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["--helpfull"]])
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
 def test_jaxdp_lists_the_commands(arguments):
     status, out, err = run("-m", "jaxdp", *arguments)
     assert (status, err) == (0, "")
@@ -109,18 +109,18 @@ def test_help_is_given_whatever_else_is_on_the_line(arguments):
     assert ("--verbosity" in out) == ("--helpfull" in arguments)
 
 
-@pytest.mark.parametrize("name", usage.COMMANDS)
-def test_every_command_says_the_version(name):
-    assert run("-m", f"jaxdp.{name}", "--version") == (0, f"jaxdp {__version__}\n", "")
+def test_a_command_says_the_version():
+    for arguments in (["--version"], ["--config=configs/nothere.py", "--version"]):
+        assert run("-m", "jaxdp.train", *arguments) == (0, f"jaxdp {__version__}\n", "")
 
 
-@pytest.mark.parametrize("argument", ["--help", "--no_such_flag"])
 @pytest.mark.parametrize("name", usage.COMMANDS)
-def test_help_and_mistakes_in_flags_import_no_jax(name, argument):
-    *_, err = run("-X", "importtime", "-m", f"jaxdp.{name}", argument)
-    imported = {line.split("|")[-1].strip() for line in err.splitlines() if "|" in line}
-    assert "absl.flags" in imported
-    assert not imported & {"jax", "tensorflow", "flax", "orbax"}
+def test_help_and_mistakes_in_flags_import_no_jax(name):
+    for argument in ("--help", "--no_such_flag"):
+        *_, err = run("-X", "importtime", "-m", f"jaxdp.{name}", argument)
+        imported = {line.split("|")[-1].strip() for line in err.splitlines() if "|" in line}
+        assert "absl.flags" in imported
+        assert not imported & {"jax", "tensorflow", "flax", "orbax"}
 
 
 def test_hyphens_are_underscores_in_a_flags_name():
@@ -131,7 +131,6 @@ def test_hyphens_are_underscores_in_a_flags_name():
 # A wrong --config.
 
 
-@pytest.mark.parametrize("overrides", [[], ["--config.seed=1"]])
 @pytest.mark.parametrize(
     ("given", "says"),
     [
@@ -146,10 +145,25 @@ def test_hyphens_are_underscores_in_a_flags_name():
         ("", "no such file; the nearest is configs/"),
     ],
 )
-def test_a_config_that_is_no_file_is_told_with_the_nearest(given, says, overrides):
-    status, out, err = run("-m", "jaxdp.train", f"--config={given}", "--workdir=x", *overrides)
+def test_a_config_that_is_no_file_is_told_with_the_nearest(given, says, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    with pytest.raises(ConfigError) as error:
+        cli.check_config([f"--config={given}", "--config.seed=1"])
+    assert str(error.value).startswith(f"--config={given!r}: {says}")
+
+
+@pytest.mark.parametrize("name", ["train", "plan"])
+@pytest.mark.parametrize("override", [[], ["--config.seed=1"]])
+def test_the_commands_tell_it_in_a_line(name, override):
+    status, out, err = run("-m", f"jaxdp.{name}", "--config=configs/quikstart.py", *override)
     assert (status, out) == (2, "") and err.count("\n") == 1
-    assert err.startswith(f"jaxdp: --config={given!r}: {says}")
+    assert err.startswith("jaxdp: --config='configs/quikstart.py': no such file; did you mean ")
+
+
+def test_it_is_told_of_a_flagfile_too(tmp_path):
+    (tmp_path / "flags").write_text("--config=configs/quikstart.py\n")
+    _, _, err = run("-m", "jaxdp.plan", f"--flagfile={tmp_path / 'flags'}")
+    assert "no such file; did you mean configs/quickstart.py?" in err and err.count("\n") == 1
 
 
 def test_the_nearest_config_is_found_in_the_folder_that_was_given(tmp_path):
