@@ -14,6 +14,9 @@ CHOICES = {
     "sync.dtype": ("float32", "bfloat16"),
 }
 
+# Optimizers whose update of a matrix needs all of it.
+WHOLE_MATRICES = ("muon",)
+
 MOST = 2**31 - 1  # What an int32 holds, as on devices.
 TEMPERATURE = 0.8  # What text is drawn with unless the user says otherwise, as in nanoGPT.
 

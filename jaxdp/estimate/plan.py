@@ -15,12 +15,14 @@ from ml_collections import ConfigDict
 from jaxdp.common import config as configs
 from jaxdp.common import png
 from jaxdp.common.errors import ConfigError
-from jaxdp.common.terminal import quantity
+from jaxdp.common.terminal import in_bytes, quantity
 from jaxdp.data.cache import open_cache
-from jaxdp.estimate import prediction
-from jaxdp.estimate.prediction import COUNTS, Memory
-from jaxdp.model.transformer import ModelConfig, Transformer
+from jaxdp.estimate import memory, scaling
+from jaxdp.estimate.memory import Memory
+from jaxdp.estimate.scaling import COUNTS
+from jaxdp.model.transformer import ModelConfig, Transformer, parameter_shapes
 from jaxdp.parallel.replicas import device_memory
+from jaxdp.step.setup import splits, validate
 from jaxdp.sync import traffic
 from jaxdp.sync.traffic import Collective
 
@@ -121,23 +123,23 @@ def plan(
         )
     limit = int(memory_gib * 2**30) if memory_gib else device_memory()
     remat = {
-        on: prediction.predict_memory(prediction.changed(config, "model.remat", on), vocab, count)
+        on: memory.predict_memory(memory.changed(config, "model.remat", on), vocab, count)
         for on in (False, True)
     }
-    batch = prediction.largest_batch(prediction.effective(config), vocab, count, limit)
+    batch = memory.largest_batch(memory.effective(config), vocab, count, limit)
     compiled = {"XLA": check_rows(config, vocab, count)} if check else {}
-    rate = tflops * 1e12 if tflops else prediction.measure_rate(config)
+    rate = tflops * 1e12 if tflops else scaling.measure_rate(config)
     given = Assumptions(count, bandwidth_gbps, latency_us, rate, not tflops, limit)
-    efficiency = prediction.efficiencies(config, vocab, count, rate, *given.link)
+    efficiency = scaling.efficiencies(config, vocab, count, rate, *given.link)
     tables = {
         "Memory per device": memory_rows(config, given, remat, batch),
         **compiled,
         "Time per step": time_rows(config, vocab, given),
         EFFICIENCY: efficiency_rows(efficiency),
     }
-    seconds = prediction.compute_seconds(config, vocab, count, rate)
-    memory = remat[prediction.remat_saves(config)]
-    return Plan(given, memory, batch, seconds, efficiency, tables)
+    seconds = scaling.compute_seconds(config, vocab, count, rate)
+    predicted = remat[memory.remat_saves(config)]
+    return Plan(given, predicted, batch, seconds, efficiency, tables)
 
 
 def vocabulary(config: ConfigDict, given: int | None, report: Callable[[str], None]) -> int:
@@ -155,7 +157,7 @@ def vocabulary(config: ConfigDict, given: int | None, report: Callable[[str], No
     if given and not config.data.path:
         config = ConfigDict(config.to_dict())
         config.data.path = "unused"
-    configs.validate(config)
+    validate(config)
     return given or open_cache(config, report).vocab_size
 
 
@@ -163,12 +165,12 @@ def memory_rows(
     config: ConfigDict, given: Assumptions, remat: dict[bool, Memory], batch: int
 ) -> dict[str, str]:
     """Parameters, memory with and without remat, and the batch that fits."""
-    predicted = remat[prediction.remat_saves(config)]
+    predicted = remat[memory.remat_saves(config)]
     activations = [in_bytes(remat[on].activations) for on in (False, True)]
     parameters = predicted.parameters // 4  # float32
-    useless = not prediction.remat_saves(prediction.changed(config, "model.remat", True))
+    useless = not memory.remat_saves(memory.changed(config, "model.remat", True))
     note = " (not by this XLA, but with model.scan_layers)" if useless else ""
-    bad = [str(n) for n in COUNTS if not prediction.splits(config, n)]
+    bad = [str(n) for n in COUNTS if not splits(config, n)]
     return {
         "parameters": f"{quantity(parameters)} in {in_bytes(predicted.parameters)}",
         **({"their average": in_bytes(predicted.average)} if config.ema.decay else {}),
@@ -185,20 +187,10 @@ def memory_rows(
     }
 
 
-def in_bytes(size: float) -> str:
-    """A size in short.
-
-    Examples:
-      >>> in_bytes(3.1e9)
-      '3.1GB'
-    """
-    return quantity(size).replace("B", "G") + "B"
-
-
 def check_rows(config: ConfigDict, vocab: int, count: int) -> dict[str, str]:
     """Compiles the step, and compares XLA's figure with the prediction."""
-    actual = prediction.compiled_memory(config, vocab, count)
-    predicted = prediction.predict_memory(prediction.effective(config), vocab, count).total
+    actual = memory.compiled_memory(config, vocab, count)
+    predicted = memory.predict_memory(memory.effective(config), vocab, count).total
     return {
         "compiled": f"{actual} bytes",
         "predicted": f"{predicted} bytes",
@@ -209,17 +201,17 @@ def check_rows(config: ConfigDict, vocab: int, count: int) -> dict[str, str]:
 def time_rows(config: ConfigDict, vocab: int, given: Assumptions) -> dict[str, str]:
     """FLOPs, and the seconds that they and a ring all-reduce of the gradient take."""
     count, rate = given.devices, given.flop_rate
-    per_token, per_step = prediction.step_flops(config, vocab, count)
-    params = prediction.parameter_shapes(Transformer(ModelConfig.from_config(config, vocab)))
+    per_token, per_step = scaling.step_flops(config, vocab, count)
+    params = parameter_shapes(Transformer(ModelConfig.from_config(config, vocab)))
     gradient = Collective("all-reduce", traffic.num_bytes(params, config.sync.dtype))
-    ring = prediction.communication([gradient], count, *given.link)
+    ring = scaling.communication([gradient], count, *given.link)
     origin = "reached by a matrix product of this model, timed here" if given.measured else "given"
     return {
         "FLOPs per token": f"{per_token:.3g}",
         "FLOPs per step": f"{per_step:.3g} per device"
         + (", a third more for remat" if config.model.remat else ""),
         "FLOP rate": f"{rate:.3g} per device and second, {origin}",
-        "computing": f"{prediction.compute_seconds(config, vocab, count, rate):.3g} s",
+        "computing": f"{scaling.compute_seconds(config, vocab, count, rate):.3g} s",
         "gradient all-reduce": f"{ring:.3g} s, a ring of {count} at {given.bandwidth_gbps:g} "
         f"Gbit/s with {given.latency_us:g} us",
     }

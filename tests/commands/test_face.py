@@ -11,7 +11,7 @@ import jaxdp
 from jaxdp.common import config as configs
 from jaxdp.common import usage
 from jaxdp.data.cache import open_cache
-from jaxdp.data.eval_sets import Split
+from jaxdp.data.feed import Feed
 from jaxdp.run.evaluation import Evaluation
 from jaxdp.run.session import Result
 from jaxdp.workdir import finished
@@ -87,4 +87,4 @@ def test_reprs_are_short(config: ConfigDict):
     assert repr(evaluated) == "Result(step=3, finished=True, validation_loss=1.5000)"
     cache = open_cache(config, report=lambda line: None)
     assert len(repr(cache)) < 600 and str(cache.folder) in repr(cache)
-    assert len(repr(Split(config, cache))) < 700
+    assert len(repr(Feed(config, cache))) < 700

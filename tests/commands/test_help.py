@@ -9,8 +9,7 @@ import pytest
 from jaxdp import __version__
 from jaxdp.common import cli, config_file, usage
 from jaxdp.common.errors import ConfigError
-
-REPOSITORY = Path(__file__).parent.parent.parent
+from support.texts import REPOSITORY
 
 
 def run(*arguments, **options):
