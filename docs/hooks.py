@@ -100,7 +100,7 @@ def flags_section(module: str) -> str:
     ]
     if not rows:
         return ""
-    title = f"\n## python -m {module}\n\n{ast.get_docstring(tree)}\n"
+    title = f"\n## {module.replace('.', ' ')}\n\n{ast.get_docstring(tree)}\n"
     return f"{title}\n| flag | default | |\n|---|---|---|\n{''.join(rows)}"
 
 

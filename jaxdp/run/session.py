@@ -64,6 +64,11 @@ class Result:
         """On the validation split, of the last step, where this call evaluated it."""
         return self.evaluations.get("")
 
+    def __repr__(self) -> str:
+        """Without the state, whose arrays would fill a notebook."""
+        loss = f", validation_loss={self.evaluation.loss:.4f}" if self.evaluation else ""
+        return f"Result(step={self.step}, finished={self.finished}{loss})"
+
 
 class Run:
     """A run under way, between `with` and its end.

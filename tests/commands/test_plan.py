@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
-from jaxdp import plan
 from jaxdp.common.errors import ConfigError
+from jaxdp.estimate import plan
 from jaxdp.step.setup import batch_sizes, splits
 from support.texts import REPOSITORY
 

@@ -2,9 +2,8 @@ import importlib
 
 import pytest
 
-from jaxdp import plan
 from jaxdp.configs import quickstart
-from jaxdp.estimate import memory, scaling
+from jaxdp.estimate import memory, plan, scaling
 from jaxdp.sync.methods import METHODS
 from jaxdp.sync.traffic import Collective
 
