@@ -1,8 +1,8 @@
 """Makes the pages that this folder doesn't hold, while the site is built (mkdocs hooks).
 
 `config.md` is made from configs/default.py and jaxdp/common/choices.py, `reference/` from the
-docstrings of every module, the flags in `commands.md` from the source of the commands. COPIES are
-pages that lie elsewhere in the repository.
+docstrings of every module, the flags in `commands.md` from the source of the commands, the table in
+`metrics.md` from jaxdp/workdir/metrics.py. COPIES are pages that lie elsewhere in the repository.
 """
 
 import ast
@@ -17,6 +17,7 @@ from mkdocs.structure.files import File
 from jaxdp.common.choices import CHOICES, MOST, RANGES
 from jaxdp.common.config import flatten
 from jaxdp.configs import default
+from jaxdp.workdir.metrics import FIGURES
 
 ROOT = Path(__file__).parent.parent
 COPIES = {
@@ -27,9 +28,11 @@ COPIES = {
 INTRODUCTION = """# Config
 
 Every key of a run. A key is set in a config file, a Python file whose `get_config()` starts from
-[configs/default.py](../configs/default.py), or on the command line as `--config.KEY=VALUE`. Values
-outside of these limits are refused before anything is compiled (`pytest tests/common/test_config.py`).
+[configs/default.py](../configs/default.py), or on the command line as `--config.KEY=VALUE`. What
+these tables don't allow is refused before anything is compiled
+(`pytest tests/common/test_config.py`).
 """
+METRICS = "<!-- the table of metrics -->\n"  # In metrics.md.
 LINK = re.compile(r"\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)")
 IMAGE_LINK = re.compile(r"\[!\[([^]]*)\]\(https?:[^)]*\)\]")
 
@@ -42,7 +45,8 @@ def modules(wing: str = "**") -> list[str]:
 
 def wings() -> list[str]:
     """The folders of jaxdp/ in the order of imports, as in the README's tree; "." is itself."""
-    return [".", *re.findall(r"^├── (\w+)/", (ROOT / "README.md").read_text(), re.MULTILINE)]
+    found = re.findall(r"^├── (\w+)/", (ROOT / "README.md").read_text(), re.MULTILINE)
+    return [".", *(folder for folder in found if any(ROOT.glob(f"jaxdp/{folder}/*.py")))]
 
 
 def on_config(config):
@@ -79,12 +83,12 @@ def wing_page(wing: str) -> str:
     text = f"# {package}\n\n::: {package}\n\n| | |\n|---|---|\n"
     for page, name, source in rows:
         first, *_ = ast.get_docstring(ast.parse(_source(source))).splitlines()
-        text += f"| [{name}]({page}) | {first.replace('|', chr(92) + '|')} |\n"
+        text += f"| [{name}]({page}) | {first} |\n"
     return text
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Adds the flags; points links that leave docs/ to the site's copy, or to the repository.
+    """Adds flags and metrics; points links to files outside docs/ to the site or the repository.
 
     Badges become plain links, because pages load nothing from elsewhere.
     """
@@ -93,6 +97,9 @@ def on_page_markdown(markdown, page, config, files):
         return markdown
     if name == "commands.md":
         markdown += "".join(map(flags_section, modules()))
+    if name == "metrics.md":
+        rows = [f"| `{metric}` | {text} |\n" for metric, text in FIGURES.items()]
+        markdown = markdown.replace(METRICS, f"| metric | |\n|---|---|\n{''.join(rows)}")
     folder = (ROOT / COPIES.get(name, f"docs/{name}")).parent
 
     def on_site(match):
