@@ -28,7 +28,7 @@ INTRODUCTION = """# Config
 
 Every key of a run. It is set in a config file, a Python file whose `get_config()` starts from
 [configs/default.py](../configs/default.py), or on the command line as `--config.KEY=VALUE`. What is
-out of these limits is refused before anything is compiled (`pytest tests/test_config.py`).
+out of these limits is refused before anything is compiled (`pytest tests/common/test_config.py`).
 """
 LINK = re.compile(r"\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)")
 IMAGE_LINK = re.compile(r"\[!\[([^]]*)\]\(https?:[^)]*\)\]")

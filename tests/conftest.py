@@ -4,35 +4,21 @@ import gc
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
-# Before JAX is imported. The commands that tests start set their own number.
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["JAX_NUM_CPU_DEVICES"] = "8"
-USER_XLA_FLAGS = os.environ.get("XLA_FLAGS", "")
-# Nearly all of a small test's time is compilation; the commands get no such flag.
-os.environ["XLA_FLAGS"] = f"{USER_XLA_FLAGS} --xla_backend_optimization_level=0"
-# Compiled programs are shared by the tests of a session, by their commands, and, as they have this
-# environment, by the workers of pytest-xdist.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    PROGRAMS = tempfile.TemporaryDirectory(prefix="jaxdp-programs-")
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = PROGRAMS.name
+from support import environment
 
-import bad_input
+environment.prepare()
+
 import jax
 import pytest
 from ml_collections import ConfigDict
 
 from jaxdp.configs import default
 from jaxdp.run import loop
-
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-
-REPOSITORY = Path(__file__).parent.parent
-TEXT = "".join(
-    f"{i} is {'even' if i % 2 == 0 else 'odd'}, its square is {i * i}.\n" for i in range(800)
-)
+from support import bad_input
+from support.processes import USER_XLA_FLAGS
+from support.texts import REPOSITORY, TEXT
 
 
 @pytest.fixture(autouse=True)

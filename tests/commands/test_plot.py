@@ -1,0 +1,188 @@
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxdp import plot
+from jaxdp.common import cli, png
+from jaxdp.common.choices import MOST
+from jaxdp.common.errors import ConfigError
+from jaxdp.workdir.metrics import MetricsWriter
+from support.bad_input import HARM, JSON, NUMBERS, TRIED, assert_clear, harm, only_flags_of, tries
+
+FIGURES = [name for _, _, names in plot.PANELS for name in names]
+
+
+def log(workdir, *records):
+    workdir.mkdir(exist_ok=True)
+    text = "".join(x if isinstance(x, str) else json.dumps(x) + "\n" for x in records)
+    (workdir / "metrics.jsonl").write_text(text)
+    return str(workdir)
+
+
+def run(capsys, *arguments):
+    """Runs the command; returns its status, and what it says."""
+    with pytest.MonkeyPatch.context() as patch, only_flags_of("jaxdp.plot") as module:
+        patch.setattr(sys, "argv", ["plot", *arguments])
+        return cli.run(module.main, operands=True), capsys.readouterr()
+
+
+def points(curve):
+    return list(zip(*(x.tolist() for x in curve), strict=True))
+
+
+def test_what_a_run_has_logged_is_what_is_drawn(tmp_path, config):
+    with MetricsWriter(tmp_path, config, 0) as writer:
+        for step in range(1, 5):
+            values = {"train/loss": 4.0 / step, "tokens_per_second": None if step == 1 else 100.0}
+            writer.write(step, values | {"train/learning_rate": 0.1 * step})
+        writer.write(4, {"eval/loss": 1.5})
+    run = plot.curves(str(tmp_path))
+    assert set(run) == set(FIGURES)
+    assert points(run["eval/loss"]) == [(4, 1.5)]
+    assert points(run["tokens_per_second"]) == [(2, 100.0), (3, 100.0), (4, 100.0)]
+    loss, speed, rate = plot.draw({"a": run}).axes
+    for axes, name in ((loss, "train/loss"), (speed, "tokens_per_second")):
+        assert [tuple(x) for x in axes.lines[0].get_xydata()] == points(run[name])
+    assert [tuple(x) for x in loss.lines[1].get_xydata()] == [(4, 1.5)]
+    assert len(rate.lines) == 1
+
+
+def test_the_last_value_of_a_step_counts(tmp_path):
+    workdir = log(
+        tmp_path,
+        {"step": 2, "train/loss": 9.0},
+        {"step": 3, "train/loss": 8.0, "eval/loss": 7.0},
+        {"step": 2, "train/loss": 6.0},
+        {"step": 3, "train/loss": 5.0},
+        '{"step": 4, "train/l',  # Killed while it wrote.
+    )
+    run = plot.curves(workdir)
+    assert points(run["train/loss"]) == [(2, 6.0), (3, 5.0)]
+    assert points(run["eval/loss"]) == [(3, 7.0)]
+
+
+def test_each_run_has_a_colour_and_a_name_in_the_legend(tmp_path):
+    line = {"train/loss": 2.0, "eval/loss": 2.0, "train/learning_rate": 0.1}
+    for count in (3, 12):
+        given = [log(tmp_path / str(i), {"step": 1, **line}) for i in range(count)]
+        runs = dict(zip(plot.names(given), map(plot.curves, given), strict=True))
+        figure = plot.draw(runs)
+        [legend] = figure.legends
+        assert [text.get_text() for text in legend.get_texts()] == [str(i) for i in range(count)]
+        shown = [x.get_color() for x in legend.get_lines()]
+        assert len(set(shown)) == count
+        for axes, each in zip(figure.axes, (2, 0, 1), strict=True):
+            drawn = [line.get_color() for line in axes.lines]
+            assert drawn == [colour for colour in shown for _ in range(each)]
+
+
+def test_names_are_as_long_as_they_must_be():
+    assert plot.names(["/r/a/x", "/r/b/y/"]) == ["x", "y"]
+    assert plot.names(["/r/a/x", "/r/b/x"]) == ["a/x", "b/x"]
+    assert plot.names(["/x", "/r/x"]) == ["//x", "r/x"]
+    for twice in (["/r/x", "/r/x/"], ["/r/x", "/r/y/../x"]):
+        with pytest.raises(ConfigError, match="given twice: give each once"):
+            plot.names(twice)
+
+
+def test_a_smooth_curve_is_the_mean_of_a_window_that_the_ends_cut():
+    values = np.random.default_rng(0).normal(size=12)
+    got = plot._smooth(values, 3)
+    for i in range(12):
+        left = min(i, 3)
+        assert got[i] == pytest.approx(values[i - left : i + left + 1].mean())
+    line = np.arange(12.0)
+    np.testing.assert_allclose(plot._smooth(line, 3)[:9], line[:9])  # No bias at a steep beginning.
+
+
+def test_many_points_are_drawn_behind_their_mean(tmp_path):
+    rng = np.random.default_rng(0)
+    losses = rng.normal(3, 0.1, 300)
+    run = plot.curves(log(tmp_path, *({"step": i, "train/loss": x} for i, x in enumerate(losses))))
+    raw, mean = plot.draw({"a": run}).axes[0].lines
+    assert raw.get_ydata().tolist() == losses.tolist() and raw.get_alpha() < 1
+    assert mean.get_ydata().std() < raw.get_ydata().std() / 2
+
+
+@pytest.mark.parametrize("value", [0.0, -plot.MOST_FLOAT, plot.MOST_FLOAT, 5e-324, MOST])
+def test_every_number_can_be_drawn(tmp_path, value):
+    records = [{"step": step, **dict.fromkeys(FIGURES, value)} for step in (0, MOST)]
+    figure = plot.draw({"$x_{$": plot.curves(log(tmp_path, *records))})
+    png.save(figure, "output", str(tmp_path / "plot.png"))
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+@tries(60)
+@given(
+    lines=st.lists(
+        st.one_of(
+            st.dictionaries(st.sampled_from(["step", *FIGURES]), st.one_of(NUMBERS, JSON)),
+            st.fixed_dictionaries({"step": st.integers(0, 9), "eval/loss": NUMBERS}),
+        ),
+        max_size=6,
+    ),
+    **HARM,
+)
+def test_harmed_metrics_are_drawn_as_far_as_they_go_or_refused(
+    lines, how, where, noise, tmp_path_factory
+):
+    TRIED["plots"] += 1
+    workdir = tmp_path_factory.mktemp("run")
+    try:
+        log(workdir, *lines)
+    except ValueError:  # An int of too many digits can't be written.
+        return
+    harm(workdir / "metrics.jsonl", how, where, noise)
+    try:
+        run = plot.curves(str(workdir))
+    except ConfigError as error:
+        assert_clear(str(error))
+    else:
+        for steps, values in run.values():
+            assert len(steps) == len(values) > 0
+            assert (np.diff(steps) > 0).all() and all(map(math.isfinite, values))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "WORKDIR is missing"),
+        (["/no/such/run"], "'/no/such/run' is no folder"),
+        (["{tmp}"], "metrics.jsonl can't be read (No such file or directory)"),
+        (["{tmp}/empty"], "metrics.jsonl has no figures yet"),
+        (["{tmp}/run", "{tmp}/run"], "WORKDIR is given twice"),
+        (["{tmp}/run", "--output=/no/such/plot.png"], "--output='/no/such/plot.png' can't be"),
+        (["{tmp}/run", "--output={tmp}"], "can't be written (Is a directory)"),
+        (["{tmp}/run", "--output=a\0b"], "--output='a\\x00b' holds a NUL"),
+        (["a\0b"], "holds a NUL character"),
+        (["{tmp}/run", "--smooth=3"], "'smooth'"),
+    ],
+)
+def test_wrong_input_is_one_line_and_status_2(tmp_path, capsys, arguments, message):
+    log(tmp_path / "run", {"step": 1, "train/loss": 2.0})
+    log(tmp_path / "empty")
+    status, said = run(capsys, *(x.replace("{tmp}", str(tmp_path)) for x in arguments))
+    assert (status, said.out) == (2, "")
+    assert message in said.err and said.err.count("\n") == 1
+    assert_clear(said.err.strip())
+
+
+def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(png.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        ConfigError, match=r"needs the package matplotlib: pip install 'jaxdp\[plot\]"
+    ):
+        png.check("output", "plot.png")
+
+
+def test_the_command_writes_the_plot(tmp_path, capsys):
+    workdir = log(tmp_path / "run", {"step": 1, "train/loss": 2.0})
+    path = tmp_path / "plot.png"
+    status, said = run(capsys, workdir, f"--output={path}")
+    assert (status, said.out, said.err) == (0, f"{path}\n", "")
+    assert path.read_bytes().startswith(b"\x89PNG")

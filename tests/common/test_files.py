@@ -1,0 +1,72 @@
+import errno
+import os
+
+import pytest
+
+from jaxdp.common.errors import ConfigError
+from jaxdp.common.files import PatientFile, reason, write_whole
+from support.processes import limited
+
+
+class FullDisk:
+    """A raw file on a disk that takes `room` bytes."""
+
+    room = 0
+
+    def __init__(self, path, mode):
+        self._file = open(path, mode, buffering=0)  # noqa: SIM115
+        self.tell, self.truncate, self.close = map(
+            self._file.__getattribute__, ("tell", "truncate", "close")
+        )
+
+    def write(self, data):
+        if not self.room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        taken = data[: self.room]
+        FullDisk.room -= len(taken)
+        return self._file.write(taken)
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    monkeypatch.setattr("jaxdp.common.files.FileIO", FullDisk)
+    return FullDisk
+
+
+def test_what_has_no_room_is_written_later_at_the_very_byte(tmp_path, full_disk):
+    file = PatientFile(tmp_path / "folder" / "file")
+    for room, data in ((100, b"one\n"), (3, b"two, long\n"), (0, b"three\n"), (2, b"four\n")):
+        full_disk.room = room
+        file.write(data)
+    assert file.waiting() == 3 and file.error.errno == errno.ENOSPC
+    full_disk.room = 100
+    file.flush()
+    assert file.waiting() == 0 and file.error is None
+    assert (tmp_path / "folder" / "file").read_bytes() == b"one\ntwo, long\nthree\nfour\n"
+
+
+def test_a_part_that_stays_alone_is_removed_at_the_end(tmp_path, full_disk):
+    file = PatientFile(tmp_path / "file")
+    full_disk.room = 6
+    file.write(b"one\n")
+    file.write(b"two\n")
+    file.close()
+    assert (tmp_path / "file").read_bytes() == b"one\n"
+
+
+def test_reasons_are_the_systems():
+    inner = OSError(errno.EDQUOT, "Disk quota exceeded")
+    outer = RuntimeError("Failed")
+    outer.__cause__ = inner
+    assert reason(outer) == "Disk quota exceeded"
+    tensorstore = ValueError("RESOURCE_EXHAUSTED: Failed to write [os_error_code='28'] [...]")
+    assert reason(tensorstore) == "No space left on device"
+    assert reason(ValueError("something\nelse")) == "ValueError: something"
+
+
+def test_a_file_that_has_no_room_stays_as_it_was(tmp_path):
+    path = tmp_path / "config.json"
+    write_whole(path, "old")
+    with limited(0, 2), pytest.raises(ConfigError, match=r"config.json can't be written \(File "):
+        write_whole(path, "new and longer")
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]

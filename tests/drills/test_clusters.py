@@ -1,0 +1,120 @@
+"""Several processes on loopback are one run."""
+
+import jax
+import numpy as np
+import pytest
+
+from jaxdp.run import loop
+from support.processes import group, start_group
+from support.runs import assert_close_losses, figures, flags
+
+
+def test_fixed_order_is_one_run_on_any_devices(config, tmp_path, command):
+    """The same bits on 1, 2, 4, 8 devices, on 4 processes x 2, and across changes of devices."""
+    config.update({"num_train_steps": 50, "eval_every": 50, "log_every": 50})
+    config.sync.method = "fixed_order"
+    config.optimizer.schedule = "constant"  # Parts of the run know nothing of its length.
+    config.checkpoint.every = 50
+    for devices in (1, 2, 4, 8):
+        command("train", *flags(config, tmp_path / str(devices)), devices=devices)
+    start_group(config, tmp_path / "4x2", processes=4, devices=2)
+    for devices, steps in ((4, 20), (2, 35), (8, 50)):
+        arguments = flags(config, tmp_path / "changing", num_train_steps=steps)
+        command("train", *arguments, devices=devices)
+    runs = ["1", "2", "4", "8", "4x2", "changing"]
+    ends = [loop.train(config, tmp_path / run).state for run in runs]
+    bits = [b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(end)) for end in ends]
+    assert len(set(bits)) == 1
+
+
+@pytest.mark.parametrize("method", ["sharded", "diloco"])
+def test_states_of_several_processes(config, tmp_path, command, method):
+    """What two processes of two devices each have of their own goes on in one process."""
+    config.sync.update({"method": method, "every": 3})
+    start_group(config, tmp_path / "parts", processes=2, devices=2)
+    assert (tmp_path / "parts" / "checkpoints" / "6").is_dir()
+    for run, steps in (("parts", 12), ("whole", 6), ("whole", 12)):
+        command("train", *flags(config, tmp_path / run, num_train_steps=steps), devices=4)
+    assert_close_losses(figures(tmp_path / "whole"), figures(tmp_path / "parts"))
+
+
+def test_two_processes_are_one(config, tmp_path, command):
+    """2 processes x 2 devices on loopback reach the losses of 1 x 4, and stop and go on as one."""
+    config.model.dropout = 0.2
+    outs = start_group(config, tmp_path / "2x2", processes=2, devices=2)
+    assert "4 x cpu in 2 processes" in outs[0]
+    assert "Finished" in outs[0] and "Finished" not in outs[1]
+    command("train", *flags(config, tmp_path / "1x4"), devices=4)
+    assert_close_losses(figures(tmp_path / "2x2"), figures(tmp_path / "1x4"))
+
+    # What two processes wrote, one process reads.
+    result = loop.train(config, tmp_path / "2x2", devices=jax.local_devices()[:1])
+    assert result.finished and result.step == config.num_train_steps
+
+
+def test_four_processes_are_one(config, tmp_path, command):
+    """A cluster on loopback: 4 processes x 2 devices reach the losses of 1 x 8.
+
+    Not to the bit, but with fixed_order (above): gloo adds the gradients of several processes in
+    another order than XLA those of one.
+    """
+    outs = start_group(config, tmp_path / "4x2", processes=4, devices=2)
+    assert "8 x cpu in 4 processes" in outs[0]
+    command("train", *flags(config, tmp_path / "1x8"), devices=8)
+    assert_close_losses(figures(tmp_path / "4x2"), figures(tmp_path / "1x8"))
+
+
+def test_many_steps_on_eight_devices_come_to_an_end(config, tmp_path, command):
+    """CPU devices wait for each other for ever, until XLA aborts, where too many are in flight."""
+    out = command(
+        "train",
+        *flags(config, tmp_path, num_train_steps=500, log_every=100, eval_every=250),
+        "--config.checkpoint.every=250",
+        devices=8,
+    ).stdout
+    assert "500 of 500" in out
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_same(config, tmp_path):
+    """Each has a slice, which is put together to evaluate, to save and to go on."""
+    config.ema.decay, config.sync.method = 0.8, "sharded"
+    config.optimizer.schedule = "constant"  # Whatever the number of steps.
+    loop.train(config, tmp_path / "one", devices=jax.local_devices()[:2])
+    for steps in (3, 6):
+        config.num_train_steps = steps
+        start_group(config, tmp_path / "two", processes=2, devices=1)
+    assert_close_losses(figures(tmp_path / "one"), figures(tmp_path / "two"))
+
+
+@pytest.fixture
+def overfitting(config):
+    """The loss falls at first, and then no more."""
+    config.update({"num_train_steps": 100, "eval_every": 2})
+    config.optimizer.update({"learning_rate": 0.1, "schedule": "constant", "warmup_steps": 9})
+    config.checkpoint.every = 10
+    config.stop.patience = 3
+    return config
+
+
+@pytest.mark.slow
+def test_all_processes_stop_at_the_same_step(overfitting, tmp_path):
+    outs = start_group(overfitting, tmp_path, processes=2, devices=1)
+    assert "stopped early" in outs[0]
+    assert overfitting.num_train_steps > figures(tmp_path)[-1]["step"]
+
+
+@pytest.mark.slow
+def test_a_learning_rate_that_is_far_too_high(config, tmp_path):
+    """As users of two processes meet it: all go back together, and end; a line, and a table."""
+    config.num_train_steps = 100
+    config.checkpoint.every = 10
+    config.optimizer.update({"name": "sgd", "learning_rate": 1e6, "clip_norm": 0.0})
+    with group(config, tmp_path / "run") as runs:
+        assert [run.ended() for run in runs] == [1, 1], runs[0].printed
+    for run in runs:
+        assert run.printed.count("lower optimizer.learning_rate") == 1
+        assert "Traceback" not in run.printed
+    assert "roll-back 3 of at most 3" in runs[0].printed
+    assert "layer_1" in runs[0].printed
+    assert (tmp_path / "run" / "diagnosis.json").exists()

@@ -1,0 +1,228 @@
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from tokenizers import AddedToken, Tokenizer, models
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    GenerationConfig,
+    pipeline,
+)
+
+from jaxdp.common.errors import ConfigError
+from jaxdp.data import tokenizer
+from jaxdp.generate import generate
+from jaxdp.huggingface import save
+from jaxdp.model.transformer import ModelConfig, Transformer
+from jaxdp.run import loop
+from jaxdp.workdir import finished
+from jaxdp.workdir.finished import Trained
+from support.bad_input import contents
+from support.models import TOLERANCE, difference
+
+TEXT = "17 is odd, its square is 289.\n"
+
+
+def opened(workdir, tmp_path, which="newest"):
+    """The folder, and the run as it lies in the workdir."""
+    save.export(workdir, tmp_path / "out", which)
+    return tmp_path / "out", finished.open_workdir(workdir)
+
+
+def llama(config):
+    config.tokenizer = "train:bpe:270"
+    config.model.positions, config.model.norm = "rotary", "rmsnorm"
+    config.model.activation, config.model.num_kv_heads = "swiglu", 1
+    config.model.vocab_multiple = 32
+
+
+def bert(config):
+    config.tokenizer, config.objective = "byte", "masked"
+    config.model.norm_position, config.model.head_transform = "post", True
+    config.model.bias, config.model.activation = True, "gelu_exact"
+
+
+@pytest.fixture
+def short(config):
+    """A config of a run of 2 steps."""
+    config.num_train_steps, config.optimizer.warmup_steps, config.checkpoint.every = 2, 1, 1
+    config.eval_every, config.sample.num_tokens = 2, 0
+    return config
+
+
+def test_a_character_model_is_opened_and_continues_text_alike(workdir, tmp_path):
+    """Greedily, so that the texts are the same as long as no two logits are nearly equal."""
+    folder, _ = opened(workdir, tmp_path)
+    options = {"max_new_tokens": 12, "do_sample": False}
+    [found] = pipeline("text-generation", str(folder))("1 is", **options)
+    assert found["generated_text"] == generate(workdir, ["1 is"], num_tokens=12, temperature=0)[0]
+    # By itself it draws, and stops where the context ends.
+    [found] = pipeline("text-generation", str(folder))("1 is")
+    assert found["generated_text"].startswith("1 is") and len(found["generated_text"]) <= 16
+
+
+@pytest.mark.parametrize("change", [llama, bert])
+def test_text_gives_the_same_tokens_and_logits(short, change, tmp_path):
+    change(short)
+    loop.train(short, tmp_path / "run")
+    folder, run = opened(tmp_path / "run", tmp_path)
+    words = AutoTokenizer.from_pretrained(folder)
+    kind = AutoModelForCausalLM if short.objective == "causal" else AutoModelForMaskedLM
+    [ids] = tokenizer.encode(run.words, [TEXT[:16]])
+    assert words(TEXT[:16])["input_ids"] == list(ids)
+    assert words.decode(ids) == TEXT[:16]
+    with torch.no_grad():
+        theirs = kind.from_pretrained(folder)(torch.tensor(ids[None])).logits.numpy()
+    params, _ = run.params("newest", print)
+    ours = np.asarray(Transformer(run.model.config).apply({"params": params}, ids[None]))
+    assert difference(theirs, ours) < TOLERANCE
+    if change is bert:
+        assert words.mask_token == "<|mask|>" and words.mask_token_id == 257
+        [filled, *_] = pipeline("fill-mask", str(folder))("17 is <|mask|>dd,")
+        assert filled["sequence"].endswith("dd,")
+    else:
+        assert words.eos_token == words.bos_token == "<|endoftext|>"
+        # The vocabulary is padded, and what pads it is never drawn.
+        config = GenerationConfig.from_pretrained(folder)
+        assert config.suppress_tokens == list(range(270, 288)) and config.eos_token_id == 0
+
+
+def test_a_model_begun_with_transformers_weights_is_exported_as_it_was(short, tmp_path):
+    """To the bit, where nothing is learned; and the folder is not needed to go on."""
+    short.tokenizer, short.optimizer.learning_rate, short.model.bias = "byte", 0.0, True
+    loop.train(short, tmp_path / "first")
+    first, _ = opened(tmp_path / "first", tmp_path)
+    short.init_from, short.seed = f"hf:{first}", 1
+    loop.train(short, tmp_path / "second")
+    (tmp_path / "again").mkdir()
+    second, _ = opened(tmp_path / "second", tmp_path / "again")
+    before, after = (load_file(folder / "model.safetensors") for folder in (first, second))
+    assert before.keys() == after.keys()
+    for name, array in before.items():
+        assert array.tobytes() == after[name].tobytes(), name
+    assert f"| initial weights | hf:{first} |" in (second / "README.md").read_text()
+    # The tokenizer can be taken from there, too, and is the same.
+    assert tokenizer.digest(tokenizer.get_tokenizer(f"hf:{first}", "causal", None)) == (
+        tokenizer.digest(finished.open_workdir(tmp_path / "second").words)
+    )
+    first.rename(tmp_path / "moved")
+    short.num_train_steps = 3
+    assert loop.train(short, tmp_path / "second").step == 3
+    with pytest.raises(ConfigError, match="can't be had"):
+        loop.train(short, tmp_path / "third")
+
+
+@pytest.mark.parametrize(("which", "step"), [("newest", 4), ("best", 4), ("2", 2)])
+def test_the_checkpoint_that_was_asked_for_and_what_is_known_of_it(workdir, tmp_path, which, step):
+    before = contents(workdir)
+    folder, run = opened(workdir, tmp_path, which)
+    assert contents(workdir) == before
+    params, _ = run.params(str(step), print)
+    table = load_file(folder / "model.safetensors")["transformer.wte.weight"]
+    assert (table == np.asarray(params["embed"]["embedding"])).all()
+    card = (folder / "README.md").read_text()
+    assert f"| steps | {step}, of 4 sequences x 16 tokens |" in card
+    loss = re.search(r"\| validation loss \| (.*) \|", card)[1]
+    [logged] = [r for r in save.read_jsonl(workdir) if "eval/loss" in r]
+    assert loss == (
+        f"{logged['eval/loss']:.4f} nats per token" if step == 4 else "not evaluated at this step"
+    )
+    assert "Licence: not stated" in card
+    assert json.loads(card.partition("```json")[2].partition("```")[0])["seq_len"] == 16
+
+
+SPECIAL = {
+    "bert": (
+        ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"],
+        "masked",
+        {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
+        | {"eos": "[SEP]"},
+    ),
+    "roberta": (
+        ["<s>", "<pad>", "</s>", "<unk>", "<mask>"],
+        "masked",
+        {"pad": "<pad>", "unk": "<unk>", "cls": "<s>", "sep": "</s>", "mask": "<mask>"}
+        | {"bos": "<s>", "eos": "</s>"},
+    ),
+    "llama": (
+        ["<unk>", "<s>", "</s>"],
+        "causal",
+        {"bos": "<s>", "eos": "</s>", "unk": "<unk>"},
+    ),
+    "gpt2": (["<|endoftext|>"], "causal", {"bos": "<|endoftext|>", "eos": "<|endoftext|>"}),
+    "none": ([], "causal", {}),
+}
+
+
+@pytest.mark.parametrize("title", SPECIAL)
+def test_special_tokens_are_those_of_the_tokenizer(config, title, tmp_path):
+    names, config.objective, expected = SPECIAL[title]
+    # That <s> is a token of the text makes it no special one.
+    vocabulary = {c: i for i, c in enumerate(["<", "s", ">", "<s", "<s>"])}
+    words = Tokenizer(models.BPE(vocabulary, [("<", "s"), ("<s", ">")]))
+    words.add_special_tokens([AddedToken(name, special=True) for name in names if name != "<s>"])
+    if "<s>" in names:
+        words.add_special_tokens([AddedToken("<s>", special=True)])
+    model = Transformer(ModelConfig.from_config(config, tokenizer.vocab_size(words)))
+    found = save.special_tokens(Trained(tmp_path, config, words, model))
+    assert found == {f"{role}_token": name for role, name in expected.items()}
+
+
+def test_a_folder_that_is_there_is_left_alone(workdir, tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ConfigError, match=r"--output='.*out' is there already: give another"):
+        save.export(workdir, tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_folder_is_made_whole_or_not_at_all(workdir, tmp_path, monkeypatch):
+    def full(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(save, "save_file", full)
+    before = contents(tmp_path)
+    with pytest.raises(ConfigError, match=r"can't be written \(No space left on device\)"):
+        save.export(workdir, tmp_path / "new" / "out")
+    assert contents(tmp_path).keys() - before.keys() == {"new"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"norm": "rmsnorm"}, r"model.norm='rmsnorm' makes .* GPT2LMHeadModel, train with 'layern"),
+        ({"positions": "rotary"}, r"model.norm='layernorm' .* ArceeForCausalLM, .* 'rmsnorm'"),
+        ({"activation": "swiglu"}, r"model.activation='swiglu' .* with 'gelu' or 'gelu_exact'"),
+        ({"num_kv_heads": 1, "num_heads": 2}, r"model.num_kv_heads=1 .* with 2"),
+    ],
+)
+def test_a_model_that_transformers_does_not_know_is_refused(workdir, tmp_path, changes, message):
+    """Before its checkpoint is read, which here doesn't fit."""
+    config = json.loads((workdir / "config.json").read_text())
+    config["model"] |= changes
+    (workdir / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=message):
+        save.export(workdir, tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_the_command(workdir, tmp_path, command):
+    out = tmp_path / "out"
+    process = command("export", f"--workdir={workdir}", f"--output={out}", "--step=best")
+    assert process.stdout == f"{out}: the model after step 4\n"
+    assert {path.name for path in out.iterdir()} == {
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    for wrong in ((), ("--step=-1", "--out=x"), (f"--out={out}",)):
+        process = command("export", f"--workdir={workdir}", *wrong, check=2)
+        assert process.stderr.startswith("jaxdp: --") and process.stderr.count("\n") == 1

@@ -1,0 +1,98 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxdp.model.sampling import filter_logits, sample
+from jaxdp.model.transformer import ModelConfig, Transformer
+from jaxdp.run import loop
+from support.runs import logged
+
+VOCAB, CONTEXT = 13, 16
+
+
+@pytest.fixture
+def model(config):
+    config.model.vocab_multiple = 8  # Three ids that mean nothing.
+    model = Transformer(ModelConfig.from_config(config, VOCAB))
+    params = model.init(jax.random.key(0), jnp.zeros((1, CONTEXT), jnp.int32))["params"]
+    return model, jax.tree.map(lambda p: 20 * p if p.ndim > 1 else p, params)
+
+
+def draw(model, prompts, **options):
+    options = {"vocab_size": VOCAB, "num_tokens": 8} | options
+    return sample(*model, [np.array(p) for p in prompts], **options)
+
+
+def test_greedy_is_the_argmax_without_a_cache(model):
+    transformer, params = model
+    tokens = [3, 1, 4]
+    [drawn] = draw(model, [tokens], temperature=0)
+    for token in drawn:
+        padded = jnp.array([tokens + [0] * (CONTEXT - len(tokens))])
+        logits = transformer.apply({"params": params}, padded)[0, len(tokens) - 1, :VOCAB]
+        assert token == logits.argmax()
+        tokens.append(int(token))
+
+
+def test_a_batch_is_what_each_prompt_gives_alone(model):
+    """Prompts of different lengths; only the first has the same number, so the same draws."""
+    prompts = [[3], [1, 4, 1, 5, 9, 2, 6], [5, 3, 5]]
+    together = draw(model, prompts, temperature=0)
+    for prompt, tokens in zip(prompts, together, strict=True):
+        assert (draw(model, [prompt], temperature=0)[0] == tokens).all()
+    assert (draw(model, prompts)[0] == draw(model, prompts[:1])[0]).all()
+
+
+def test_texts_longer_than_the_context(model):
+    [drawn] = draw(model, [[1, 2]], num_tokens=50)
+    assert drawn.shape == (50,)
+    assert (drawn[: CONTEXT - 2] == draw(model, [[1, 2]], num_tokens=CONTEXT - 2)[0]).all()
+    assert draw(model, [list(range(13)) * 3], num_tokens=5)[0].shape == (5,)
+
+
+def test_after_the_context_the_newer_half_is_read(model):
+    [long] = draw(model, [[1, 2]], num_tokens=CONTEXT + 3, temperature=0)
+    history = [1, 2, *long.tolist()]
+    [again] = draw(model, [history[CONTEXT - CONTEXT // 2 : CONTEXT]], num_tokens=5, temperature=0)
+    assert (long[CONTEXT - 2 : CONTEXT + 3] == again).all()
+
+
+def test_seeds_and_padding(model):
+    one, same, other = (draw(model, [[1]], num_tokens=200, seed=s)[0] for s in (1, 1, 2))
+    assert (one == same).all()
+    assert (one != other).any()
+    # 200 draws at a high temperature would hit one of three padded ids of 16.
+    [hot] = draw(model, [[1]], num_tokens=200, temperature=100.0)
+    assert hot.max() < VOCAB
+    assert len(set(hot.tolist())) == VOCAB
+
+
+LOGITS = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ((4, 1.0, 1.0), 4),
+        ((2, 1.0, 1.0), 2),
+        ((4, 0.5, 1.0), 1),
+        ((4, 0.51, 1.0), 2),
+        ((4, 0.9, 1.0), 3),
+        ((2, 0.9, 1.0), 2),
+        ((4, 1.0, 0.0), 1),
+        # At half the temperature the likeliest has 0.25 / 0.365 = 0.68.
+        ((4, 0.6, 0.5), 1),
+    ],
+)
+def test_filter_keeps_the_likeliest(options, kept):
+    filtered = filter_logits(LOGITS, *options)[0]
+    assert (jnp.isfinite(filtered) == (jnp.arange(4) < kept)).all()
+
+
+@pytest.mark.parametrize(("at_eval", "steps"), [(True, [3, 6]), (False, [6])])
+def test_a_run_samples_where_it_is_asked_to(config, tmp_path, at_eval, steps):
+    config.sample.at_eval = at_eval
+    loop.train(config, tmp_path, devices=jax.local_devices()[:2])
+    found = [step for step, tag in logged(tmp_path) if tag.startswith("sample")]
+    assert found == steps

@@ -1,0 +1,181 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxdp.configs import shakespeare_char_cpu, shakespeare_char_tuned
+from jaxdp.model.transformer import (
+    Dropout,
+    ModelConfig,
+    Transformer,
+    flops_per_token,
+    num_parameters,
+    parameter_shapes,
+)
+from support.models import INPUTS, LLAMA, SMALL, VARIANTS, initialised
+
+every_variant = pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS.keys())
+
+
+def test_causal_by_gradient():
+    """The logits at a position depend on every token up to it and on none after it."""
+    model, params = initialised(LLAMA)  # Its head is untied: embeddings show in the inputs only.
+
+    @jax.jit
+    @jax.jacobian
+    def influence(rows):
+        embedding = params["embed"]["embedding"].at[INPUTS[0]].set(rows)
+        changed = params | {"embed": {"embedding": embedding}}
+        return model.apply({"params": changed}, INPUTS[:1])[0].sum(-1)
+
+    # [positions of logits, positions of tokens]
+    reaches = jnp.abs(influence(params["embed"]["embedding"][INPUTS[0]])).sum(-1) > 0
+    assert (reaches == jnp.tril(jnp.ones((8, 8), bool))).all()
+
+
+@every_variant
+def test_later_tokens_change_no_earlier_logits(config):
+    model, params = initialised(config)
+    apply = jax.jit(model.apply)
+    logits = apply({"params": params}, INPUTS)
+    for position in range(1, 8):
+        changed = INPUTS.at[:, position].set((INPUTS[:, position] + 1) % 11)
+        other = apply({"params": params}, changed)
+        assert (other[:, :position] == logits[:, :position]).all()
+        assert (other[:, position] != logits[:, position]).any()
+
+
+def test_masked_model_sees_both_sides():
+    config = dataclasses.replace(SMALL, causal=False)
+    model, params = initialised(config)
+    changed = INPUTS.at[:, 7].set(0)
+    logits = [model.apply({"params": params}, x) for x in (INPUTS, changed)]
+    assert (logits[0][0, 0] != logits[1][0, 0]).any()
+
+
+@every_variant
+def test_cache_gives_the_same_logits(config):
+    """Reading a prefix at once and the rest token by token is reading all at once."""
+    model, params = initialised(config)
+    expected = model.apply({"params": params}, INPUTS)
+    positions = jnp.broadcast_to(jnp.arange(8), INPUTS.shape)
+
+    @jax.jit
+    def read(tokens, positions, cache):
+        return model.apply(
+            {"params": params, **cache}, tokens, positions=positions, decode=True, mutable=["cache"]
+        )
+
+    logits, cache = read(INPUTS[:, :3], positions[:, :3], {})
+    parts = [logits]
+    for i in range(3, 8):
+        logits, cache = read(INPUTS[:, i : i + 1], positions[:, i : i + 1], cache)
+        parts.append(logits)
+    # Sums of 16 terms in another order: a few units in the last place of float32.
+    np.testing.assert_allclose(jnp.concatenate(parts, 1), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_scan_and_remat_change_nothing():
+    plain, params = initialised(SMALL)
+    layers = [params[f"layer_{i}"] for i in range(2)]
+    stacked = {k: v for k, v in params.items() if not k.startswith("layer_")}
+    stacked["layers"] = jax.tree.map(lambda *x: jnp.stack(x), *layers)
+    expected = plain.apply({"params": params}, INPUTS)
+    for remat in (False, True):
+        model = Transformer(dataclasses.replace(SMALL, scan_layers=True, remat=remat))
+        np.testing.assert_allclose(
+            model.apply({"params": stacked}, INPUTS), expected, rtol=1e-5, atol=1e-6
+        )
+
+
+def test_grouped_heads_are_heads_that_share_keys():
+    """With each key/value head repeated, full attention gives what grouped attention gives."""
+    grouped, params = initialised(LLAMA)
+    full = Transformer(dataclasses.replace(LLAMA, num_kv_heads=4))
+    repeated = jax.tree.map(lambda x: x, params)
+    for layer in ("layer_0", "layer_1"):
+        for name in ("key", "value"):
+            kernel = params[layer]["attention"][name]["kernel"]
+            repeated[layer]["attention"][name] = {"kernel": jnp.repeat(kernel, 2, axis=1)}
+    np.testing.assert_allclose(
+        grouped.apply({"params": params}, INPUTS),
+        full.apply({"params": repeated}, INPUTS),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+def test_dropout_of_a_row_depends_on_its_number_only():
+    x = jnp.ones((4, 1000))
+
+    def drop(rows, x):
+        return Dropout(0.25).apply({}, x, rows, rngs={"dropout": jax.random.key(0)})
+
+    whole = drop(jnp.arange(4), x)
+    parts = jnp.concatenate([drop(jnp.arange(2), x[:2]), drop(jnp.arange(2, 4), x[2:])])
+    assert (whole == parts).all()
+    assert (whole[0] != whole[1]).any()
+    # 4,000 draws: 0.25 +- 5 standard deviations of 0.007.
+    assert abs((whole == 0).mean() - 0.25) < 0.035
+    assert set(np.unique(whole)) == {np.float32(0), np.float32(1 / 0.75)}
+
+
+def test_dropout_is_off_without_rows():
+    config = dataclasses.replace(SMALL, dropout=0.5)
+    model, params = initialised(config)
+    logits = model.apply({"params": params}, INPUTS)
+    assert (logits == Transformer(SMALL).apply({"params": params}, INPUTS)).all()
+
+
+def test_initial_parameters_are_gpt2s():
+    config = dataclasses.replace(SMALL, embed_dim=128, mlp_dim=512, num_layers=8)
+    params = Transformer(config).init(jax.random.key(0), INPUTS)["params"]
+    layer = params["layer_3"]
+    # At least 16,384 draws: the standard deviation is known to 0.6%; 5% is 8 of its deviations.
+    for kernel in (layer["attention"]["query"]["kernel"], layer["mlp"]["up"]["kernel"]):
+        np.testing.assert_allclose(kernel.std(), 0.02, rtol=0.05)
+    for kernel in (layer["attention"]["out"]["kernel"], layer["mlp"]["down"]["kernel"]):
+        np.testing.assert_allclose(kernel.std(), 0.02 / 4, rtol=0.05)
+
+
+def test_gpt2_has_124_million_parameters():
+    """The published size; its biases and the position table are in it."""
+    config = dataclasses.replace(
+        SMALL,
+        vocab_size=50257,
+        seq_len=1024,
+        num_layers=12,
+        num_heads=12,
+        num_kv_heads=12,
+        embed_dim=768,
+        mlp_dim=3072,
+        bias=True,
+    )
+    inputs = jax.ShapeDtypeStruct((1, 1024), jnp.int32)
+    shapes = jax.eval_shape(Transformer(config).init, jax.random.key(0), inputs)["params"]
+    assert num_parameters(shapes) == 124_439_808
+    # 6 N + 12 L D S, N without the position table.
+    expected = 6 * (124_439_808 - 1024 * 768) + 12 * 12 * 768 * 1024
+    assert flops_per_token(config, 124_439_808) == expected
+
+
+def test_bfloat16_computes_in_bfloat16_on_float32_parameters():
+    model, params = initialised(dataclasses.replace(LLAMA, dtype=jnp.dtype("bfloat16")))
+    assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(params))
+    assert model.apply({"params": params}, INPUTS).dtype == jnp.bfloat16
+
+
+def test_vocabulary_is_padded_to_a_multiple(config):
+    config.model.vocab_multiple = 128
+    assert ModelConfig.from_config(config, 65).vocab_size == 128
+    assert ModelConfig.from_config(config, 128).vocab_size == 128
+
+
+def test_the_tuned_recipe_has_nanogpts_number_of_parameters():
+    plain, tuned = (
+        num_parameters(parameter_shapes(Transformer(ModelConfig.from_config(c, 65))))
+        for c in (shakespeare_char_cpu.get_config(), shakespeare_char_tuned.get_config())
+    )
+    assert abs(tuned / plain - 1) < 0.01

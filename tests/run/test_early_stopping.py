@@ -1,0 +1,114 @@
+import json
+import math
+
+import jax
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxdp.run import loop
+from jaxdp.run.early_stopping import Stopping
+from support.bad_input import tries
+from support.runs import figures, params_of, train_in_parts
+
+
+def judged(config, losses, patience=3, min_delta=0.0):
+    config.stop.update({"patience": patience, "min_delta": min_delta})
+    stopping = Stopping(config)
+    for step, loss in enumerate(losses, 1):
+        stopping.add(step, loss)
+    return stopping
+
+
+@pytest.mark.parametrize(
+    ("losses", "over"),
+    [
+        ([], False),
+        ([3.0, 2.0, 1.0, 0.5, 0.2], False),
+        ([3.0, 3.0, 3.0], False),
+        ([3.0, 3.0, 3.0, 3.0], True),
+        ([3.0, 3.1, 3.2, 2.9, 3.0, 3.0], False),
+        ([math.nan, math.inf], False),
+        ([math.nan, math.inf, math.nan], True),
+        ([2.0, math.nan, 1.9], False),
+    ],
+)
+def test_so_many_evaluations_without_improvement_end_it(config, losses, over):
+    assert judged(config, losses).over == over
+    assert not judged(config, losses, patience=0).over
+
+
+def test_small_improvements_count_together_but_not_each(config):
+    """As they are measured from the last that was large enough."""
+    slow = [3.0, 2.96, 2.92, 2.88, 2.84]
+    assert judged(config, slow, min_delta=0.1).waited == 1
+    assert judged(config, slow[:3], min_delta=0.1).waited == 2
+    stopping = judged(config, [3.0, 2.99, 2.98, 2.97], min_delta=0.1)
+    assert stopping.over and stopping.best == (4, 2.97)
+    assert "has not improved by 0.1 in 3 evaluations" in stopping.reason()
+    assert "best: 2.9700 at step 4" in stopping.reason()
+
+
+@tries(200)
+@given(
+    losses=st.lists(st.floats(0, 4) | st.sampled_from([1.0, math.nan, math.inf]), max_size=20),
+    cut=st.integers(0, 20),
+    patience=st.integers(0, 4),
+    min_delta=st.sampled_from([0.0, 0.1, 1.0]),
+)
+def test_it_goes_on_as_if_it_had_not_been_interrupted(config, losses, cut, patience, min_delta):
+    whole = judged(config, losses, patience, min_delta)
+    saved = json.loads(json.dumps(judged(config, losses[:cut], patience, min_delta).to_json()))
+    parts = Stopping(config)
+    parts.load(saved)
+    for step, loss in list(enumerate(losses, 1))[cut:]:
+        parts.add(step, loss)
+    assert (parts.over, parts.to_json()) == (whole.over, whole.to_json())
+
+
+@pytest.mark.slow
+def test_a_run_that_is_interrupted_stops_early_at_the_same_step(overfitting, tmp_path, capsys):
+    config, devices = overfitting, jax.local_devices()[:2]
+    whole = loop.train(config, tmp_path / "whole", devices=devices)
+    assert whole.finished and 8 < whole.step < 100
+    losses = {r["step"]: r["eval/loss"] for r in figures(tmp_path / "whole") if "eval/loss" in r}
+    best = min(losses, key=losses.get)
+    assert whole.step == best + 6 == max(losses)
+    out = capsys.readouterr().out
+    assert f"best: {losses[best]:.4f} at step {best}\n" in out and "stopped early" in out
+    assert (tmp_path / "whole" / "checkpoints" / str(whole.step)).is_dir()
+
+    parts, interruptions = train_in_parts(config, tmp_path / "parts", devices, times=13)
+    assert interruptions and parts.step == whole.step
+    assert figures(tmp_path / "whole") == figures(tmp_path / "parts")
+    for a, b in zip(params_of(whole), params_of(parts), strict=True):
+        assert a.tobytes() == b.tobytes()
+
+    capsys.readouterr()
+    again = loop.train(config, tmp_path / "parts", devices=devices)
+    assert again.finished and again.step == whole.step
+    out = capsys.readouterr().out
+    assert f"Already finished: stopped early after step {whole.step}, for the validation" in out
+    config.update({"num_train_steps": whole.step + 2})
+    config.stop.patience = 0
+    assert loop.train(config, tmp_path / "parts", devices=devices).step == whole.step + 2
+
+
+@pytest.mark.slow
+def test_what_is_taken_back_is_not_waited_for(overfitting, tmp_path, monkeypatch):
+    """A roll-back returns to what was known at its checkpoint."""
+    config, seen = overfitting, []
+    config.update({"num_train_steps": 14, "eval_every": 2})
+    config.divergence.max_bad_steps = 1
+    config.optimizer.learning_rate = 0.0  # So that no evaluation is better than the first.
+    config.stop.patience = 6
+    add, judge = Stopping.add, loop.Divergence.add
+
+    def spoiled(self, end, losses, skipped):
+        judge(self, end, losses, [float(self.rollbacks == 0 and end == 14)] * len(losses))
+
+    monkeypatch.setattr(loop.Divergence, "add", spoiled)
+    monkeypatch.setattr(Stopping, "add", lambda self, *a: add(self, *a) or seen.append(self.waited))
+    result = loop.train(config, tmp_path, devices=jax.local_devices()[:1])
+    # Up to step 12, then back to step 10, with the evaluation of step 14.
+    assert seen == [0, 1, 2, 3, 4, 5, 5] and result.finished

@@ -1,0 +1,160 @@
+"""Whole runs, in this process."""
+
+import jax
+import numpy as np
+import pytest
+
+from jaxdp.common.errors import ConfigError, RunError
+from jaxdp.generate import generate
+from jaxdp.run import loop
+from jaxdp.sync.methods import METHODS
+from support.runs import after, assert_close_losses, contents, figures, params_of
+from support.steps import corrupt, flip_lowest_bit
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lion", "sgd", "muon"])
+def test_resuming_is_not_stopping(config, tmp_path, optimizer):
+    """Bit by bit, with dropout, wherever the run was interrupted."""
+    config.optimizer.name = optimizer
+    config.model.dropout = 0.2
+    devices = jax.local_devices()[:2]
+    whole = loop.train(config, tmp_path / "whole", devices=devices)
+    stopped = loop.train(config, tmp_path / "parts", devices=devices, stop_requested=after(2))
+    assert not stopped.finished and 0 < stopped.step < 6
+    parts = loop.train(config, tmp_path / "parts", devices=devices)
+    assert parts.finished
+    for a, b in zip(params_of(whole), params_of(parts), strict=True):
+        assert a.tobytes() == b.tobytes()
+    assert figures(tmp_path / "whole") == figures(tmp_path / "parts")
+
+
+def test_resuming_on_other_devices_is_the_same_run(config, tmp_path):
+    config.model.dropout = 0.2
+    loop.train(config, tmp_path / "whole", devices=jax.local_devices()[:1])
+    loop.train(
+        config,
+        tmp_path / "parts",
+        devices=jax.local_devices()[:4],
+        stop_requested=after(2),
+    )
+    loop.train(config, tmp_path / "parts", devices=jax.local_devices()[:8])
+    assert_close_losses(figures(tmp_path / "whole"), figures(tmp_path / "parts"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_resuming_is_not_stopping_however_replicas_agree(config, tmp_path, method):
+    """Bit by bit: parameters, each device's own moments, DiLoCo's outer momentum."""
+    config.sync.update({"method": method, "every": 2})
+    config.update({"num_train_steps": 12, "eval_every": 4})
+    config.checkpoint.every = 4
+    config.model.dropout = 0.2
+    devices = jax.local_devices()[:4]
+    whole = loop.train(config, tmp_path / "whole", devices=devices)
+    stopped = loop.train(config, tmp_path / "parts", devices=devices, stop_requested=after(1))
+    assert not stopped.finished and 0 < stopped.step < 12
+    parts = loop.train(config, tmp_path / "parts", devices=devices)
+    for a, b in zip(*map(jax.tree.leaves, (whole.state, parts.state)), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    assert figures(tmp_path / "whole") == figures(tmp_path / "parts")
+
+
+def test_methods_with_one_state_can_follow_each_other(config, tmp_path):
+    """The same losses as gradient_mean alone; DiLoCo's state is another, and it is refused."""
+    config.model.dropout = 0.2
+    config.optimizer.schedule = "constant"  # Parts of the run know nothing of its length.
+    config.num_train_steps = 9
+    loop.train(config, tmp_path / "whole", devices=jax.local_devices()[:2])
+    for method, devices, steps in (("sharded", 4, 3), ("fixed_order", 8, 6), ("sharded", 2, 9)):
+        config.sync.method = method
+        config.num_train_steps = steps
+        loop.train(config, tmp_path / "parts", devices=jax.local_devices()[:devices])
+    assert_close_losses(figures(tmp_path / "whole"), figures(tmp_path / "parts"))
+    config.sync.update({"method": "diloco", "every": 3})
+    with pytest.raises(ConfigError, match=r"sync\.method='diloco' \(was 'sharded'\)"):
+        loop.train(config, tmp_path / "parts")
+
+
+@pytest.mark.parametrize("when", ["at a check", "before a checkpoint"])
+def test_a_corrupted_replica_stops_the_run_before_anything_is_saved(
+    config, tmp_path, monkeypatch, when
+):
+    create_state = loop.create_state
+
+    def corrupted(model, optimizer, seed, replicas, method):
+        state = create_state(model, optimizer, seed, replicas, method)
+        path = "layer_1/mlp/up/kernel"
+        return state.replace(params=corrupt(state.params, path, 2, replicas, flip_lowest_bit))
+
+    monkeypatch.setattr(loop, "create_state", corrupted)
+    config.optimizer.learning_rate = 0.0  # So that one bit stays one bit.
+    config.sync.check_every = 2 if when == "at a check" else 100
+    step = 2 if when == "at a check" else 3
+    message = f"after step {step} device 2 of 0..3 .* first in params/layer_1/mlp/up/kernel"
+    with pytest.raises(RunError, match=message):
+        loop.train(config, tmp_path, devices=jax.local_devices()[:4])
+    assert not any((tmp_path / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("method", ["gradient_mean", "parameter_mean"])
+def test_epochs_end_with_a_batch_that_is_not_full(config, tmp_path, method):
+    """Some devices have no token in it; the run ends, and the losses are those of one device."""
+    config.update({"num_epochs": 1, "seq_len": 128, "eval_every": 100, "log_every": 1})
+    config.sync.update({"method": method, "every": 10})
+    config.checkpoint.every = 100
+    result = loop.train(config, tmp_path / "many", devices=jax.local_devices()[:8])
+    records = figures(tmp_path / "many")
+    assert result.finished and [r["step"] for r in records] == list(range(1, result.step + 1))
+    assert records[0]["balance/padding"] == 0 < records[-1]["balance/padding"]
+    assert records[-1]["balance/tokens_min"] == 0 < records[-1]["balance/tokens_max"]
+    if method == "gradient_mean":
+        loop.train(config, tmp_path / "one", devices=jax.local_devices()[:1])
+        assert_close_losses(figures(tmp_path / "one"), records)
+
+
+def test_masked_language_model(config, tmp_path):
+    config.objective = "masked"
+    config.tokenizer = "byte"
+    result = loop.train(config, tmp_path, devices=jax.local_devices()[:2])
+    assert result.finished
+    with pytest.raises(ConfigError, match="can't continue text"):
+        generate(tmp_path, ["a"])
+
+
+def test_every_option_of_the_model_trains(config, tmp_path):
+    config.model.update(
+        {
+            "positions": "rotary",
+            "norm": "rmsnorm",
+            "activation": "swiglu",
+            "tied_head": False,
+            "bias": True,
+            "num_kv_heads": 1,
+            "dropout": 0.1,
+            "dtype": "bfloat16",
+            "remat": True,
+            "scan_layers": True,
+            "vocab_multiple": 32,
+        }
+    )
+    config.tokenizer = "train:bpe:300"
+    config.grad_accum_steps = 2
+    result = loop.train(config, tmp_path, devices=jax.local_devices()[:2])
+    assert result.finished and np.isfinite(result.evaluation.loss)
+    [text] = generate(tmp_path, ["7 is"], num_tokens=30)
+    assert text.startswith("7 is") and len(text) > 20
+
+
+def test_another_run_is_not_overwritten(config, tmp_path):
+    loop.train(config, tmp_path, devices=jax.local_devices()[:1])
+    before = contents(tmp_path)
+    other = config.copy_and_resolve_references()
+    other.model.num_layers = 3
+    with pytest.raises(ConfigError, match=r"model\.num_layers=3 \(was 2\)"):
+        loop.train(other, tmp_path)
+    other = config.copy_and_resolve_references()
+    other.data.eval_fraction = 0.2
+    with pytest.raises(ConfigError, match="no longer gives the tokens"):
+        loop.train(other, tmp_path)
+    assert contents(tmp_path) == before

@@ -1,0 +1,73 @@
+import collections
+import multiprocessing
+import shutil
+
+import numpy as np
+import pytest
+
+from jaxdp.common.errors import ConfigError
+from jaxdp.run import loop, preflight
+
+
+def hold(workdir, ready, over):
+    with preflight.locked(workdir):
+        ready.set()
+        over.wait(60)
+
+
+def test_a_workdir_is_for_one_run_at_a_time(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    ready, over = context.Event(), context.Event()
+    other = context.Process(target=hold, args=(tmp_path, ready, over))
+    other.start()
+    assert ready.wait(60)
+    with (
+        pytest.raises(ConfigError, match=f"--workdir={tmp_path} is in use by another run: wait"),
+        preflight.locked(tmp_path),
+    ):
+        pass
+    other.kill()  # A process that dies leaves no lock behind.
+    other.join()
+    with preflight.locked(tmp_path):
+        pass
+
+
+def test_a_lock_is_free_again_after_a_failure(tmp_path):
+    with pytest.raises(ZeroDivisionError), preflight.locked(tmp_path):
+        raise ZeroDivisionError
+    with preflight.locked(tmp_path):
+        pass
+
+
+def test_a_full_disk_is_refused(tmp_path, monkeypatch):
+    state = {"x": np.zeros(1000, np.float32), "y": np.zeros((), np.int32)}
+    usage = collections.namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 0, 4004))
+    preflight.check_disk(tmp_path, state)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 0, 4003))
+    with pytest.raises(ConfigError, match="has 4kB free and a checkpoint takes 4kB: make room"):
+        preflight.check_disk(tmp_path, state)
+
+
+def test_a_platform_that_is_not_there_is_refused(monkeypatch):
+    def fail():
+        raise RuntimeError("Unable to initialize backend 'cuda'\nmore")
+
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    monkeypatch.setattr(preflight.jax, "local_devices", fail)
+    with pytest.raises(ConfigError, match=r"JAX_PLATFORMS='cuda' can't be used \(Unable to .*'\):"):
+        preflight.check_devices()
+
+
+def test_too_small_a_disk_is_refused_before_anything_is_computed(config, tmp_path, monkeypatch):
+    def refuse(workdir, shapes):
+        raise ConfigError("full")
+
+    def never(*arguments):
+        raise AssertionError("the state was made")
+
+    monkeypatch.setattr(preflight, "check_disk", refuse)
+    monkeypatch.setattr(loop, "create_state", never)
+    with pytest.raises(ConfigError, match="full"):
+        loop.train(config, tmp_path / "run")
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["lock"]

@@ -1,0 +1,32 @@
+"""Checkpoints of a small state."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxdp.parallel.replicas import AXIS, Replicas
+from jaxdp.step.train_step import State
+from jaxdp.sync.methods import METHODS
+from jaxdp.workdir.checkpoints import Checkpoints
+
+
+def state_of(step, value=0.0, devices=1):
+    params = {"a": jnp.arange(6.0).reshape(2, 3) + value, "b": {"c": jnp.full((4,), value)}}
+    state = State.create(apply_fn=None, params=params, tx=optax.adam(0.1))
+    grads = jax.tree.map(jnp.ones_like, params)
+    state = state.apply_gradients(grads=grads).replace(step=jnp.array(step, jnp.int32))
+    return Replicas(jax.local_devices()[:devices]).replicate(state)
+
+
+def open_checkpoints(workdir, config, devices=1, report=print):
+    replicas = Replicas(jax.local_devices()[:devices])
+    method = METHODS[config.sync.method](config, AXIS)
+    return Checkpoints(workdir, config, replicas, method, report)
+
+
+def two_checkpoints(workdir, config):
+    """Of steps 3 and 5."""
+    with open_checkpoints(workdir, config) as checkpoints:
+        for step in (3, 5):
+            checkpoints.save(step, state_of(step, value=float(step)), {}, None)
+            checkpoints.wait()

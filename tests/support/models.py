@@ -1,0 +1,75 @@
+"""Small models of every kind."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdp.model.transformer import (
+    ModelConfig,
+    Transformer,
+)
+
+SMALL = ModelConfig(
+    vocab_size=11,
+    seq_len=8,
+    causal=True,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=4,
+    embed_dim=16,
+    mlp_dim=32,
+    positions="learned",
+    rotary_base=10_000.0,
+    norm="layernorm",
+    norm_position="pre",
+    norm_epsilon=1e-5,
+    activation="gelu",
+    head_transform=False,
+    tied_head=True,
+    bias=False,
+    dropout=0.0,
+    dtype=jnp.dtype("float32"),
+    remat=False,
+    scan_layers=False,
+)
+LLAMA = dataclasses.replace(
+    SMALL,
+    positions="rotary",
+    norm="rmsnorm",
+    activation="swiglu",
+    tied_head=False,
+    num_kv_heads=2,
+)
+VARIANTS = {
+    "gpt2": SMALL,
+    "gpt2 with biases": dataclasses.replace(SMALL, bias=True),
+    "llama": LLAMA,
+    "post-norm": dataclasses.replace(
+        SMALL, norm_position="post", activation="gelu_exact", head_transform=True, bias=True
+    ),
+    "scanned": dataclasses.replace(SMALL, scan_layers=True),
+    "scanned llama, remat": dataclasses.replace(LLAMA, scan_layers=True, remat=True),
+}
+INPUTS = jnp.array([[1, 2, 3, 4, 5, 6, 7, 8], [8, 1, 6, 10, 2, 3, 0, 9]])
+
+
+def initialised(config):
+    model = Transformer(config)
+    params = jax.jit(model.init)(jax.random.key(0), INPUTS)["params"]
+    # Larger than the initial ones, so that every part of the model shows in the logits.
+    noise = jax.random.split(jax.random.key(1), len(jax.tree.leaves(params)))
+    leaves, tree = jax.tree.flatten(params)
+    leaves = [p + 0.3 * jax.random.normal(k, p.shape) for p, k in zip(leaves, noise, strict=True)]
+    return model, jax.tree.unflatten(tree, leaves)
+
+
+def difference(one, other):
+    """The largest, for logits of size 1."""
+    return np.abs(one - other).max() / np.abs(other).max()
+
+
+# Two layers and a head, each a sum of 16 to 32 products that are rounded to 6e-8, through norms and
+# a softmax that may multiply an error by a few: 1e-5 of the largest logit.
+TOLERANCE = 1e-5

@@ -1,0 +1,230 @@
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from jaxdp.common.errors import ConfigError, RunError
+from jaxdp.common.files import num_bytes
+from jaxdp.model.transformer import ModelConfig, Transformer
+from jaxdp.parallel.replicas import AXIS, Replicas
+from jaxdp.step.optimizer import get_optimizer, get_schedule
+from jaxdp.step.train_step import saved_shapes, state_axes
+from jaxdp.sync.methods import METHODS
+from jaxdp.workdir.checkpoints import Checkpoints, load_params
+from support.checkpoints import open_checkpoints, state_of, two_checkpoints
+from support.steps import VOCAB
+from support.steps import start as begin
+
+
+def saved_steps(workdir):
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
+
+
+def test_nothing_to_restore_in_a_new_workdir(tmp_path, config):
+    with open_checkpoints(tmp_path, config) as checkpoints:
+        assert checkpoints.restore(state_of(0)) is None
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 1), (4, 2), (1, 8)])
+def test_restores_bit_by_bit_on_other_devices(tmp_path, config, before, after):
+    state = state_of(7, value=0.1, devices=before)
+    with open_checkpoints(tmp_path, config, before) as checkpoints:
+        checkpoints.save(7, state, {"digest": "x"}, 1.5)
+    with open_checkpoints(tmp_path, config, after) as checkpoints:
+        step, extra, restored = checkpoints.restore(state_of(0, devices=after))
+    assert (step, extra["digest"], extra["devices"]) == (7, "x", before)
+    for part in ("params", "opt_state"):
+        a, b = (jax.tree.structure(getattr(s, part)) for s in (restored, state))
+        assert a == b
+    for a, b in zip(*map(jax.tree.leaves, (restored, state)), strict=True):
+        assert a.dtype == b.dtype
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+        assert len(a.addressable_shards) == after
+
+
+def test_keeps_the_newest_the_best_and_the_milestones(tmp_path, config):
+    """Also across a restart, which must not forget which one was the best."""
+    config.checkpoint.update({"keep_last": 2, "keep_every": 4, "every": 100})
+    state = state_of(0)
+    with open_checkpoints(tmp_path, config) as checkpoints:
+        for step, loss in enumerate([5.0, 3.0, 1.0, 4.0, None, 6.0, 7.0], 1):
+            checkpoints.save(step, state, {}, loss)
+    assert saved_steps(tmp_path) == [3, 4, 6, 7]
+    with open_checkpoints(tmp_path, config) as checkpoints:
+        for step, loss in ((9, 3.0), (10, None), (11, 8.0)):
+            checkpoints.save(step, state, {}, loss)
+    assert saved_steps(tmp_path) == [3, 4, 10, 11]
+
+
+def test_a_later_best_replaces_the_best(tmp_path, config):
+    config.checkpoint.update({"keep_last": 1, "every": 100})
+    with open_checkpoints(tmp_path, config) as checkpoints:
+        for step, loss in enumerate([2.0, 1.0, float("nan"), 3.0], 1):
+            checkpoints.save(step, state_of(0), {}, loss)
+    assert saved_steps(tmp_path) == [2, 4]
+
+
+def test_interruptions_leave_the_newest_that_was_due(tmp_path, config):
+    """To which a run goes back where it diverges, however often it was stopped since."""
+    config.checkpoint.update({"keep_last": 1, "every": 4})
+    with open_checkpoints(tmp_path, config) as checkpoints:
+        for step, loss in ((3, 1.0), (4, 2.0), (5, None), (6, None), (7, None)):
+            checkpoints.save(step, state_of(step), {}, loss)
+    assert saved_steps(tmp_path) == [3, 4, 7]
+    with open_checkpoints(tmp_path, config) as checkpoints:
+        found = checkpoints.restore(state_of(0), lambda step, extra: step % 4 == 0)
+        assert found[0] == 4
+
+
+def test_parameters_alone(tmp_path, config):
+    state = state_of(3, value=0.5)
+    with open_checkpoints(tmp_path, config) as checkpoints:
+        checkpoints.save(3, state, {}, None)
+    shapes = jax.eval_shape(lambda: state.params)
+    params, step = load_params(tmp_path, shapes)
+    assert step == 3
+    for a, b in zip(*map(jax.tree.leaves, (params, state.params)), strict=True):
+        assert (a == b).all()
+
+
+def test_no_checkpoint_is_said_so(tmp_path):
+    with pytest.raises(ConfigError, match=r"checkpoints does not exist: --workdir"):
+        load_params(tmp_path, {})
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(ConfigError, match="holds no checkpoint: train first"):
+        load_params(tmp_path, {})
+
+
+def own_state(config, devices, step):
+    """A state of a method that has an opt_state per device, after a step on different gradients."""
+    method = METHODS[config.sync.method](config, AXIS)
+    replicas = Replicas(jax.local_devices()[:devices])
+    shared = state_of(step, value=0.5, devices=devices)
+    axes = state_axes(shared, method)
+
+    def init(state, own):
+        opt_state, outer = method.init(state.tx, state.params)
+        opt_state = jax.tree.map(lambda x: x + own[0] if x.ndim else x, opt_state)
+        return state.replace(opt_state=opt_state, outer=outer)
+
+    own = replicas.shard(np.arange(devices, dtype=np.float32))
+    return replicas.pmap(init, out_axes=axes)(shared, own)
+
+
+@pytest.mark.parametrize("method", ["sharded", "diloco"])
+def test_what_each_device_has_of_its_own_comes_back(tmp_path, config, method):
+    config.sync.method = method
+    state = own_state(config, 4, 7)
+    with open_checkpoints(tmp_path, config, 4) as checkpoints:
+        checkpoints.save(7, state, {}, None)
+    with open_checkpoints(tmp_path, config, 4) as checkpoints:
+        _, _, restored = checkpoints.restore(own_state(config, 4, 0))
+    for a, b in zip(*map(jax.tree.leaves, (restored, state)), strict=True):
+        # A slice's padding is not saved, and never used: six numbers on four devices are eight.
+        a, b = np.asarray(a), np.asarray(b)
+        padded = method == "sharded" and a.shape == (4, 2)
+        count = 6 if padded else a.size
+        assert a.reshape(-1)[:count].tobytes() == b.reshape(-1)[:count].tobytes()
+
+
+def test_slices_are_cut_anew_for_other_devices_and_methods(tmp_path, config):
+    config.sync.method = "sharded"
+    state = own_state(config, 4, 7)
+    with open_checkpoints(tmp_path, config, 4) as checkpoints:
+        checkpoints.save(7, state, {}, None)
+    mu = np.asarray(state.opt_state[0].mu["a"]).reshape(-1)[:6].reshape(2, 3)
+    with open_checkpoints(tmp_path, config, 2) as checkpoints:
+        _, _, two = checkpoints.restore(own_state(config, 2, 0))
+    assert (np.asarray(two.opt_state[0].mu["a"]).reshape(2, 3) == mu).all()
+    config.sync.method = "gradient_mean"
+    with open_checkpoints(tmp_path, config, 1) as checkpoints:
+        _, _, whole = checkpoints.restore(state_of(0))
+    assert (np.asarray(whole.opt_state[0].mu["a"]) == mu).all()
+
+
+def test_diloco_goes_on_with_mean_moments_on_other_devices(tmp_path, config):
+    config.sync.method = "diloco"
+    with open_checkpoints(tmp_path, config, 4) as checkpoints:
+        checkpoints.save(7, own_state(config, 4, 7), {}, None)
+    with open_checkpoints(tmp_path, config, 2) as checkpoints:
+        _, _, two = checkpoints.restore(own_state(config, 2, 0))
+    assert two.opt_state[0].mu["a"].shape == (2, 2, 3)
+    assert (np.asarray(two.opt_state[0].mu["a"]) == 1.5).all()
+
+
+def files_of(folder):
+    return sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip_bits(path):
+    data = bytearray(path.read_bytes())
+    for i in range(0, len(data), max(len(data) // 7, 1)):
+        data[i] ^= 0x10
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("harm", [truncate, flip_bits, lambda path: path.unlink()])
+def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(tmp_path, config, harm):
+    """Whatever file of it is harmed: the state restored is one that was saved, to the bit."""
+    two_checkpoints(tmp_path / "whole", config)
+    harmed = 0
+    for i, name in enumerate(files_of(tmp_path / "whole" / "checkpoints" / "5")):
+        workdir = tmp_path / str(i)
+        shutil.copytree(tmp_path / "whole", workdir)
+        harm(workdir / "checkpoints" / "5" / name)
+        lines = []
+        with open_checkpoints(workdir, config, report=lines.append) as checkpoints:
+            step, _, state = checkpoints.restore(state_of(0))
+        for a, b in zip(
+            *map(jax.tree.leaves, (state, state_of(step, value=float(step)))), strict=True
+        ):
+            assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), name
+        if step == 3:
+            harmed += 1
+            assert "Checkpoint 5 is damaged" in lines[0]
+            assert (workdir / "checkpoints-damaged" / "5").is_dir()
+            assert saved_steps(workdir) == [3]
+        else:
+            assert step == 5 and not lines  # The file was none that matters.
+    assert harmed >= 3
+
+
+def test_the_same_step_can_be_damaged_twice(tmp_path, config):
+    with open_checkpoints(tmp_path, config) as checkpoints:
+        checkpoints.save(3, state_of(3), {}, None)
+    for _ in range(2):
+        with open_checkpoints(tmp_path, config) as checkpoints:
+            checkpoints.save(5, state_of(5), {}, None)
+        (tmp_path / "checkpoints" / "5" / "extra" / "metadata").unlink()
+        with open_checkpoints(tmp_path, config) as checkpoints:
+            assert checkpoints.restore(state_of(0))[0] == 3
+    assert sorted(p.name for p in (tmp_path / "checkpoints-damaged").iterdir()) == ["5", "5.1"]
+
+
+def test_where_all_are_damaged_nothing_is_touched(tmp_path, config):
+    two_checkpoints(tmp_path, config)
+    for step in (3, 5):
+        (tmp_path / "checkpoints" / str(step) / "extra" / "metadata").unlink()
+    before = files_of(tmp_path)
+    with (
+        open_checkpoints(tmp_path, config) as checkpoints,
+        pytest.raises(RunError, match=r"all checkpoints in .* are damaged \(5, 3\): restore them"),
+    ):
+        checkpoints.restore(state_of(0))
+    assert files_of(tmp_path) == before
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_size_of_a_checkpoint_is_known_before(config, tmp_path, method):
+    config.sync.method = method
+    program, replicas, state = begin(config, 4)
+    model = Transformer(ModelConfig.from_config(config, VOCAB))
+    optimizer = get_optimizer(config, get_schedule(config))
+    shapes = saved_shapes(model, optimizer, program.method, 4)
+    with Checkpoints(tmp_path, config, replicas, program.method) as checkpoints:
+        assert num_bytes(checkpoints._saved(state)) == num_bytes(shapes)
