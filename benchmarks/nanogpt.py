@@ -101,9 +101,10 @@ def serve(config, devices: int) -> int:
     from jaxdp.data.feed import Feed
     from jaxdp.parallel import cpu
     from jaxdp.parallel.replicas import Replicas
+    from jaxdp.step.setup import same_on_two_devices
 
     cli.prepare_jax()
-    cpu.prepare(config)
+    cpu.prepare(config, two_devices=same_on_two_devices(config))
     assert jax.device_count() == devices
     cache = open_cache(config)
     config.num_train_steps = 10**9

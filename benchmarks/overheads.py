@@ -30,6 +30,7 @@ from jaxdp.model.transformer import num_parameters
 from jaxdp.parallel import cpu
 from jaxdp.run import loop
 from jaxdp.run.session import Result, Run
+from jaxdp.step.setup import same_on_two_devices
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config().")
 WORKDIR = flags.DEFINE_string("workdir", None, "A new folder for the run.")
@@ -194,7 +195,7 @@ def main() -> int:
     if not (CONFIG.value and WORKDIR.value):
         raise ConfigError("--config or --workdir is missing: give a config and a new folder")
     cli.prepare_jax()
-    cpu.prepare(CONFIG.value)
+    cpu.prepare(CONFIG.value, two_devices=same_on_two_devices(CONFIG.value))
     loop._steps = measure
     loop.train(CONFIG.value, WORKDIR.value)
     return 0

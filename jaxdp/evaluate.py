@@ -22,6 +22,7 @@ from jaxdp.configs import default
 from jaxdp.parallel import cpu
 from jaxdp.run import preflight, report
 from jaxdp.run.evaluation import completed, evaluate_checkpoint, figures
+from jaxdp.step.setup import same_on_two_devices
 from jaxdp.workdir.metrics import to_json
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.")
@@ -45,7 +46,7 @@ def main() -> int:
     workdir = Path(os.path.expanduser(WORKDIR.value))
     changes = config_flags.get_override_values(flags.FLAGS["config"])
     config = completed(configs.load(workdir / "config.json"), changes)
-    cpu.prepare(config)
+    cpu.prepare(config, two_devices=same_on_two_devices(config))
     preflight.check_devices()
     step, found = evaluate_checkpoint(workdir, STEP.value, changes, say=cli.warn)
     for name, evaluation in found.items():

@@ -6,6 +6,7 @@ a matrix product that is timed, unless --tflops says what devices do.
 Exit status: 0; 2 the config or a flag is wrong; anything else is a fault.
 """
 
+import itertools
 import re
 import sys
 from collections.abc import Callable
@@ -18,12 +19,13 @@ from jaxdp.common import cli, png
 from jaxdp.common import config as configs
 from jaxdp.common.choices import MOST
 from jaxdp.common.errors import ConfigError
-from jaxdp.common.terminal import Display, quantity
+from jaxdp.common.terminal import Display, in_bytes, quantity
 from jaxdp.data.cache import open_cache
-from jaxdp.estimate import prediction
-from jaxdp.estimate.prediction import COUNTS
-from jaxdp.model.transformer import ModelConfig, Transformer
+from jaxdp.estimate import memory, scaling
+from jaxdp.estimate.scaling import COUNTS
+from jaxdp.model.transformer import ModelConfig, Transformer, parameter_shapes
 from jaxdp.parallel.replicas import device_memory
+from jaxdp.step.setup import splits, validate
 from jaxdp.sync import traffic
 from jaxdp.sync.traffic import Collective
 
@@ -58,9 +60,9 @@ def main() -> int:
     display.table("Memory per device", memory_rows(config, vocab, count))
     if CHECK.value:
         display.table("XLA", check_rows(config, vocab, count))
-    rate = TFLOPS.value * 1e12 if TFLOPS.value else prediction.measure_rate(config)
+    rate = TFLOPS.value * 1e12 if TFLOPS.value else scaling.measure_rate(config)
     display.table("Time per step", time_rows(config, vocab, count, rate))
-    table = prediction.efficiencies(
+    table = scaling.efficiencies(
         config, vocab, count, rate, BANDWIDTH.value * 1e9 / 8, LATENCY.value / 1e6
     )
     title = "Efficiency: compute / (compute + communication), no overlap, the same batch per device"
@@ -85,23 +87,23 @@ def vocabulary(config: ConfigDict, given: int | None, report: Callable[[str], No
     if given and not config.data.path:
         config = ConfigDict(config.to_dict())
         config.data.path = "unused"
-    configs.validate(config)
+    validate(config)
     return given or open_cache(config, report).vocab_size
 
 
 def memory_rows(config: ConfigDict, vocab: int, count: int) -> dict[str, str]:
     """Parameters, memory with and without remat, and the batch that fits."""
     remat = {
-        on: prediction.predict_memory(prediction.changed(config, "model.remat", on), vocab, count)
+        on: memory.predict_memory(memory.changed(config, "model.remat", on), vocab, count)
         for on in (False, True)
     }
-    predicted = remat[prediction.remat_saves(config)]
+    predicted = remat[memory.remat_saves(config)]
     limit = int(MEMORY.value * 2**30) if MEMORY.value else device_memory()
-    batch = prediction.largest_batch(prediction.effective(config), vocab, count, limit)
+    batch = memory.largest_batch(memory.effective(config), vocab, count, limit)
     parameters = predicted.parameters // 4  # float32
-    useless = not prediction.remat_saves(prediction.changed(config, "model.remat", True))
+    useless = not memory.remat_saves(memory.changed(config, "model.remat", True))
     note = " (not by this XLA, but with model.scan_layers)" if useless else ""
-    bad = [str(n) for n in COUNTS if not prediction.splits(config, n)]
+    bad = [str(n) for n in COUNTS if not splits(config, n)]
     return {
         "parameters": f"{quantity(parameters)} in {in_bytes(predicted.parameters)}",
         **({"their average": in_bytes(predicted.average)} if config.ema.decay else {}),
@@ -119,20 +121,10 @@ def memory_rows(config: ConfigDict, vocab: int, count: int) -> dict[str, str]:
     }
 
 
-def in_bytes(size: float) -> str:
-    """A size in short.
-
-    Examples:
-      >>> in_bytes(3.1e9)
-      '3.1GB'
-    """
-    return quantity(size).replace("B", "G") + "B"
-
-
 def check_rows(config: ConfigDict, vocab: int, count: int) -> dict[str, str]:
     """Compiles the step, and compares XLA's figure with the prediction."""
-    actual = prediction.compiled_memory(config, vocab, count)
-    predicted = prediction.predict_memory(prediction.effective(config), vocab, count).total
+    actual = memory.compiled_memory(config, vocab, count)
+    predicted = memory.predict_memory(memory.effective(config), vocab, count).total
     return {
         "compiled": f"{actual} bytes",
         "predicted": f"{predicted} bytes",
@@ -142,19 +134,17 @@ def check_rows(config: ConfigDict, vocab: int, count: int) -> dict[str, str]:
 
 def time_rows(config: ConfigDict, vocab: int, count: int, rate: float) -> dict[str, str]:
     """FLOPs, and the seconds that they and a ring all-reduce of the gradient take."""
-    per_token, per_step = prediction.step_flops(config, vocab, count)
-    params = prediction.parameter_shapes(Transformer(ModelConfig.from_config(config, vocab)))
+    per_token, per_step = scaling.step_flops(config, vocab, count)
+    params = parameter_shapes(Transformer(ModelConfig.from_config(config, vocab)))
     gradient = Collective("all-reduce", traffic.num_bytes(params, config.sync.dtype))
-    ring = prediction.communication(
-        [gradient], count, BANDWIDTH.value * 1e9 / 8, LATENCY.value / 1e6
-    )
+    ring = scaling.communication([gradient], count, BANDWIDTH.value * 1e9 / 8, LATENCY.value / 1e6)
     origin = "given" if TFLOPS.value else "reached by a matrix product of this model, timed here"
     return {
         "FLOPs per token": f"{per_token:.3g}",
         "FLOPs per step": f"{per_step:.3g} per device"
         + (", a third more for remat" if config.model.remat else ""),
         "FLOP rate": f"{rate:.3g} per device and second, {origin}",
-        "computing": f"{prediction.compute_seconds(config, vocab, count, rate):.3g} s",
+        "computing": f"{scaling.compute_seconds(config, vocab, count, rate):.3g} s",
         "gradient all-reduce": f"{ring:.3g} s, a ring of {count} at {BANDWIDTH.value:g} Gbit/s "
         f"with {LATENCY.value:g} us",
     }
@@ -178,10 +168,10 @@ def plot(table: dict[str, dict[int, float]], path: str) -> None:
     figure = png.new(7, 4.5)
     axes = figure.subplots()
     # Small on top of large, for gradient_mean and sharded send the same.
-    styles = zip(table.items(), "os^Dv", (10, 6, 6, 6, 6), strict=True)
-    for (name, by_count), marker, size in styles:
+    markers = itertools.cycle("os^DvPX*")
+    for i, ((name, by_count), marker) in enumerate(zip(table.items(), markers, strict=False)):
         x, y = list(by_count), list(by_count.values())
-        axes.plot(x, y, marker=marker, markersize=size, label=name)
+        axes.plot(x, y, marker=marker, markersize=6 if i else 10, label=name)
     axes.set_xscale("log", base=2)
     axes.set_xticks(COUNTS, [str(n) for n in COUNTS])
     axes.set_ylim(0, 1.05)

@@ -12,10 +12,10 @@ from absl import flags
 from ml_collections import config_flags
 
 from jaxdp.common import cli
-from jaxdp.common import config as configs
 from jaxdp.common.errors import ConfigError
 from jaxdp.parallel import cpu, processes
 from jaxdp.run import loop, preflight
+from jaxdp.step.setup import same_on_two_devices, validate
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config().")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for all that the run writes.")
@@ -33,12 +33,12 @@ def main() -> int:
         raise ConfigError("--workdir is missing: give a folder for the run, new or to go on with")
     cli.prepare_jax()
     processes.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
-    configs.validate(config)
-    cpu.prepare(config)
+    validate(config)
+    cpu.prepare(config, two_devices=same_on_two_devices(config))
     preflight.check_devices()
     stop = threading.Event()
     cli.on_stop_signal(stop.set)
-    result = loop.train(config, os.path.expanduser(WORKDIR.value), stop_requested=stop.is_set)
+    result = loop.train_valid(config, os.path.expanduser(WORKDIR.value), stop_requested=stop.is_set)
     return 0 if result.finished else STOPPED
 
 

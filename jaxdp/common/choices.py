@@ -14,6 +14,9 @@ CHOICES = {
     "sync.dtype": ("float32", "bfloat16"),
 }
 
+# Optimizers whose update of a matrix needs all of it.
+WHOLE_MATRICES = ("muon",)
+
 MOST = 2**31 - 1  # What an int32 holds, as on devices.
 
 # Key -> (lowest, highest) value allowed, both included.

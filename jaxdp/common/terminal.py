@@ -131,3 +131,13 @@ def quantity(number: float) -> str:
         if number >= size:
             return f"{number / size:.3g}{unit}"
     return f"{number:g}"
+
+
+def in_bytes(size: float) -> str:
+    """A number of bytes in short.
+
+    Examples:
+      >>> in_bytes(812), in_bytes(3.1e9)
+      ('812B', '3.1GB')
+    """
+    return quantity(size).replace("B", "G") + "B"

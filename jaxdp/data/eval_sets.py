@@ -1,7 +1,6 @@
 """Texts to evaluate on beside the validation split, each under a name: config.eval_sets."""
 
 import contextlib
-import dataclasses
 import re
 from collections.abc import Callable, Iterator
 
@@ -9,22 +8,10 @@ from ml_collections import ConfigDict
 
 from jaxdp.common.errors import ConfigError, shown
 from jaxdp.data.cache import TokenCache, open_cache
+from jaxdp.data.feed import Feed
 from jaxdp.data.sources import get_sources
 
 NAME = r"[A-Za-z0-9_.-]{1,40}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Split:
-    """The validation split of a config.
-
-    Attributes:
-      config: a valid one.
-      cache: of its data.
-    """
-
-    config: ConfigDict
-    cache: TokenCache
 
 
 def parse(text: str) -> dict[str, str]:
@@ -58,7 +45,7 @@ def find(config: ConfigDict) -> None:
 
 def open_set(
     config: ConfigDict, name: str, cache: TokenCache, report: Callable[[str], None]
-) -> Split:
+) -> Feed:
     """Opens a set, tokenised as a run's data are; it has a cache of its own.
 
     Args:
@@ -72,7 +59,7 @@ def open_set(
     """
     own = _config_of(config, name)
     own.tokenizer = str(cache.folder / "tokenizer.json")
-    return Split(own, open_cache(own, report, train=False))
+    return Feed(own, open_cache(own, report, train=False))
 
 
 @contextlib.contextmanager

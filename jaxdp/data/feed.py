@@ -1,5 +1,7 @@
-"""The batches of a run that this process gets: what its config and tokens make of `pipeline`."""
+"""A config's data: its token cache, and the batches that this process gets of it."""
 
+import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,80 +10,83 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxdp.data import mixture, pipeline, tokenizer
+from jaxdp.data.batch import Batch
 from jaxdp.data.cache import TokenCache
-from jaxdp.data.sequences import Batch, Examples, Sequences, Windows
-from jaxdp.data.sequences import keys as sequence_keys
+from jaxdp.data.sequences import Examples, Sequences, Windows
 
 
+@dataclasses.dataclass(frozen=True)
 class Feed:
-    """Batches to train on, from any step, and for one exact pass over the validation split."""
+    """Batches to train on, from any step, and for one exact pass over the validation split.
 
-    def __init__(self, config: ConfigDict, cache: TokenCache):
-        """Takes a valid config with num_train_steps resolved."""
-        self._config = config
-        self._train, self._validation = (
-            sequences(config, cache, split) for split in ("train", "validation")
-        )
-        self._common: dict[str, Any] = {
-            "global_batch_size": config.global_batch_size,
-            "process_index": jax.process_index(),
-            "process_count": jax.process_count(),
-        }
+    Attributes:
+      config: a valid config, with num_train_steps resolved before batches are asked for.
+      cache: the tokens of its data.
+    """
+
+    config: ConfigDict
+    cache: TokenCache
+
+    def __repr__(self) -> str:
+        """A line, not the whole config."""
+        return f"Feed({self.config.data.path!r}, {self.cache!r})"
+
+    @functools.cached_property
+    def shares(self) -> dict[str, int]:
+        """The sources that data.path names, each with its turns in a cycle of the mixture."""
+        return mixture.parse(self.config.data.path)
+
+    @functools.cached_property
+    def training(self) -> Sequences:
+        """The sequences of the training split."""
+        shares = tuple(self.shares.values())
+        return self._sequences("train", borders=self.cache.train_borders, shares=shares)
+
+    @functools.cached_property
+    def validation(self) -> Sequences:
+        """The sequences of the validation split."""
+        return self._sequences("validation")
 
     def train(self, start: int) -> Iterator[Batch]:
-        """See `pipeline.train_batches`."""
+        """The batches of the steps from `start` on; see `pipeline.train_batches`."""
         return pipeline.train_batches(
-            self._train,
-            seed=self._config.seed,
+            self.training,
+            seed=self.config.seed,
             start_step=start,
-            num_steps=self._config.num_train_steps,
-            num_epochs=self._config.num_epochs,
-            **self._common,
+            num_steps=self.config.num_train_steps,
+            num_epochs=self.config.num_epochs,
+            **self._split_of_batch(),
+        )
+
+    def evaluation(self) -> Iterator[Batch]:
+        """One pass over the validation split; see `pipeline.eval_batches`."""
+        return pipeline.eval_batches(
+            self.validation, max_batches=self.config.eval_max_batches, **self._split_of_batch()
         )
 
     def positions(self, step: int) -> list[int]:
         """Where in the training split the sequences of a step's whole global batch begin."""
-        c = self._config
+        c = self.config
         numbers = step * c.global_batch_size + np.arange(c.global_batch_size, dtype=np.int64)
-        starts = pipeline.start_positions(numbers, self._train, c.seed).numpy()
-        return self._train.begin(starts).tolist()
+        starts = pipeline.start_positions(numbers, self.training, c.seed).numpy()
+        return self.training.begin(starts).tolist()
 
-    def evaluation(self) -> Iterator[Batch]:
-        """See `pipeline.eval_batches`."""
-        return pipeline.eval_batches(
-            self._validation, max_batches=self._config.eval_max_batches, **self._common
-        )
+    def epoch_steps(self) -> int:
+        """Optimizer steps that num_epochs take, the last batch filled up where it isn't full."""
+        c = self.config
+        return pipeline.steps_in(c.num_epochs, self.training, c.global_batch_size)
 
+    def _sequences(self, split: str, **mix: Any) -> Sequences:
+        c, tokens = self.config, getattr(self.cache, split)
+        if c.data.packing == "padded":
+            return Examples(tokens, self.cache.examples[split], c.seq_len, c.objective, **mix)
+        apart = c.data.packing == "documents"
+        end = tokenizer.end_id(self.cache.tokenizer) if apart else None
+        return Windows(tokens, c.seq_len, c.objective, end, **mix)
 
-def sequences(config: ConfigDict, cache: TokenCache, split: str) -> Sequences:
-    """Those that a config makes of the "train" or "validation" tokens."""
-    tokens, shape = getattr(cache, split), (config.seq_len, config.objective)
-    mix: dict[str, Any] = {}
-    if split == "train":
-        shares = mixture.parse(config.data.path).values()
-        mix = {"borders": cache.train_borders, "shares": tuple(shares)}
-    if config.data.packing == "padded":
-        return Examples(tokens, cache.examples[split], *shape, **mix)
-    end = tokenizer.end_id(cache.tokenizer) if config.data.packing == "documents" else None
-    return Windows(tokens, *shape, end, **mix)
-
-
-def round_shapes(config: ConfigDict, steps: int, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """What a device gets for so many steps of so many rows each.
-
-    Returns:
-      Of the sequences' keys [steps, rows, L]; "stop" and "busy" [steps, rows], which a run adds.
-    """
-    keys = sequence_keys(config.objective, config.data.packing)
-    told = jax.ShapeDtypeStruct((steps, rows), np.float32)
-    return {
-        name: jax.ShapeDtypeStruct((steps, rows, config.seq_len), dtype)
-        for name, dtype in keys.items()
-    } | {"stop": told, "busy": told}
-
-
-def epoch_steps(config: ConfigDict, cache: TokenCache) -> int:
-    """Optimizer steps that num_epochs take, the last batch filled up where it isn't full."""
-    return pipeline.steps_in(
-        config.num_epochs, sequences(config, cache, "train"), config.global_batch_size
-    )
+    def _split_of_batch(self) -> dict[str, int]:
+        return {
+            "global_batch_size": self.config.global_batch_size,
+            "process_index": jax.process_index(),
+            "process_count": jax.process_count(),
+        }

@@ -14,7 +14,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from jaxdp.data import mixture
-from jaxdp.data.sequences import Batch, Sequences
+from jaxdp.data.batch import Batch
+from jaxdp.data.sequences import Sequences
 
 TOGETHER = 2**16  # Tokens.
 

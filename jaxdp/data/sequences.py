@@ -8,7 +8,7 @@ import functools
 
 import numpy as np
 
-Batch = dict[str, np.ndarray]
+from jaxdp.data.batch import Batch, token_keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Windows:
     @property
     def keys(self) -> dict[str, type]:
         """Of `take`, and their dtypes."""
-        return keys(self.objective, "stream" if self.end is None else "documents")
+        return token_keys(self.objective, "stream" if self.end is None else "documents")
 
     def begin(self, starts: np.ndarray) -> np.ndarray:
         """At which tokens [P] they begin."""
@@ -168,7 +168,7 @@ class Examples:
     @property
     def keys(self) -> dict[str, type]:
         """Of `take`, and their dtypes."""
-        return keys(self.objective, "padded")
+        return token_keys(self.objective, "padded")
 
     def begin(self, numbers: np.ndarray) -> np.ndarray:
         """At which tokens [P] these examples begin."""
@@ -233,13 +233,3 @@ def documents(inputs: np.ndarray, end: int) -> Batch:
     index = np.arange(inputs.shape[1], dtype=np.int32)
     begun = np.maximum.accumulate(np.where(first, index, 0), axis=1, dtype=np.int32)
     return {"segments": first.cumsum(1, dtype=np.int32), "positions": index - begun}
-
-
-def keys(objective: str, packing: str) -> dict[str, type]:
-    """What a batch consists of, [P, L] each, and the dtypes."""
-    more: dict[str, type] = {}
-    if packing == "documents":
-        more = {"segments": np.int32, "positions": np.int32}
-    elif packing == "padded" and objective == "masked":
-        more = {"segments": np.int32}
-    return {"inputs": np.int32, "targets": np.int32, "weights": np.float32} | more

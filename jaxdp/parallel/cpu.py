@@ -12,36 +12,34 @@ TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8
 HEAP_MAX = 64 * 2**20  # Bytes; what is larger, glibc puts into no arena but the first.
 
 
-def prepare(config: ConfigDict) -> None:
+def prepare(config: ConfigDict, *, two_devices: bool) -> None:
     """Sets up this process for a run on CPUs; what the user has set for it stays.
 
     Call it before JAX has devices.
 
     Args:
       config: a valid one.
+      two_devices: whether two devices train the same run as one; see `setup.same_on_two_devices`.
     """
-    _be_two_devices(config)
+    if two_devices:
+        _be_two_devices()
     if not (glob.glob("/dev/nvidia[0-9]*") or "MALLOC_" in "".join(os.environ)):
         _keep_memory(activation_bytes(config))
 
 
-def _be_two_devices(config: ConfigDict) -> None:
+def _be_two_devices() -> None:
     """Makes two devices of a CPU, unless the user has said how many.
 
     Much of a small model's step is too small for XLA to split over cores, or isn't split at all: a
     device for each of two cores is up to 1.5 times as fast as one for both (benchmarks/RESULTS.md).
-    Not so where the number of devices decides what is computed, or for one of several processes.
+    Not so for one of several processes.
     """
     said = jax.config.values["jax_num_cpu_devices"] > 0 or "device_count" in os.environ.get(
         "XLA_FLAGS", ""
     )
-    equal = config.sync.method in ("gradient_mean", "sharded", "fixed_order")
-    parts = [config.global_batch_size // config.grad_accum_steps]
-    if config.sync.method == "fixed_order":
-        parts.append(config.sync.virtual_replicas)
     alone = not jax.distributed.is_initialized()
     cores = len(os.sched_getaffinity(0))
-    if cores > 1 and alone and equal and not said and all(part % 2 == 0 for part in parts):
+    if cores > 1 and alone and not said:
         jax.config.update("jax_num_cpu_devices", 2)
 
 

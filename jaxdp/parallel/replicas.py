@@ -78,6 +78,14 @@ class Replicas:
             return jax.device_get(tree)
         return jax.tree.map(lambda x: multihost_utils.process_allgather(x, tiled=True), tree)
 
+    def global_shapes(self, tree: Any) -> Any:
+        """The shapes of a pytree, as Orbax restores it: arrays that all processes hold together."""
+        mesh = self._mesh if jax.process_count() == 1 else _all_devices()
+        sharding = NamedSharding(mesh, PartitionSpec())
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+        )
+
     def pmap(
         self,
         step: Callable,
@@ -114,25 +122,20 @@ def prefetch(items: Iterable[Any], put: Callable[[Any], Any], ahead: int = 2) ->
     yield from waiting
 
 
-def rows(per_device: int) -> jax.Array:
+def row_numbers(per_device: int) -> jax.Array:
     """The numbers of this device's sequences in the global batch, [b] int32, inside of pmap."""
     return lax.axis_index(AXIS) * per_device + lax.iota(np.int32, per_device)
 
 
-def to_global(tree: Any) -> Any:
-    """Makes replicated arrays of this process global ones, which Orbax insists on."""
-    if jax.process_count() == 1:
-        return tree
-    mesh = Mesh(np.array(jax.devices()), (AXIS,))
-    return multihost_utils.host_local_array_to_global_array(tree, mesh, PartitionSpec())
-
-
 def to_local(tree: Any) -> Any:
-    """The inverse of `to_global`."""
+    """Makes arrays of all processes, which Orbax insists on, this process's own."""
     if jax.process_count() == 1:
         return tree
-    mesh = Mesh(np.array(jax.devices()), (AXIS,))
-    return multihost_utils.global_array_to_host_local_array(tree, mesh, PartitionSpec())
+    return multihost_utils.global_array_to_host_local_array(tree, _all_devices(), PartitionSpec())
+
+
+def _all_devices() -> Mesh:
+    return Mesh(np.array(jax.devices()), (AXIS,))
 
 
 def device_memory() -> int:

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxdp.data.feed import Feed
 from jaxdp.parallel.replicas import Replicas
 from jaxdp.step.objective import Batch, Objective
-from jaxdp.step.train_step import State
+from jaxdp.step.setup import Setup
+from jaxdp.step.state import State
 
 WINDOW = 100  # Losses that a spike is measured against.
 # Median absolute deviation of a normal distribution -> its standard deviation.
@@ -100,23 +100,14 @@ class Divergence:
         self._losses.extend(saved["losses"])
 
 
-def diagnose(
-    config: ConfigDict,
-    replicas: Replicas,
-    feed: Feed,
-    objective: Objective,
-    trouble: Trouble,
-    state: State,
-) -> dict[str, Any]:
-    """What is known of the step of some trouble.
+def diagnose(setup: Setup, replicas: Replicas, trouble: Trouble, state: State) -> dict[str, Any]:
+    """What is known of the step at which a run got into trouble.
 
     Args:
-      config: of the run.
+      setup: of the run.
       replicas: its devices.
-      feed: its data.
-      objective: likewise.
       trouble: what has been seen.
-      state: after it.
+      state: after that step.
 
     Returns:
       step, reason, loss (nats per token), sequences_begin_at_tokens (of the whole global batch, in
@@ -124,16 +115,16 @@ def diagnose(
     """
     step = trouble.step - 1  # Counted from 0, as the state and the data count.
     of_batch = functools.partial(
-        norms, objective=objective, grad_accum_steps=config.grad_accum_steps
+        norms, objective=setup.objective, grad_accum_steps=setup.config.grad_accum_steps
     )
-    batch = replicas.shard(next(feed.train(step)))
+    batch = replicas.shard(next(setup.feed.train(step)))
     bare = replicas.replicate(state.replace(step=np.int32(step), opt_state=(), outer=(), ema=()))
     found = jax.device_get(replicas.pmap(of_batch)(bare, batch))
     return {
         "step": trouble.step,
         "reason": trouble.reason,
         "loss": found["loss"].item(),
-        "sequences_begin_at_tokens": feed.positions(step),
+        "sequences_begin_at_tokens": setup.feed.positions(step),
         "norms": by_layer(found),
     }
 

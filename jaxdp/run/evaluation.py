@@ -14,13 +14,14 @@ from ml_collections import ConfigDict
 from jaxdp.common import config as configs
 from jaxdp.configs import default
 from jaxdp.data import tokenizer
+from jaxdp.data.batch import Batch, with_number
 from jaxdp.data.cache import open_cache
-from jaxdp.data.eval_sets import Split
 from jaxdp.data.feed import Feed
-from jaxdp.model.transformer import ModelConfig, Transformer, parameter_shapes
+from jaxdp.model.transformer import parameter_shapes
 from jaxdp.parallel.replicas import Replicas, prefetch
 from jaxdp.run import preflight
-from jaxdp.step.objective import Objective, get_objective
+from jaxdp.step.objective import Objective
+from jaxdp.step.setup import batch_sizes, setup_of_feeds, validate
 from jaxdp.workdir import checkpoints
 
 
@@ -76,29 +77,28 @@ def compiled(model: Any, objective: Objective, replicas: Replicas) -> Callable:
 def evaluate_all(
     p_eval_step: Callable,
     params: Any,
-    splits: Mapping[str, Split],
+    feeds: Mapping[str, Feed],
     replicas: Replicas,
     watch: Callable[[Iterable], Iterable] = iter,
 ) -> Evaluations:
-    """A pass over each split.
+    """Evaluates on the validation split of each feed, in one pass.
 
     Args:
       p_eval_step: of `compiled`.
       params: replicated.
-      splits: by name.
+      feeds: by name.
       replicas: the devices.
       watch: gives on what it is given; hears so that there is progress.
     """
     found = {}
-    for name, split in splits.items():
-        batches = watch(Feed(split.config, split.cache).evaluation())
-        evaluation = evaluate(p_eval_step, params, batches, replicas)
-        found[name] = dataclasses.replace(evaluation, tokens_per_byte=split.cache.tokens_per_byte)
+    for name, feed in feeds.items():
+        evaluation = evaluate(p_eval_step, params, watch(feed.evaluation()), replicas)
+        found[name] = dataclasses.replace(evaluation, tokens_per_byte=feed.cache.tokens_per_byte)
     return found
 
 
 def evaluate(
-    p_eval_step: Callable, params: Any, batches: Iterable[dict[str, np.ndarray]], replicas: Replicas
+    p_eval_step: Callable, params: Any, batches: Iterable[Batch], replicas: Replicas
 ) -> Evaluation:
     """Sums losses and weights over all batches and divides once.
 
@@ -112,17 +112,13 @@ def evaluate(
     # never more than two steps are in flight (more can deadlock on CPU devices).
     total = np.zeros(2)
     previous = (0.0, 0.0)
-    for batch in prefetch(_numbered(batches), replicas.shard):
+    numbered = (with_number(batch, number) for number, batch in enumerate(batches))
+    for batch in prefetch(numbered, replicas.shard):
         sums = p_eval_step(params, batch)
         total += jax.device_get(previous)
         previous = sums
     loss_sum, weight_sum = total + jax.device_get(previous)
     return Evaluation(float(loss_sum / max(weight_sum, 1)), round(weight_sum))
-
-
-def _numbered(batches: Iterable[dict[str, np.ndarray]]) -> Iterable[dict[str, np.ndarray]]:
-    for number, batch in enumerate(batches):
-        yield batch | {"number": np.full(len(batch["inputs"]), number, np.int32)}
 
 
 def evaluate_checkpoint(
@@ -152,30 +148,28 @@ def evaluate_checkpoint(
     changes = dict(changes or {})
     saved = configs.load(workdir / "config.json")
     config = completed(saved, changes)
-    configs.check_same_run(config, saved)
+    preflight.check_same_run(config, saved)
     other = any(key.startswith("data.") and key != "data.cache_dir" for key in changes)
     if other:
         # The tokenizer could be made from the data.
         config.tokenizer = str(workdir / "tokenizer.json")
     replicas = Replicas(devices)
-    configs.batch_sizes(config, 1, replicas.device_count)
-    cache = open_cache(config, say, train=not other)
-    preflight.check_split(config, cache, "validation")
-    splits = {"": Split(config, cache)} | preflight.open_eval_sets(config, cache, say)
-    model = Transformer(ModelConfig.from_config(config, cache.vocab_size))
+    batch_sizes(config, 1, replicas.device_count)
+    feed = Feed(config, open_cache(config, say, train=not other))
+    preflight.check_split(feed, "validation")
+    feeds = {"": feed} | preflight.open_eval_sets(config, feed.cache, say)
+    setup = setup_of_feeds(feeds, replicas.device_count, 1)
 
     def fits(step: int, extra: dict[str, Any]) -> None:
         if not other:
-            preflight.same_tokens(config, cache, step, extra)
+            preflight.same_tokens(feed, step, extra)
 
-    said = {"tokenizer": tokenizer.digest(cache.tokenizer)}
+    said = {"tokenizer": tokenizer.digest(feed.cache.tokenizer)}
     params, step = checkpoints.load_params(
-        workdir, parameter_shapes(model), said, say, which=which, check=fits
+        workdir, parameter_shapes(setup.model), said, say, which=which, check=fits
     )
-    mask_id = tokenizer.mask_id(cache.tokenizer)
-    objective = get_objective(config, cache.vocab_size, mask_id)
-    p_eval_step = compiled(model, objective, replicas)
-    return step, evaluate_all(p_eval_step, replicas.replicate(params), splits, replicas)
+    p_eval_step = compiled(setup.model, setup.objective, replicas)
+    return step, evaluate_all(p_eval_step, replicas.replicate(params), feeds, replicas)
 
 
 def completed(saved: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
@@ -194,5 +188,5 @@ def completed(saved: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
     with config.ignore_type():
         for flat in (configs.flatten(saved), changes):
             config.update_from_flattened_dict({k: v for k, v in flat.items() if k in known})
-    configs.validate(config)
+    validate(config)
     return config

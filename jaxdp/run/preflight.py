@@ -14,24 +14,52 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from jaxdp.common import config as configs
 from jaxdp.common import files
-from jaxdp.common.config import BatchSizes
 from jaxdp.common.errors import ConfigError, check_text, shown
-from jaxdp.common.terminal import quantity
-from jaxdp.data import eval_sets, mixture, tokenizer
+from jaxdp.common.terminal import in_bytes
+from jaxdp.data import eval_sets, tokenizer
 from jaxdp.data.cache import TokenCache
-from jaxdp.data.eval_sets import Split
-from jaxdp.data.feed import sequences
+from jaxdp.data.feed import Feed
 from jaxdp.data.layout import SPLITS
 from jaxdp.huggingface import load
 from jaxdp.model.transformer import ModelConfig
 from jaxdp.parallel import processes
 from jaxdp.parallel.replicas import device_memory
 from jaxdp.run import profiling
+from jaxdp.step.setup import Setup
+from jaxdp.sync.methods import METHODS, Sync
 from jaxdp.workdir import integrity
 
 
-def check_data(config: ConfigDict, cache: TokenCache) -> None:
+def check_same_run(config: ConfigDict, saved: ConfigDict) -> None:
+    """Refuses to continue a run of which `saved` (its config.json) tells another story.
+
+    Raises:
+      ConfigError: names the keys that differ where they must not.
+    """
+    new, old = configs.flatten(config), configs.flatten(saved)
+    differing = [
+        f"{key}={new.get(key)!r} (was {shown(old.get(key))})"
+        for key in sorted(configs.identity(new | old))
+        if key not in configs.NOT_IDENTITY and new.get(key) != old.get(key)
+    ]
+    # A method with an outer optimizer has a state that no other can go on from.
+    names = [flat.get("sync.method", "gradient_mean") for flat in (new, old)]
+    if names[0] != names[1] and any(METHODS.get(str(name), Sync).has_outer for name in names):
+        differing.append(f"sync.method={names[0]!r} (was {shown(names[1])})")
+    # An average has to begin with the run, and can't be forgotten by a part of it.
+    decays = [flat.get("ema.decay", 0.0) for flat in (new, old)]
+    if bool(decays[0]) != bool(decays[1]):
+        differing.append(f"ema.decay={decays[0]!r} (was {shown(decays[1])})")
+    if differing:
+        raise ConfigError(
+            f"this workdir holds a different run: {', '.join(differing)}; "
+            "use the old values, or another --workdir"
+        )
+
+
+def check_data(feed: Feed) -> None:
     """Refuses splits that hold not even one sequence, and a sample prompt that can't be read."""
     # A process that is alone imports it later, while its step is compiled; several would drift
     # apart.
@@ -39,7 +67,8 @@ def check_data(config: ConfigDict, cache: TokenCache) -> None:
         import jaxdp.data.tensorflow  # noqa: F401  It refuses to share the accelerators.
 
     for split in SPLITS:
-        check_split(config, cache, split)
+        check_split(feed, split)
+    config, cache = feed.config, feed.cache
     if config.objective == "causal" and config.sample.num_tokens:
         try:
             [prompt] = tokenizer.encode(cache.tokenizer, [config.sample.prompt])
@@ -52,12 +81,16 @@ def check_data(config: ConfigDict, cache: TokenCache) -> None:
             )
 
 
-def check_split(config: ConfigDict, cache: TokenCache, split: str) -> None:
+def check_split(feed: Feed, split: str) -> None:
     """Refuses a split, "train" or "validation", of which a source holds not even one sequence."""
-    name = {"train": "training"}.get(split, split)
-    borders = cache.train_borders if split == "train" else (len(cache.validation),)
-    paths = list(mixture.parse(config.data.path)) if split == "train" else [config.data.path]
-    counts = [part.count for part in sequences(config, cache, split).parts]
+    config, cache = feed.config, feed.cache
+    if split == "train":
+        name, paths, sequences = "training", list(feed.shares), feed.training
+        borders = cache.train_borders
+    else:
+        name, paths, sequences = "validation", [config.data.path], feed.validation
+        borders = (len(cache.validation),)
+    counts = [part.count for part in sequences.parts]
     for path, count, tokens in zip(paths, counts, np.diff(borders, prepend=0), strict=True):
         if config.data.packing == "padded" and not count:
             raise ConfigError(
@@ -80,22 +113,22 @@ def check_split(config: ConfigDict, cache: TokenCache, split: str) -> None:
 
 def open_eval_sets(
     config: ConfigDict, cache: TokenCache, report: Callable[[str], None]
-) -> dict[str, Split]:
+) -> dict[str, Feed]:
     """Opens eval_sets with the tokenizer of a cache, and refuses those that can't be used."""
     sets = {}
     for name in eval_sets.parse(config.eval_sets):
         with eval_sets.named(config, name):
             sets[name] = eval_sets.open_set(config, name, cache, report)
-            check_split(sets[name].config, sets[name].cache, "validation")
+            check_split(sets[name], "validation")
     return sets
 
 
-def same_tokens(config: ConfigDict, cache: TokenCache, step: int, saved: dict) -> bool:
-    """True; refuses other data than that of a checkpoint, whose JSON has the cache's digest."""
+def same_tokens(feed: Feed, step: int, saved: dict) -> bool:
+    """True; refuses other data than a checkpoint was trained on, whose JSON has their digest."""
     del step
-    if cache.digest != saved["digest"]:
+    if feed.cache.digest != saved["digest"]:
         raise ConfigError(
-            f"data.path={config.data.path!r} no longer gives the tokens that this workdir was "
+            f"data.path={feed.config.data.path!r} no longer gives the tokens that this workdir was "
             "trained on: restore the data, or use another --workdir"
         )
     return True
@@ -137,21 +170,22 @@ def check_init(config: ConfigDict, workdir: Path, vocab_size: int | None = None)
         load.open_folder(config.init_from).check(model, vocab_size is not None)
 
 
-def check_memory(config: ConfigDict, model: ModelConfig, sizes: BatchSizes) -> None:
+def check_memory(setup: Setup) -> None:
     """Refuses what can't fit whatever the compiler does.
 
     At least parameters and gradients are held, the input of one layer, and the batch.
     """
+    model, sizes = setup.model.config, setup.sizes
     layer = 2 * model.embed_dim**2 + 2 * model.embed_dim * model.mlp_dim
     parameters = 8 * (model.vocab_size * model.embed_dim + model.num_layers * layer)
-    batch = 4 * config.seq_len * (sizes.micro * model.embed_dim + 3 * sizes.per_device)
+    batch = 4 * model.seq_len * (sizes.micro * model.embed_dim + 3 * sizes.per_device)
     room = device_memory()
     for key, needed in (("model", parameters), ("global_batch_size", parameters + batch)):
         if needed > room:
             raise ConfigError(
                 f"{key} is too large: model.num_layers={model.num_layers} and model.embed_dim="
                 f"{model.embed_dim} with {sizes.micro} sequences at once take at least "
-                f"{quantity(needed)}B and a device has {quantity(room)}B: make them smaller"
+                f"{in_bytes(needed)} and a device has {in_bytes(room)}: make them smaller"
             )
 
 
@@ -213,6 +247,6 @@ def check_disk(workdir: Path, state: Any) -> None:
     free = shutil.disk_usage(workdir).free
     if free < needed:
         raise ConfigError(
-            f"--workdir={workdir} has {quantity(free)}B free and a checkpoint takes "
-            f"{quantity(needed)}B: make room, or use another folder"
+            f"--workdir={workdir} has {in_bytes(free)} free and a checkpoint takes "
+            f"{in_bytes(needed)}: make room, or use another folder"
         )

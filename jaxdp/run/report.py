@@ -8,40 +8,31 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from jaxdp.common.config import BatchSizes
-from jaxdp.common.terminal import duration, quantity
-from jaxdp.data import feed, mixture, pipeline
-from jaxdp.data.cache import TokenCache
-from jaxdp.data.eval_sets import Split
+from jaxdp.common.terminal import duration, in_bytes, quantity
+from jaxdp.data import pipeline
+from jaxdp.data.batch import token_keys
+from jaxdp.data.feed import Feed
 from jaxdp.data.sequences import Examples
-from jaxdp.data.sequences import keys as sequence_keys
 from jaxdp.model import attention
-from jaxdp.model.transformer import ModelConfig, flops_per_token, num_parameters
-from jaxdp.parallel.replicas import Replicas
+from jaxdp.model.transformer import flops_per_token, num_parameters, parameter_shapes
 from jaxdp.run.early_stopping import Stopping
 from jaxdp.run.evaluation import Evaluation
 from jaxdp.step.program import Program
+from jaxdp.step.setup import Setup
 from jaxdp.sync.traffic import Collective, sent_per_step
 
 
-def header(
-    config: ConfigDict,
-    workdir: Path,
-    replicas: Replicas,
-    sizes: BatchSizes,
-    cache: TokenCache,
-    sets: Mapping[str, Split],
-    params: Any,
-) -> dict[str, str]:
+def header(setup: Setup, workdir: Path, device_kind: str) -> dict[str, str]:
     """What a user wants to see before anything is trained."""
+    config, sizes, cache = setup.config, setup.sizes, setup.feed.cache
     per_step = sizes.global_ * config.seq_len
     tokens = per_step * config.num_train_steps
-    parameters = num_parameters(params)
-    flops = flops_per_token(ModelConfig.from_config(config, cache.vocab_size), parameters) * tokens
+    parameters = num_parameters(parameter_shapes(setup.model))
+    flops = flops_per_token(setup.model.config, parameters) * tokens
     processes = jax.process_count()
-    epoch = pipeline.epoch_length(feed.sequences(config, cache, "train"))
+    epochs = sizes.global_ * config.num_train_steps / pipeline.epoch_length(setup.feed.training)
     return {
-        "devices": f"{replicas.device_count} x {replicas.devices[0].device_kind} in {processes} "
+        "devices": f"{setup.device_count} x {device_kind} in {processes} "
         + ("process" if processes == 1 else "processes"),
         "batch": f"{sizes.global_} sequences x {config.seq_len} tokens = {per_step:,} a step",
         "": f"(per host {sizes.per_host}, per device {sizes.per_device}, micro {sizes.micro})",
@@ -52,59 +43,59 @@ def header(
         f"{quantity(len(cache.validation))} validation tokens",
         "vocabulary": f"{cache.vocab_size:,} tokens ({config.tokenizer})",
         "training": f"{config.num_train_steps:,} steps, {quantity(tokens)} tokens "
-        f"({sizes.global_ * config.num_train_steps / epoch:.2f} epochs), {flops:.2g} FLOPs",
+        f"({epochs:.2f} epochs), {flops:.2g} FLOPs",
         "workdir": str(workdir),
-        **_sources(config, cache),
-        **_examples(config, cache),
-        **_eval_sets(sets),
+        **_sources(setup.feed),
+        **_examples(setup.feed),
+        **_eval_sets(setup.feeds),
     }
 
 
-def _eval_sets(sets: Mapping[str, Split]) -> dict[str, str]:
+def _eval_sets(feeds: Mapping[str, Feed]) -> dict[str, str]:
     return {
-        f"eval set {name}": f"{split.config.data.path}, {quantity(len(split.cache.validation))} "
+        f"eval set {name}": f"{feed.config.data.path}, {quantity(len(feed.cache.validation))} "
         "tokens"
-        for name, split in sets.items()
+        for name, feed in feeds.items()
+        if name
     }
 
 
 def _kernel(config: ConfigDict) -> str:
     """What computes attention in training."""
-    masked = "segments" in sequence_keys(config.objective, config.data.packing)
+    masked = "segments" in token_keys(config.objective, config.data.packing)
     model = config.model
     found = attention.kernel(model.dtype, model.embed_dim // model.num_heads, masked)
     return {"cudnn": "cuDNN's fused kernel", "xla": "XLA"}[found]
 
 
-def _sources(config: ConfigDict, cache: TokenCache) -> dict[str, str]:
-    """Those of a mixture: their share, and how often each is gone through."""
-    found = feed.sequences(config, cache, "train")
-    shares, first = mixture.parse(config.data.path), 0
+def _sources(feed: Feed) -> dict[str, str]:
+    """The sources of a mixture: the share of each, and how often it is gone through."""
+    config, total, first = feed.config, sum(feed.shares.values()), 0
     rows: dict[str, str] = {}
-    if len(shares) == 1:
+    if len(feed.shares) == 1:
         return {}
     for (path, share), end, part in zip(
-        shares.items(), cache.train_borders, found.parts, strict=True
+        feed.shares.items(), feed.cache.train_borders, feed.training.parts, strict=True
     ):
-        part_of_all = share / sum(shares.values())
-        taken = config.num_train_steps * config.global_batch_size * part_of_all
+        taken = config.num_train_steps * config.global_batch_size * share / total
         rows[f"source {len(rows) + 1}"] = (
-            f"{part_of_all:.2%} {path}, {quantity(end - first)} tokens, "
+            f"{share / total:.2%} {path}, {quantity(end - first)} tokens, "
             f"{taken / part.count:.2f} epochs"
         )
         first = end
     return rows
 
 
-def _examples(config: ConfigDict, cache: TokenCache) -> dict[str, str]:
-    """What becomes of the examples of data.packing="padded"."""
+def _examples(feed: Feed) -> dict[str, str]:
+    """How many examples of data.packing="padded" are used, cut, and left out."""
     rows = {}
-    for split, index in cache.examples.items():
-        found = feed.sequences(config, cache, split)
+    sequences = {"train": feed.training, "validation": feed.validation}
+    for split, index in feed.cache.examples.items():
+        found = sequences[split]
         assert isinstance(found, Examples)
         rows[f"{split} examples"] = (
-            f"{len(index):,}, of which {found.cut:,} are cut to seq_len={config.seq_len}, and "
-            f"{len(index) - found.total:,} left out as nothing remains to predict"
+            f"{len(index):,}, of which {found.cut:,} are cut to seq_len={feed.config.seq_len}, "
+            f"and {len(index) - found.total:,} left out as nothing remains to predict"
         )
     return rows
 
@@ -159,7 +150,7 @@ def traffic(config: ConfigDict, round_: list[Collective], count: int) -> dict[st
     rounded = "" if config.sync.dtype == "float32" else f", rounded to {config.sync.dtype}"
     return {
         "synchronised": f"{config.sync.method}{rounded}, {_kinds(round_)} {when}, of "
-        f"{quantity(payload)}B; on a ring a device sends {quantity(sent)}B a step, "
+        f"{in_bytes(payload)}; on a ring a device sends {in_bytes(sent)} a step, "
         f"{per_token:,.0f} bytes for each token"
     }
 
@@ -169,7 +160,7 @@ def collectives(program: Program) -> str:
     found = list((program.collectives or {}).values())
     if not found:
         return "no collectives"
-    return f"{_kinds(found)}, {quantity(sum(c.bytes for c in found))}B together"
+    return f"{_kinds(found)}, {in_bytes(sum(c.bytes for c in found))} together"
 
 
 def _kinds(found: list[Collective]) -> str:
@@ -177,17 +168,17 @@ def _kinds(found: list[Collective]) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in counts.items())
 
 
-def agreement(program: Program, state: Any, count: int) -> dict[str, str]:
-    """What agreement cost."""
-    rows = traffic(program.config, program.traffic(state), count)
+def agreement(program: Program, drift: float | None, count: int) -> dict[str, str]:
+    """What the replicas' agreement cost."""
+    rows = traffic(program.config, program.traffic(), count)
     if count == 1:
         return rows
     if program.collectives:
         rows["collectives"] = f"{collectives(program)}, in the compiled program"
     if program.waiting is not None:
         rows["waiting"] = f"{program.waiting:.1%} of the devices' time in collectives, as profiled"
-    if program.drift is not None:
-        rows["drift"] = f"{program.drift:.2e} of the parameters' norm, before the last agreement"
+    if drift is not None:
+        rows["drift"] = f"{drift:.2e} of the parameters' norm, before the last agreement"
     return rows
 
 

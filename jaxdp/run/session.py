@@ -1,45 +1,45 @@
-"""A run under way: what the loop does at its steps, and the parts that it shares.
+"""A run under way: its parts, and what the loop does with them at each step.
 
 The loop itself is in `loop`.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
-import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from ml_collections import ConfigDict
 
-from jaxdp.common import config as configs
-from jaxdp.common.config import BatchSizes
+from jaxdp.common.config import save
 from jaxdp.common.errors import RunError
+from jaxdp.common.files import write_whole
 from jaxdp.common.terminal import Display
+from jaxdp.data import batch as batches
 from jaxdp.data import tokenizer
-from jaxdp.data.cache import TokenCache
-from jaxdp.data.eval_sets import Split
-from jaxdp.data.feed import Feed
-from jaxdp.data.sequences import Batch
+from jaxdp.data.batch import Batch
+from jaxdp.huggingface import load
 from jaxdp.model import sampling
-from jaxdp.model.transformer import Transformer, flops_per_token, num_parameters
+from jaxdp.model.transformer import flops_per_token, num_parameters, parameter_shapes
 from jaxdp.parallel import processes
 from jaxdp.parallel.replicas import Replicas, prefetch
-from jaxdp.run import divergence, report
-from jaxdp.run.divergence import Divergence, Trouble
+from jaxdp.run import preflight, report
+from jaxdp.run.divergence import Divergence
 from jaxdp.run.early_stopping import Stopping
 from jaxdp.run.evaluation import Evaluation, Evaluations, compiled, evaluate_all, figures
+from jaxdp.run.figures import MeanLoss, Throughput
 from jaxdp.run.profiling import Profile
+from jaxdp.run.step_log import StepLog
 from jaxdp.run.watchdog import Watchdog
-from jaxdp.step.objective import Objective
 from jaxdp.step.program import Program
+from jaxdp.step.setup import Setup
+from jaxdp.step.state import State, abstract_state, create_state, fields_of, own_fields
 from jaxdp.sync.fingerprints import ReplicaCheck
 from jaxdp.workdir.checkpoints import Checkpoints
-from jaxdp.workdir.metrics import MetricsWriter, Throughput, load_balance
+from jaxdp.workdir.metrics import MetricsWriter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,41 +65,195 @@ class Result:
         return self.evaluations.get("")
 
 
-@dataclasses.dataclass
 class Run:
-    """A run under way: what its steps, evaluations and checkpoints share."""
+    """A run under way, between `with` and its end.
 
-    config: ConfigDict
-    workdir: Path
-    replicas: Replicas
-    sizes: BatchSizes
-    cache: TokenCache
-    eval_sets: dict[str, Split]
-    model: Transformer
-    first_state: Callable[[], Any]
-    program: Program
-    judge: Divergence
-    stopping: Stopping
-    display: Display
-    checkpoints: Checkpoints
-    writer: MetricsWriter
-    watchdog: Watchdog
-    objective: Objective
-    stop_requested: Callable[[], bool]
+    Attributes:
+      stop: whether any process was asked to stop, as far as figures have been read.
+    """
 
-    def __post_init__(self) -> None:
-        self.p_eval_step = compiled(self.model, self.objective, self.replicas)
-        self.feed = Feed(self.config, self.cache)
-        self.tokenizer_digest = tokenizer.digest(self.cache.tokenizer)
-        self.replica_check = ReplicaCheck(self.replicas)
-        self.profile = Profile(self.config, self.workdir, self.display.line)
-        self.busy = 0.0  # Seconds that this process was last busy with a step, not with waiting.
+    def __init__(
+        self,
+        setup: Setup,
+        workdir: Path,
+        replicas: Replicas,
+        display: Display,
+        watchdog: Watchdog,
+        stop_requested: Callable[[], bool],
+    ):
+        """Prepares the parts; compiles nothing yet, and writes nothing."""
+        self.setup, self.config, self.workdir = setup, setup.config, workdir
+        self.replicas, self.display, self.watchdog = replicas, display, watchdog
+        self.program = Program(setup, replicas)
+        self.judge, self.stopping = Divergence(setup.config), Stopping(setup.config)
+        self.profile = Profile(setup.config, workdir, display.line)
+        self.stop = False
+        self._stop_requested = stop_requested
+        self._p_eval_step = compiled(setup.model, setup.objective, replicas)
+        self._tokenizer_digest = tokenizer.digest(setup.feed.cache.tokenizer)
+        self._replica_check = ReplicaCheck(replicas)
+        self._loss = MeanLoss()
+        # A round whose figures have not been read: steps before it, its metrics, and the seconds
+        # that it waited for data.
+        self._pending: tuple[int, dict[str, jax.Array], float] | None = None
+        self._busy = 0.0  # Seconds that this process was last busy with a step, not with waiting.
+        self._asked = self._waited = 0.0  # When the last batch was asked for, and how long it took.
+        self._resources = contextlib.ExitStack()
 
-    def start_clock(self, done: int, state: Any) -> None:
-        """Begins to measure the speed after so many steps."""
-        self.profile.start(done)
-        flops = flops_per_token(self.model.config, num_parameters(state.params))
-        self.throughput = Throughput(flops, self.replicas.device_count)
+    def __enter__(self) -> "Run":
+        """Opens the workdir's checkpoints."""
+        self.checkpoints = self._resources.enter_context(
+            Checkpoints(
+                self.workdir, self.config, self.replicas, self.setup.method, self.display.line
+            )
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Waits for what is being written."""
+        self._resources.close()
+
+    # The start.
+
+    def restore(self) -> tuple[int, State]:
+        """The steps done and the state after them: of the newest checkpoint, or the initial one."""
+        same = functools.partial(preflight.same_tokens, self.setup.feed)
+        found = self.checkpoints.restore(abstract_state(self.setup), same)
+        if found is None:
+            state = self.first_state()
+            if self.config.init_from:
+                self.display.line(f"Starting from the weights of {self.config.init_from}.")
+            return 0, state
+        step, extra, state = found
+        self.judge.load(extra["divergence"])
+        self.stopping.load(extra.get("stopping", {}))
+        self._loss.load(extra.get("loss", {}))
+        return step, state
+
+    def first_state(self) -> State:
+        """The state of step 0: random parameters, or the weights that init_from names."""
+        name, model = self.config.init_from, self.setup.model.config
+        read = functools.partial(load.read, name, model) if name else None
+        return create_state(self.setup, self.replicas, read)
+
+    def show_header(self) -> None:
+        """Shows what is about to be trained."""
+        kind = self.replicas.devices[0].device_kind
+        rows = report.header(self.setup, self.workdir, kind)
+        rows |= report.traffic(self.config, self.program.traffic(), self.replicas.device_count)
+        self.display.table("jaxdp", rows)
+
+    def begin(self, start: int) -> None:
+        """Writes what the run is, opens its metrics, and begins to measure its speed."""
+        processes.on_main(self._describe)
+        self._writer = self._resources.enter_context(
+            MetricsWriter(self.workdir, self.config, start, active=processes.is_main())
+        )
+        self._resources.enter_context(self.display)
+        self._start = start
+        self.profile.start(start)
+        parameters = num_parameters(parameter_shapes(self.setup.model))
+        flops = flops_per_token(self.setup.model.config, parameters)
+        throughput = Throughput(flops, self.replicas.device_count)
+        self._log = StepLog(
+            self.setup, self.judge, self.display, self._writer, throughput, self._loss
+        )
+
+    def _describe(self) -> None:
+        save(self.config, self.workdir / "config.json")
+        text = self.setup.feed.cache.tokenizer.to_str(pretty=True)
+        write_whole(self.workdir / "tokenizer.json", text)
+
+    # A round of optimizer steps.
+
+    def rounds(self, start: int) -> Iterator[Any]:
+        """The batches of rounds from `start` on, on the devices."""
+        return prefetch(self._host_rounds(start), self.replicas.shard_steps)
+
+    def _host_rounds(self, start: int) -> Iterator[list[Batch]]:
+        """This process's batches, round by round, with what it tells the other processes."""
+        feed, done = self.setup.feed.train(start), start
+        while done < self.config.num_train_steps:
+            steps = self.program.round_length(done)
+            tell = functools.partial(
+                batches.with_process, stop=self._stop_requested(), busy=self._busy
+            )
+            yield [tell(batch) for batch in itertools.islice(feed, steps)]
+            done += steps
+
+    def compile(self, done: int, state: State) -> bool:
+        """Compiles the round after `done` steps, unless it has been; returns whether it did."""
+        if not self.program.is_new(done):
+            return False
+        self.watchdog.beat("compiling a step", done, slow=True)
+        steps = self.program.round_length(done)
+        shapes = batches.training_shapes(self.config, steps, self.setup.sizes.per_device)
+        self.program.compile(done, state, self.replicas.zeros(shapes))
+        return True
+
+    def fetch(self, rounds: Iterator[Any], done: int) -> Any:
+        """The batches of the round after `done` steps."""
+        self.watchdog.beat("waiting for data", done)
+        self._asked = time.perf_counter()
+        batch = next(rounds)
+        self._waited = time.perf_counter() - self._asked
+        return batch
+
+    def train(self, done: int, state: State, batch: Any, new: bool) -> tuple[int, State]:
+        """One round on all devices: forward, backward, synchronise, update.
+
+        The figures of the round before are read when this one is dispatched, so that the devices
+        never wait for Python. More than two rounds in flight can deadlock CPU devices.
+
+        Args:
+          done: steps done before.
+          state: after them; it is used up.
+          batch: of the round.
+          new: whether the round was compiled just now.
+
+        Returns:
+          The steps done, and the state after them.
+        """
+        steps = self.program.round_length(done)
+        self.watchdog.beat("training", done, slow=new)
+        with self.profile.round(done, state, new):
+            state, metrics = self.program(done, state, batch)
+        dispatched = time.perf_counter()
+        self.read_figures()
+        if new:
+            jax.block_until_ready(metrics)
+            self.display.line(f"Compiled: {report.collectives(self.program)}.")
+        if done == self._start:
+            self.display.start(done, self.config.num_train_steps)
+        profiled = self.program.trace(metrics) or self.profile.stop(done + steps, metrics)
+        if new or profiled:  # The time of this round is not that of training.
+            self._log.throughput.start(steps=-steps)
+        self._busy = dispatched - self._asked
+        self.checkpoints.check()
+        self._pending = done, metrics, self._waited
+        return done + steps, state
+
+    # What follows a round.
+
+    def read_figures(self) -> None:
+        """Reads and logs the figures of the last round, unless that has been done."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            self.stop = self._log.add(*pending) or self.stop
+
+    def forget_figures(self) -> None:
+        """Drops what was computed since the last logged step, as when a run goes back."""
+        self._pending = None
+        self._loss.clear()
+
+    def pause(self, seconds: float) -> None:
+        """Leaves time out of the speed that is logged."""
+        self._log.throughput.pause(seconds)
+
+    @property
+    def drift(self) -> float | None:
+        """See `StepLog.drift`."""
+        return self._log.drift
 
     def due(self, done: int) -> tuple[bool, bool]:
         """Whether to evaluate and whether to save after so many steps."""
@@ -107,159 +261,59 @@ class Run:
         evaluating = done % self.config.eval_every == 0 or last
         return evaluating, done % self.config.checkpoint.every == 0 or last
 
-    def rounds(self, start: int) -> Iterator[Any]:
-        """The batches of rounds from `start` on, on the devices."""
-        return prefetch(self._host_rounds(start), self.replicas.shard_steps)
-
-    def _host_rounds(self, start: int) -> Iterator[list[Batch]]:
-        """This process's batches, round by round.
-
-        With each go whether the process was asked to stop, and how long it was busy with a step.
-        """
-        batches = self.feed.train(start)
-        done = start
-        while done < self.config.num_train_steps:
-            steps = self.program.round_length(done)
-            said = {
-                "stop": np.full(self.sizes.per_host, self.stop_requested(), np.float32),
-                "busy": np.full(self.sizes.per_host, self.busy, np.float32),
-            }
-            yield [batch | said for batch in itertools.islice(batches, steps)]
-            done += steps
-
-    def check_is_due(self, before: int, done: int) -> bool:
-        """Whether replicas are to be compared after the steps before + 1 .. done."""
-        every = self.config.sync.check_every
-        return every > 0 and before // every < done // every
-
-    def check_replicas(self, done: int, state: Any) -> None:
-        """Stops the run where a device holds another state than the others."""
-        if self.config.sync.check_every and self.replicas.device_count > 1:
-            shared = {"params": state.params, "outer": state.outer}
-            if not self.program.method.own_opt_state:
-                shared["opt_state"] = state.opt_state
-            if not self.program.method.own_ema:
-                shared["ema"] = state.ema
-            self.watchdog.beat("comparing replicas", done)
-            self.replica_check(shared, done)
-
-    def log(self, before: int, metrics: dict[str, jax.Array], waited: float) -> bool:
-        """Logs a round's steps where due; returns whether any process was asked to stop."""
-        metrics = jax.device_get(metrics)
-        self._judge(before + len(metrics["loss"]), metrics)
-        for i, tokens in enumerate(metrics["tokens"]):
-            done = before + i + 1
-            self.throughput.add(round(float(tokens.sum())), waited if i == 0 else 0.0)
-            if done % self.config.log_every and done != self.config.num_train_steps:
-                continue
-            speed = self.throughput.read()
-            loss = float(metrics["loss"][i])
-            self.display.figures(done, loss, speed["tokens_per_second"])
-            names = ("loss", "grad_norm", "learning_rate", "drift")
-            values = {f"train/{n}": float(metrics[n][i]) for n in names if n in metrics}
-            values["train/skipped"] = self.judge.skipped
-            positions = self.sizes.per_device * self.config.seq_len
-            self.writer.write(done, values | load_balance(metrics, i, positions) | speed)
-        if "drift" in metrics:
-            self.program.drift = float(metrics["drift"][-1])
-        self.display.step(before + len(metrics["tokens"]))
-        return bool(metrics["stop"].max() > 0)
-
-    def _judge(self, done: int, metrics: dict[str, Any]) -> None:
-        """Counts skipped updates, and sees whether the run diverges."""
-        before = self.judge.skipped
-        self.judge.add(done, metrics["loss"], metrics["skipped"])
-        if self.judge.skipped > before:
-            self.display.line(
-                f"step {done}: loss or gradient is not finite, the update is skipped "
-                f"({self.judge.skipped:,} so far)",
-                "yellow",
-            )
-
-    def roll_back(self, state: Any) -> tuple[int, Any]:
-        """Takes back what came after the last good checkpoint, and skips its data.
-
-        It is a scheduled checkpoint, as others depend on when a run happened to be interrupted.
-
-        Returns:
-          The step to go on from, and the state, at that step.
-
-        Raises:
-          RunError: it has been done often enough; says what is known of the cause.
-        """
-        trouble, c = self.judge.trouble, self.config.divergence
-        assert trouble is not None
-        if self.judge.rollbacks == c.max_rollbacks:
-            raise self._diagnosis(trouble, state)
-        self.watchdog.beat("going back", trouble.step, slow=True)
-        found = self.checkpoints.restore(state, self._good)
-        step, extra, state = found or (0, {}, self.first_state())
-        self.stopping.load(extra.get("stopping", {}))  # Evaluations since were of what is given up.
-        self.judge.roll_back()
-        self.display.line(
-            f"step {trouble.step}: {trouble.reason}. Back to the parameters of step {step}; the "
-            f"data of the steps since is skipped (roll-back {self.judge.rollbacks} of at most "
-            f"{c.max_rollbacks}).",
-            "bold yellow",
-        )
-        return trouble.step, self.program.at_step(state, trouble.step)
-
-    def _good(self, step: int, extra: dict[str, Any]) -> bool:
-        scheduled = step % self.config.checkpoint.every == 0
-        return scheduled and extra["divergence"]["in_a_row"] == 0
-
-    def _diagnosis(self, trouble: Trouble, state: Any) -> RunError:
-        """Shows and writes what is known of a step that the run can't get past."""
-        self.watchdog.beat("looking for the cause", trouble.step, slow=True)
-        found = divergence.diagnose(
-            self.config, self.replicas, self.feed, self.objective, trouble, state
-        )
-        self.display.table("Diverged", report.diagnosis(found))
-        path = self.workdir / "diagnosis.json"
-        if processes.is_main():
-            # JSON has neither infinity nor NaN, which here are what matters: they become strings.
-            values = json.loads(json.dumps(found), parse_constant=str)
-            configs.write_whole(path, json.dumps(values, indent=2) + "\n")
-        return RunError(
-            f"diverged at step {trouble.step}: {trouble.reason}, after {self.judge.rollbacks} "
-            f"roll-backs; {path} names the data and the norms of each layer: lower "
-            "optimizer.learning_rate, or raise divergence.max_rollbacks, and run again to go on "
-            "from the newest checkpoint"
-        )
-
-    def evaluate(self, done: int, state: Any) -> Evaluations:
+    def evaluate(self, done: int, state: State) -> Evaluations:
         """Evaluates on the validation split and the sets beside it, and logs the results."""
         before = time.perf_counter()
         watch = functools.partial(self.watchdog.each, doing="evaluating", done=done)
         params = self.program.to_evaluate(state)
-        splits = {"": Split(self.config, self.cache)} | self.eval_sets
-        found = evaluate_all(self.p_eval_step, params, splits, self.replicas, watch)
-        self.writer.write(done, figures(found))
+        found = evaluate_all(self._p_eval_step, params, self.setup.feeds, self.replicas, watch)
+        self._writer.write(done, figures(found))
         for name, evaluation in found.items():
             self.display.line(report.evaluated(done, evaluation, name), "bold")
         self.stopping.add(done, found[""].loss)
         ends = done == self.config.num_train_steps or self.stopping.over
         if self.config.sample.at_eval and not ends:  # At the end it is shown, too.
-            self._sample(done, params)
-        self.throughput.pause(time.perf_counter() - before)
+            self.sample(done, params)
+        self.pause(time.perf_counter() - before)
         return found
 
-    def save(self, done: int, state: Any, evaluations: Evaluations) -> None:
+    def check_replicas(self, before: int, done: int, state: State, always: bool) -> None:
+        """Ends the run where a device holds another state than the others, when that is due.
+
+        Args:
+          before: steps done before the last round.
+          done: steps done now.
+          state: after them.
+          always: whether to compare them even if it isn't due.
+        """
+        every = self.config.sync.check_every
+        due = every > 0 and (always or before // every < done // every)
+        if due and self.replicas.device_count > 1:
+            own = own_fields(self.setup.method) | {"step"}
+            shared = {name: x for name, x in fields_of(state).items() if name not in own}
+            self.watchdog.beat("comparing replicas", done)
+            self._replica_check(shared, done)
+
+    def save(self, done: int, state: State, evaluations: Evaluations) -> None:
         """Starts to save a checkpoint; all figures until then go to disk, too."""
         self.watchdog.beat("saving", done, slow=True)
-        self.writer.flush()
+        self._writer.flush()
         extra = {
-            "digest": self.cache.digest,
-            "tokenizer": self.tokenizer_digest,
+            "digest": self.setup.feed.cache.digest,
+            "tokenizer": self._tokenizer_digest,
             "divergence": self.judge.to_json(),
             "stopping": self.stopping.to_json(),
+            "loss": self._loss.to_json(),
         }
         loss = evaluations[""].loss if evaluations else None
         self.checkpoints.save(done, state, extra, loss)
 
+    # The end.
+
     def finish(self, result: Result) -> None:
         """Returns when all is on disk; raises RunError, in all processes, where it can't be."""
-        unsaved, unwritten = self.checkpoints.finish(result.state), self.writer.finish()
+        self.watchdog.beat("writing the last checkpoint", result.step, slow=True)
+        unsaved, unwritten = self.checkpoints.finish(result.state), self._writer.finish()
         text = "; ".join(filter(None, (unsaved, unwritten)))
         if text:
             rest = ", and run again to go on from there" if unsaved else "; all else is saved"
@@ -268,40 +322,23 @@ class Run:
         if text:
             raise RunError(text)
 
-    def summarise(self, result: Result) -> None:
-        """Shows a sample of text, what was reached, and where everything lies."""
-        self.display.stop()
-        if result.finished:
-            text = self._sample(result.step, self.program.to_evaluate(result.state))
-            if text:
-                self.display.text("Sample", text)
-        rows = report.summary(self.config, self.workdir, result, self.display.seconds())
-        rows |= report.agreement(self.program, result.state, self.replicas.device_count)
-        if result.finished and result.step < self.config.num_train_steps:
-            rows["stopped early"] = self.stopping.reason()
-        if self.judge.skipped or self.judge.rollbacks:
-            rows["diverged"] = (
-                f"{self.judge.skipped:,} updates skipped, {self.judge.rollbacks} roll-backs"
-            )
-        title = "Finished" if result.finished else "Stopped as asked; run again to go on"
-        self.display.table(title, rows)
-
-    def _sample(self, done: int, params: Any) -> str:
+    def sample(self, done: int, params: Any) -> str:
         """Shows a sample of text in TensorBoard and returns it; nothing where none is wanted."""
         wanted = self.config.objective == "causal" and self.config.sample.num_tokens
         if not wanted or not processes.is_main():
             return ""
         self.watchdog.beat("sampling", done, slow=True)
-        [prompt] = tokenizer.encode(self.cache.tokenizer, [self.config.sample.prompt])
+        cache = self.setup.feed.cache
+        [prompt] = tokenizer.encode(cache.tokenizer, [self.config.sample.prompt])
         [ids] = sampling.sample(
-            self.model,
+            self.setup.model,
             jax.device_get(params),
             [prompt],
-            vocab_size=self.cache.vocab_size,
+            vocab_size=cache.vocab_size,
             num_tokens=self.config.sample.num_tokens,
             temperature=sampling.TEMPERATURE,
             seed=self.config.seed,
         )
-        text = self.cache.tokenizer.decode([*prompt, *ids], skip_special_tokens=False)
-        self.writer.write_text(done, "sample", text)
+        text = cache.tokenizer.decode([*prompt, *ids], skip_special_tokens=False)
+        self._writer.write_text(done, "sample", text)
         return text

@@ -13,17 +13,15 @@ from flax.training.train_state import TrainState
 from jax import lax
 from ml_collections import ConfigDict
 
-from jaxdp.parallel.replicas import AXIS, rows
+from jaxdp.data.batch import Batch, documents_of, tokens_of
+from jaxdp.parallel.replicas import AXIS, row_numbers
 from jaxdp.step.losses import chunked_cross_entropy, mask_tokens
 from jaxdp.sync import reductions
 
-Batch = dict[str, jax.Array]
 # Corrupts a batch for masked-LM training: (key, rows, batch) -> batch; the identity otherwise.
 Transform = Callable[[jax.Array, jax.Array, Batch], Batch]
 # Keeps the keys of masks apart from those of dropout.
 MASK_STREAM, DROPOUT_STREAM = 0, 1
-# Of a batch, what goes through the model as it is; only where documents are kept apart.
-PACKING = ("segments", "positions")
 
 
 def plain(key: jax.Array, rows: jax.Array, batch: Batch) -> Batch:
@@ -60,7 +58,7 @@ class Objective:
         Returns:
           (loss_sum, weight_sum), [] float32 each, and the gradient of loss_sum, like state.params.
         """
-        batch = _of_model(batch)
+        batch = _with_rows(batch)
 
         def loss_fn(params, micro):
             return self._loss_sums(state.apply_fn, params, micro, state.step, train=True)
@@ -100,7 +98,7 @@ class Objective:
           loss_sum (nats) and weight_sum, [] float32 each.
         """
         number = batch["number"][0]
-        sums = self._loss_sums(apply_fn, params, _of_model(batch), number, train=False)
+        sums = self._loss_sums(apply_fn, params, _with_rows(batch), number, train=False)
         return lax.psum(sums, AXIS)
 
     def _loss_sums(self, apply_fn, params, micro: Batch, number, train: bool):
@@ -109,9 +107,8 @@ class Objective:
         key = jax.random.fold_in(jax.random.key(self.seed), number)
         micro = self.transform(jax.random.fold_in(key, MASK_STREAM), rows, micro)
         dropout = {"rows": rows, "rngs": {"dropout": jax.random.fold_in(key, DROPOUT_STREAM)}}
-        packing = {name: micro[name] for name in PACKING if name in micro}
         of_model = functools.partial(apply_fn, {"params": params})
-        options = packing | (dropout if train else {})
+        options = documents_of(micro) | (dropout if train else {})
         hidden = of_model(micro["inputs"], method="hidden", **options)
         to_logits = functools.partial(of_model, method="logits")
         targets, weights = micro["targets"], micro["weights"]
@@ -133,7 +130,6 @@ def get_objective(config: ConfigDict, vocab_size: int, mask_id: int | None) -> O
     return Objective(config.seed, transform, config.loss_chunks)
 
 
-def _of_model(batch: Batch) -> Batch:
-    names = ("inputs", "targets", "weights", *PACKING)
-    of_model = {name: batch[name] for name in names if name in batch}
-    return of_model | {"rows": rows(len(batch["inputs"]))}
+def _with_rows(batch: Batch) -> Batch:
+    """The tokens of a batch, and each sequence's number in the global batch."""
+    return tokens_of(batch) | {"rows": row_numbers(len(batch["inputs"]))}

@@ -1,19 +1,18 @@
 """The compiled training step of a run: which method when, how many steps at once, at what price."""
 
 import contextlib
-import functools
 from typing import Any
 
 import jax
 import numpy as np
-import optax
-from ml_collections import ConfigDict
 
+from jaxdp.model.transformer import parameter_shapes
 from jaxdp.parallel import processes
 from jaxdp.parallel.replicas import AXIS, Replicas
-from jaxdp.step.objective import Objective
-from jaxdp.step.train_step import at_step, state_axes, train_step
-from jaxdp.sync import methods, traffic
+from jaxdp.step.setup import Setup
+from jaxdp.step.state import State, state_axes
+from jaxdp.step.train_step import at_step, step_of
+from jaxdp.sync import traffic
 from jaxdp.sync.methods import Sync
 from jaxdp.sync.traffic import Collective
 
@@ -27,30 +26,21 @@ class Program:
     Attributes:
       method: how replicas agree (after the first sync.after steps).
       collectives: of the program compiled last, by instruction; None before.
-      drift: of the replicas before they agreed last, where they drift; see `reductions.drift`.
       waiting: share of the devices' time that goes into collectives; None where not measured.
     """
 
-    def __init__(
-        self, config: ConfigDict, replicas: Replicas, schedule: optax.Schedule, objective: Objective
-    ):
+    def __init__(self, setup: Setup, replicas: Replicas):
         """Compiles nothing yet."""
-        self.config, self._replicas = config, replicas
-        self.method = methods.METHODS[config.sync.method](config, AXIS)
-        self._first_method = Sync(config, AXIS) if config.sync.after else self.method
-        self._step = functools.partial(
-            train_step,
-            schedule=schedule,
-            objective=objective,
-            clip_norm=config.optimizer.clip_norm,
-        )
+        self.config, self.method = setup.config, setup.method
+        self._setup, self._replicas = setup, replicas
+        late = setup.config.sync.after > 0
+        self._first_method = Sync(setup.config, AXIS) if late else setup.method
         self._p_whole = replicas.pmap(
             lambda tree, _: self.method.whole(tree["ema"], tree["params"]),
             state_axes={"ema": 0, "params": None},
         )
         self._p_steps: dict[tuple[Sync, int], Any] = {}
         self.collectives: dict[str, Collective] | None = None
-        self.drift: float | None = None
         self.waiting: float | None = None
         self._calls = 0
         self._trace: traffic.Trace | None = None
@@ -76,13 +66,7 @@ class Program:
     def compile(self, done: int, state: Any, batch: Any) -> None:
         """Compiles the round after `done` steps, for batches such as this one."""
         method = self._method(done)
-        axes = state_axes(state, method)
-        p_step = self._replicas.pmap(
-            functools.partial(self._step, method=method),
-            state_axes=axes,
-            out_axes=(axes, None),
-            donate=True,
-        )
+        p_step = pmapped(self._setup, self._replicas, state, method)
         self._p_steps[method, self.round_length(done)] = p_step
         # A call finds the program compiled.
         text = p_step.lower(state, batch).compile().as_text()
@@ -139,10 +123,25 @@ class Program:
                 self._trace.stop()
             self._trace = None
 
-    def traffic(self, state: Any) -> list[Collective]:
+    def traffic(self) -> list[Collective]:
         """What a round sends, by the method's definition."""
-        opt_state = jax.eval_shape(state.tx.init, state.params)
-        return self.method.traffic(state.params, opt_state, self._replicas.device_count)
+        params = parameter_shapes(self._setup.model)
+        opt_state = jax.eval_shape(self._setup.optimizer.init, params)
+        return self.method.traffic(params, opt_state, self._replicas.device_count)
 
     def _method(self, done: int) -> Sync:
         return self._first_method if done < self.config.sync.after else self.method
+
+
+def pmapped(setup: Setup, replicas: Replicas, state: State, method: Sync | None = None) -> Any:
+    """The pmapped training step of a setup; a state that is given to it is lost.
+
+    Args:
+      setup: of the run.
+      replicas: the devices.
+      state: with arrays or their shapes; only its structure is looked at.
+      method: how replicas agree, where it isn't the setup's own.
+    """
+    axes = state_axes(state, method or setup.method)
+    step = step_of(setup, method)
+    return replicas.pmap(step, state_axes=axes, out_axes=(axes, None), donate=True)

@@ -1,96 +1,40 @@
-"""A run's state and its optimizer steps, as pure functions of what a device holds.
+"""The training step: one optimizer step, or a round of several, as a pure function.
 
 Shapes: N devices, b sequences per device, L length.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from flax.training.train_state import TrainState
 from jax import lax
 
-from jaxdp.model.transformer import initial_params, parameter_shapes
-from jaxdp.parallel.replicas import AXIS, Replicas
+from jaxdp.parallel.replicas import AXIS
 from jaxdp.step.ema import moved
 from jaxdp.step.objective import Batch, Objective
+from jaxdp.step.setup import Setup
+from jaxdp.step.state import State
 from jaxdp.sync import reductions
 from jaxdp.sync.methods import Sync
 
 
-class State(TrainState):
-    """What a run is at a step: flax's TrainState, and what only some runs have.
-
-    Every field is the same on all devices, but for opt_state and ema [N, ...] of the methods that
-    say so.
-
-    Attributes:
-      outer: state of DiLoCo's outer optimizer.
-      ema: average of the parameters, or this device's part of it; see `average`.
-    """
-
-    outer: Any = ()
-    ema: Any = ()
-
-
-def create_state(
-    model: Any,
-    optimizer: optax.GradientTransformation,
-    seed: int,
-    replicas: Replicas,
-    method: Sync,
-    read: Callable[[], Any] | None = None,
-) -> State:
-    """Makes the optimizer's state for initial parameters, on all devices.
+def step_of(setup: Setup, method: Sync | None = None) -> Callable:
+    """The training step of a setup, (state, batch) -> (state, metrics): see `train_step`.
 
     Args:
-      model: a `Transformer`.
-      optimizer: of the run.
-      seed: of the run.
-      replicas: the devices.
-      method: how they agree.
-      read: gives the parameters, on the host; by default they are drawn.
+      setup: of the run.
+      method: how replicas agree, where it isn't the setup's own.
     """
-
-    def state_of(params, _):
-        opt_state, outer = method.init(optimizer, params)
-        step = jnp.zeros((), jnp.int32)
-        ema = method.part(params) if method.ema_decay else ()
-        return State(step, model.apply, params, optimizer, opt_state, outer, ema)
-
-    params = replicas.replicate(read() if read else initial_params(model, seed))
-    shapes = jax.eval_shape(lambda: State(0, model.apply, params, optimizer, (), ()))
-    start = replicas.pmap(state_of, out_axes=state_axes(shapes, method))
-    return start(params, replicas.shard(np.zeros(len(replicas.devices))))
-
-
-def saved_shapes(
-    model: Any, optimizer: optax.GradientTransformation, method: Sync, device_count: int
-) -> Any:
-    """Shapes and dtypes of all arrays of a checkpoint; nothing is computed."""
-    params = parameter_shapes(model)
-    like = jax.eval_shape(optimizer.init, params)
-
-    def outer(params, _):
-        return method.init(optimizer, params)[1]
-
-    on_devices = jax.vmap(outer, in_axes=(None, 0), out_axes=None, axis_name=AXIS)
-    return {
-        "step": jax.ShapeDtypeStruct((), jnp.int32),
-        "params": params,
-        "opt_state": method.saved_shapes(like, device_count),
-        "outer": jax.eval_shape(on_devices, params, np.zeros(device_count)),
-        "ema": params if method.ema_decay else (),
-    }
-
-
-def state_axes(state: State, method: Sync) -> State:
-    """Which fields of a state have an axis of devices, as `jax.pmap` wants to be told."""
-    opt_state, ema = (0 if own else None for own in (method.own_opt_state, method.own_ema))
-    return state.replace(step=None, params=None, opt_state=opt_state, outer=None, ema=ema)
+    return functools.partial(
+        train_step,
+        method=method or setup.method,
+        schedule=setup.schedule,
+        objective=setup.objective,
+        clip_norm=setup.config.optimizer.clip_norm,
+    )
 
 
 def train_step(

@@ -1,6 +1,7 @@
 """The choices of sync.method: what replicas do in a step and when they agree.
 
-`Sync` is the default, gradient_mean; each other one is a subclass that changes the hooks it has to.
+`Sync` is the default, gradient_mean; each other method is a subclass that changes some hooks. What
+a method allows and needs stands in its attributes and checks, and nowhere else.
 
 Shapes: N devices, b sequences per device.
 """
@@ -15,6 +16,8 @@ import optax
 from jax import lax
 from ml_collections import ConfigDict
 
+from jaxdp.common.choices import MOST, WHOLE_MATRICES
+from jaxdp.common.errors import ConfigError
 from jaxdp.sync import reductions
 from jaxdp.sync.reductions import Figures, Tree
 from jaxdp.sync.traffic import Collective, num_bytes
@@ -28,15 +31,58 @@ class Sync:
     `own_opt_state`: it is then [N, ...], each device's own.
     """
 
-    own_opt_state = False
-    own_ema = False  # Likewise of the parameters' average.
-    every = 1
+    own_opt_state = False  # Each device has its own optimizer state.
+    own_ema = False  # Each device has its own slice of the parameters' average.
+    has_outer = False  # An outer optimizer has a state, too: other methods can't go on from it.
+    elementwise_only = False  # Each device updates slices of arrays, never a whole matrix.
+    same_on_any_devices = True  # Another number of devices changes no more than rounding.
+    starts_late = False  # Can begin after sync.after steps of gradient_mean.
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")  # Values of sync.dtype that it can send.
+    every = 1  # Optimizer steps in a round.
 
     def __init__(self, config: ConfigDict, axis_name: str):
         """Takes a valid config and the name of the devices' axis."""
         self.config, self.axis = config.sync, axis_name
         self.ema_decay = config.ema.decay
         self.grad_accum_steps = config.grad_accum_steps
+
+    @classmethod
+    def check(cls, config: ConfigDict) -> None:
+        """Raises ConfigError where the other keys of a config don't go with this method."""
+        c = config.sync
+        if cls.elementwise_only and config.optimizer.name in WHOLE_MATRICES:
+            raise ConfigError(
+                f"optimizer.name={config.optimizer.name!r} needs whole matrices, of which "
+                f"sync.method={c.method!r} gives each device a slice: use another of the two"
+            )
+        if c.dtype not in cls.dtypes:
+            able = [name for name, method in METHODS.items() if c.dtype in method.dtypes]
+            raise ConfigError(
+                f"sync.dtype={c.dtype!r} is for gradients, and sync.method={c.method!r} sends "
+                f"{' or '.join(cls.dtypes)}: use sync.method={' or '.join(map(repr, able))}"
+            )
+        if c.after and not cls.starts_late:
+            able = [name for name, method in METHODS.items() if method.starts_late]
+            raise ConfigError(
+                f"sync.after={c.after} has no meaning with sync.method={c.method!r}: set it to 0, "
+                f"or use {' or '.join(map(repr, able))}"
+            )
+
+    @classmethod
+    def check_devices(cls, config: ConfigDict, device_count: int) -> None:
+        """Raises ConfigError where so many devices can't share the batch by this method."""
+
+    @classmethod
+    def batch_unit(cls, config: ConfigDict, device_count: int) -> int:
+        """Sequences of a device, of which its part of the batch has to be a multiple."""
+        del device_count
+        return config.grad_accum_steps
+
+    @classmethod
+    def max_devices(cls, config: ConfigDict) -> int:
+        """The largest number of devices that a config allows."""
+        del config
+        return MOST
 
     def init(self, tx: optax.GradientTransformation, params: Tree) -> tuple[Tree, Tree]:
         """This device's opt_state, and the state of an outer optimizer."""
@@ -64,7 +110,7 @@ class Sync:
         return after, figures
 
     def part(self, params: Tree) -> Tree:
-        """Of the parameters that whose average this device holds."""
+        """The slice of the parameters whose average this device keeps; here all of them."""
         return params
 
     def whole(self, part: Tree, like: Tree) -> Tree:
@@ -96,6 +142,7 @@ class Sharded(Sync):
 
     own_opt_state = True
     own_ema = True
+    elementwise_only = True
 
     def init(self, tx, params):
         return tx.init(self.part(params)), ()
@@ -134,7 +181,43 @@ class Sharded(Sync):
 
 
 class FixedOrder(Sync):
-    """fixed_order: gradient_mean by a tree of sums that no device count changes."""
+    """fixed_order: gradient_mean by a tree of sums that no device count changes.
+
+    The tree has a leaf for each of sync.virtual_replicas parts of the batch, a power of two.
+    """
+
+    dtypes = ("float32",)
+
+    @classmethod
+    def check(cls, config):
+        super().check(config)
+        parts = config.sync.virtual_replicas
+        if parts & (parts - 1):
+            raise ConfigError(
+                f"sync.virtual_replicas={parts} is no power of two: use 8, or another"
+            )
+        if config.grad_accum_steps != 1:
+            raise ConfigError(
+                f"grad_accum_steps={config.grad_accum_steps} has no meaning with "
+                "sync.method='fixed_order': leave it at 1 and raise sync.virtual_replicas"
+            )
+
+    @classmethod
+    def check_devices(cls, config, device_count):
+        parts, total = config.sync.virtual_replicas, config.global_batch_size
+        if parts % device_count or total % parts:
+            raise ConfigError(
+                f"sync.virtual_replicas={parts} can't be split equally over {device_count} "
+                f"devices, or global_batch_size={total} not over them: both have to be multiples"
+            )
+
+    @classmethod
+    def batch_unit(cls, config, device_count):
+        return config.sync.virtual_replicas // device_count
+
+    @classmethod
+    def max_devices(cls, config):
+        return config.sync.virtual_replicas
 
     def accumulate(self, value_and_grad, params, batch):
         count = self.config.virtual_replicas // lax.axis_size(self.axis)
@@ -162,9 +245,25 @@ class ParameterMean(Sync):
     and `every` = 1 it is gradient_mean, as everything is linear.
     """
 
+    same_on_any_devices = False
+    starts_late = True
+    dtypes = ("float32",)
+
     def __init__(self, config, axis_name):
         super().__init__(config, axis_name)
         self.every = config.sync.every
+
+    @classmethod
+    def check(cls, config):
+        super().check(config)
+        every = config.sync.every
+        dues = {"eval_every": config.eval_every, "checkpoint.every": config.checkpoint.every}
+        for key, value in (dues | {"sync.after": config.sync.after}).items():
+            if value % every:
+                raise ConfigError(
+                    f"{key}={value} is no multiple of sync.every={every}, and replicas agree only "
+                    f"then: use {value // every * every + every}, or another sync.every"
+                )
 
     def mean(self, sums, figures):
         return reductions.divide(sums, figures), figures
@@ -195,6 +294,8 @@ class DiLoCo(ParameterMean):
     """diloco: Douillard et al. 2023. Each device keeps the moments of its inner optimizer."""
 
     own_opt_state = True
+    has_outer = True
+    starts_late = False
 
     def __init__(self, config, axis_name):
         super().__init__(config, axis_name)

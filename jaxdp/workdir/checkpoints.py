@@ -1,6 +1,6 @@
 """The checkpoints of a run: what is in them, what of it is whole, and reading it."""
 
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ from ml_collections import ConfigDict
 from jaxdp.common.errors import ConfigError, RunError
 from jaxdp.common.files import first_line
 from jaxdp.parallel import processes
-from jaxdp.parallel.replicas import Replicas, to_global, to_local
+from jaxdp.parallel.replicas import Replicas, to_local
+from jaxdp.step.state import State, fields_of, own_fields, saved_shapes, whole_fields
 from jaxdp.sync.methods import Sync
 from jaxdp.workdir import integrity
 from jaxdp.workdir.saver import Saver
@@ -65,7 +66,7 @@ class Checkpoints:
         self._saver = Saver(self._folder, config, report)
         self._last: tuple[int, dict, float | None] | None = None
 
-    def save(self, step: int, state: Any, extra: dict, eval_loss: float | None) -> None:
+    def save(self, step: int, state: State, extra: dict, eval_loss: float | None) -> None:
         """Starts to save; waits only for the one before and for a copy of the state.
 
         Args:
@@ -89,7 +90,7 @@ class Checkpoints:
         """Reports a save that failed in the background; doesn't wait for one under way."""
         self._saver.check()
 
-    def finish(self, state: Any) -> str:
+    def finish(self, state: State) -> str:
         """Returns when the state that was last given to `save` is on disk.
 
         Where it could not be saved, it is tried once more.
@@ -112,14 +113,14 @@ class Checkpoints:
         return f"checkpoint {self._last[0]} could not be saved ({self._saver.failure}; {has})"
 
     def restore(
-        self, state: Any, fit: Callable[[int, dict], bool] = lambda step, extra: True
-    ) -> tuple[int, dict, Any] | None:
+        self, like: State, fit: Callable[[int, dict], bool] = lambda step, extra: True
+    ) -> tuple[int, dict, State] | None:
         """Restores the newest checkpoint that is whole, written on however many devices.
 
         Newer ones that are damaged are reported and moved to checkpoints-damaged/.
 
         Args:
-          state: on the devices, of the same shapes; its values are not used.
+          like: a state with arrays, or with their shapes: no array is looked at.
           fit: (step, JSON saved with it) -> whether this checkpoint will do; raises ConfigError
             where it is of another run.
 
@@ -137,7 +138,7 @@ class Checkpoints:
                 extra = self._read_extra(step)
                 if not fit(step, extra):
                     continue
-                restored = self._read(step, state, extra)
+                restored = self._read(step, like, extra)
             except ConfigError:
                 self._put_back()
                 raise
@@ -177,51 +178,36 @@ class Checkpoints:
         args = ocp.args.Composite(extra=ocp.args.JsonRestore())
         return self._manager.restore(step, args=args).extra
 
-    def _read(self, step: int, state: Any, extra: dict) -> Any:
+    def _read(self, step: int, like: State, extra: dict) -> State:
         """The state of a checkpoint; raises anything where it is damaged."""
-        target, parts = _shared(state), self._parts(state)
-        has = "ema" in integrity.check_shapes(self._folder / str(step), state.params)
+        target = saved_shapes(like, self._method, extra["devices"])
+        has = "ema" in integrity.check_shapes(self._folder / str(step), like.params)
         if has != ("ema" in target):
             raise integrity.OtherModelError(f"ema is {'present' if has else 'absent'} in it")
-        for name, like in parts.items():
-            # Orbax reads to the host, not to a device, where it is shown a NumPy array.
-            target[name] = jax.tree.map(
-                lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape),
-                self._method.saved_shapes(like, extra["devices"]),
-            )
-        target = _globally(to_global, target, parts)
-        target = jax.tree.map(
-            lambda x: ocp.utils.to_shape_dtype_struct(x) if isinstance(x, jax.Array) else x, target
-        )
+        own = own_fields(self._method)
+        target = {
+            name: _on_host(tree) if name in own else self._replicas.global_shapes(tree)
+            for name, tree in target.items()
+        }
         args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
         with integrity.ending_reads():
             found = dict(self._manager.restore(step, args=args).state)
-        found = _globally(to_local, found, parts)
-        integrity.check_marks(found, extra[integrity.MARKS])
-        if int(found["step"]) != step:
-            raise ValueError(f"it was saved after step {int(found['step'])}")
+        shared = to_local({name: tree for name, tree in found.items() if name not in own})
+        integrity.check_marks(found | shared, extra[integrity.MARKS])
+        if int(shared["step"]) != step:
+            raise ValueError(f"it was saved after step {int(shared['step'])}")
         count = self._replicas.device_count
-        own = {
-            name: self._replicas.put_own(self._method.load(found.pop(name), count))
-            for name in parts
+        placed = {
+            name: self._replicas.put_own(self._method.load(found[name], count)) for name in own
         }
-        return state.replace(**self._replicas.replicate(found), **own)
+        return like.replace(**self._replicas.replicate(shared), **placed)
 
-    def _saved(self, state: Any) -> dict:
+    def _saved(self, state: State) -> dict[str, Any]:
         """What goes into a checkpoint: the same whatever the number of devices, where it can be."""
-        tree = _shared(state)
-        for name, like in self._parts(state).items():
+        tree = fields_of(state)
+        for name, like in whole_fields(state, self._method).items():
             tree[name] = self._method.save(self._replicas.gather_own(tree[name]), like)
         return tree
-
-    def _parts(self, state: Any) -> dict[str, Any]:
-        """The fields of which each device has its own: their shapes on one that has it all."""
-        parts = {}
-        if self._method.own_opt_state:
-            parts["opt_state"] = jax.eval_shape(state.tx.init, state.params)
-        if self._method.own_ema and self._method.ema_decay:
-            parts["ema"] = state.params
-        return parts
 
     def _set_aside(self, steps: list[int]) -> None:
         if not steps:
@@ -358,13 +344,6 @@ def _folder(workdir: Path) -> Path:
     return workdir.absolute() / FOLDER
 
 
-def _shared(state: Any) -> dict:
-    fields = {name: getattr(state, name) for name in ("step", "params", "opt_state")}
-    some = {"outer": state.outer, "ema": state.ema}
-    return fields | {name: x for name, x in some.items() if jax.tree.leaves(x)}
-
-
-def _globally(convert: Callable[[Any], Any], tree: dict, parts: Container[str]) -> dict:
-    """Converts what is on devices; that of which each has its own is on the host."""
-    shared = convert({name: x for name, x in tree.items() if name not in parts})
-    return shared | {name: x for name, x in tree.items() if name in parts}
+def _on_host(shapes: Any) -> Any:
+    """A target that Orbax reads to the host: it does so where it is shown a NumPy array."""
+    return jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), shapes)

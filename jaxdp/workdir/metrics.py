@@ -1,15 +1,14 @@
-"""Where a run's figures go: `metrics.jsonl`, TensorBoard, wandb; and how fast it goes."""
+"""The figures that a run logs, and where they go: `metrics.jsonl`, TensorBoard, wandb."""
 
 import json
 import math
 import os
+import re
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
 from jaxdp.common.files import PatientFile, reason, write_whole
@@ -27,18 +26,33 @@ finally:
 
 JSONL = "metrics.jsonl"
 
-# Dense bf16 peak per device, FLOP/s, as the makers' data sheets give it (V100, T4: fp16).
-PEAK_FLOPS = {
-    "H200": 989e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A10G": 70e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-    "V100": 125e12,
-    "T4": 65e12,
+# Every figure that a run logs, and what it is: docs/metrics.md shows this table.
+FIGURES = {
+    "step": "optimizer steps done",
+    "train/loss": "mean over all tokens since the last line, nats; steps whose loss isn't finite "
+    "are left out",
+    "train/grad_norm": "norm of the global gradient of this step, before clipping; where each "
+    "device has a gradient of its own, the mean of their norms",
+    "train/learning_rate": "learning rate of this step",
+    "train/skipped": "updates skipped so far, because loss or gradient wasn't finite",
+    "train/drift": "where replicas train alone: root mean square of their distance from their "
+    "mean, relative to its norm, just before they agreed",
+    "eval/loss": "mean over all tokens of the validation split, nats; of each set of `eval_sets` "
+    "as `eval/NAME/loss`, and so the next two",
+    "eval/perplexity": "exp(eval/loss)",
+    "eval/bits_per_byte": "the same loss in bits per byte of text, comparable between tokenizers",
+    "tokens_per_second": "tokens of all devices per second since the last line, by the clock on "
+    "the wall, evaluations left out",
+    "step_time_ms": "milliseconds per optimizer step since the last line",
+    "data_wait_ms": "milliseconds of each step spent waiting for its batch",
+    "mfu": "model FLOPs per second (6 per parameter and token, and attention's) as a share of the "
+    "devices' bfloat16 peak; null where the peak isn't known",
+    "balance/tokens_min": "tokens that count, on the device that has fewest",
+    "balance/tokens_max": "tokens that count, on the device that has most",
+    "balance/padding": "share of the positions that hold no token that counts",
+    "balance/slowest_process": "the process that was busy longest between two steps, with "
+    "fetching data and logging",
+    "balance/slowest_ms": "how long it was busy, milliseconds",
 }
 
 
@@ -67,6 +81,8 @@ class MetricsWriter:
         """Logs values at a step; all that is logged at one step becomes one line of the file."""
         if not self._active:
             return
+        unknown = {re.sub("^eval/[^/]+/", "eval/", name) for name in values} - FIGURES.keys()
+        assert not unknown, f"not in FIGURES: {unknown}"
         if step != self._record.get("step"):
             self.flush()
         self._record |= {"step": step, **values}
@@ -176,79 +192,3 @@ def _start_wandb(workdir: Path, config: ConfigDict):
         id=workdir.resolve().name,
         resume="allow",
     )
-
-
-def load_balance(metrics: Mapping[str, Any], index: int, positions: int) -> dict[str, float]:
-    """How equally a step's work was spread.
-
-    Args:
-      metrics: of `train_step.train_step`, on the host.
-      index: which of its steps.
-      positions: tokens that a device's batch has room for.
-
-    Returns:
-      Real tokens on the devices that have fewest and most, the share of positions without one, and
-      the process that was busy longest between two steps (with its data, not its devices), in ms.
-    """
-    tokens, busy = metrics["tokens"][index], metrics["busy"][index]
-    per_process = len(busy) // jax.process_count()
-    return {
-        "balance/tokens_min": round(float(tokens.min())),
-        "balance/tokens_max": round(float(tokens.max())),
-        "balance/padding": 1 - float(tokens.sum()) / (positions * len(tokens)),
-        "balance/slowest_process": int(busy.argmax()) // per_process,
-        "balance/slowest_ms": 1e3 * float(busy.max()),
-    }
-
-
-class Throughput:
-    """Speed since it was last asked for, by the clock on the wall.
-
-    Waiting for data and for checkpoints counts; what `pause` is told of does not.
-    """
-
-    def __init__(self, flops_per_token: int, device_count: int):
-        """Takes the model's FLOPs per token and how many devices share the work."""
-        self._flops_per_token = flops_per_token
-        self._peak = peak_flops(jax.local_devices()[0]) * device_count
-        self.start()
-
-    def start(self, steps: int = 0) -> None:
-        """Begins to measure; the next -`steps` steps don't count, they were done before."""
-        self._since = time.perf_counter()
-        self._steps, self._tokens, self._data_wait = steps, 0, 0.0
-
-    def add(self, tokens: int, data_wait: float) -> None:
-        """Counts a step: its tokens, and the seconds it waited for its batch."""
-        self._steps += 1
-        if self._steps > 0:
-            self._tokens += tokens
-            self._data_wait += data_wait
-
-    def pause(self, seconds: float) -> None:
-        """Takes time out that was spent on something else than training."""
-        self._since += seconds
-
-    def read(self) -> dict[str, float | None]:
-        """Figures over the steps since the last call.
-
-        All are None if there was no step; mfu is None on unknown hardware.
-        """
-        if self._steps <= 0:
-            return dict.fromkeys(("tokens_per_second", "step_time_ms", "data_wait_ms", "mfu"))
-        seconds = time.perf_counter() - self._since
-        rate = self._tokens / seconds
-        figures = {
-            "tokens_per_second": rate,
-            "step_time_ms": 1e3 * seconds / self._steps,
-            "data_wait_ms": 1e3 * self._data_wait / self._steps,
-            "mfu": rate * self._flops_per_token / self._peak if self._peak else None,
-        }
-        self.start()
-        return figures
-
-
-def peak_flops(device: jax.Device) -> float:
-    """A device's peak in FLOP/s; 0 where it isn't known (CPUs)."""
-    kind = device.device_kind
-    return next((peak for name, peak in PEAK_FLOPS.items() if name in kind), 0.0)

@@ -41,9 +41,10 @@ def output(code, environ):
 )
 def test_a_cpu_is_two_devices_unless_that_was_said_otherwise(changes, environ, devices):
     code = (
-        "import jax; from jaxdp import cpu; from jaxdp.configs import default; "
+        "import jax; from jaxdp.parallel import cpu; from jaxdp.configs import default; "
+        "from jaxdp.step.setup import same_on_two_devices as same; "
         f"c = default.get_config(); c.update_from_flattened_dict({changes!r}); "
-        "cpu.prepare(c); print(jax.device_count())"
+        "cpu.prepare(c, two_devices=same(c)); print(jax.device_count())"
     )
     assert int(output(code, environ)) == devices
 
@@ -55,9 +56,9 @@ def test_a_cpu_is_two_devices_unless_that_was_said_otherwise(changes, environ, d
 )
 def test_a_thread_gets_large_blocks_without_new_pages_if_the_model_is_large(seq_len, environ, kept):
     code = (
-        "import resource, threading, jax, numpy as np; from jaxdp import cpu; "
+        "import resource, threading, jax, numpy as np; from jaxdp.parallel import cpu; "
         "from jaxdp.configs import default; c = default.get_config(); "
-        f"c.seq_len = {seq_len}; cpu.prepare(c)\n"
+        f"c.seq_len = {seq_len}; cpu.prepare(c, two_devices=True)\n"
         "def block(): np.ones(2**27, np.int8)\n"
         "def faults():\n"
         "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"

@@ -1,0 +1,108 @@
+"""How fast a run will be: FLOPs, time per step, and efficiency on more devices.
+
+Shapes only: nothing is allocated but for a matrix product that `measure_rate` times.
+"""
+
+import time
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from jaxdp.estimate.memory import changed
+from jaxdp.model.transformer import (
+    ModelConfig,
+    Transformer,
+    flops_per_token,
+    num_parameters,
+    parameter_shapes,
+)
+from jaxdp.step.optimizer import get_optimizer, get_schedule
+from jaxdp.sync import methods
+from jaxdp.sync.traffic import Collective
+
+COUNTS = tuple(2**i for i in range(11))
+MEASURE_SECONDS = 0.3
+
+
+def step_flops(config: ConfigDict, vocab: int, count: int) -> tuple[int, int]:
+    """Per token, and per device and optimizer step, without what remat repeats."""
+    model = ModelConfig.from_config(config, vocab)
+    per_token = flops_per_token(model, num_parameters(parameter_shapes(Transformer(model))))
+    return per_token, per_token * config.global_batch_size // count * config.seq_len
+
+
+def compute_seconds(config: ConfigDict, vocab: int, count: int, rate: float) -> float:
+    """Of an optimizer step at `rate` FLOP/s per device; remat does the forward third twice."""
+    return step_flops(config, vocab, count)[1] * (4 / 3 if config.model.remat else 1) / rate
+
+
+def measure_rate(config: ConfigDict) -> float:
+    """FLOP/s of a device in the feed-forward layer's product: a whole step reaches less."""
+    dtype, width = config.model.dtype, config.model.embed_dim
+    hidden = config.model.mlp_dim or 4 * width
+    # More rows than a few thousand make it no faster.
+    rows = min(config.global_batch_size * config.seq_len, 4096)
+    product = jax.jit(jnp.matmul)
+    x, kernel = jnp.ones((rows, width), dtype), jnp.ones((width, hidden), dtype)
+    product(x, kernel).block_until_ready()
+    start, done = time.perf_counter(), 0
+    while (seconds := time.perf_counter() - start) < MEASURE_SECONDS:
+        product(x, kernel).block_until_ready()
+        done += 1
+    # Virtual CPU devices share the cores that one of them had to itself here.
+    sharing = jax.local_device_count() if jax.default_backend() == "cpu" else 1
+    return done * 2 * rows * width * hidden / seconds / sharing
+
+
+def communication(
+    collectives: list[Collective], count: int, bandwidth: float, latency: float
+) -> float:
+    """Seconds per optimizer step: bytes / bandwidth, and the latency of messages in a row.
+
+    Args:
+      collectives: of a round.
+      count: N devices.
+      bandwidth: bytes per second that a device sends.
+      latency: seconds per message.
+    """
+    return sum((c.sent(count) / bandwidth + c.hops(count) * latency) / c.steps for c in collectives)
+
+
+def efficiencies(
+    config: ConfigDict, vocab: int, count: int, rate: float, bandwidth: float, latency: float
+) -> dict[str, dict[int, float]]:
+    """Predicted efficiency of each method on each number of devices, where it can be used.
+
+    Weak scaling: each device has the batch that one of `count` devices has. Communication is not
+    overlapped with computing, and all links are equal, as in one ring.
+
+    Args:
+      config: a valid config; its sync.method is replaced.
+      vocab: vocabulary size.
+      count: devices that share config.global_batch_size.
+      rate: FLOP/s of a device.
+      bandwidth: bytes per second that a device sends.
+      latency: seconds per message.
+
+    Returns:
+      {method: {devices: compute / (compute + communication)}}.
+    """
+    compute = compute_seconds(config, vocab, count, rate)
+    params = parameter_shapes(Transformer(ModelConfig.from_config(config, vocab)))
+    opt_state = jax.eval_shape(get_optimizer(config, get_schedule(config)).init, params)
+    table: dict[str, dict[int, float]] = {}
+    for name, method in methods.METHODS.items():
+        other = changed(config, "sync.method", name)
+        if config.sync.dtype not in method.dtypes:
+            other.sync.dtype = method.dtypes[0]
+        table[name] = {
+            n: compute
+            / (
+                compute
+                + communication(methods.traffic(other, params, opt_state, n), n, bandwidth, latency)
+            )
+            for n in COUNTS
+            if n <= method.max_devices(other)
+        }
+    return table

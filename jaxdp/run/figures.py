@@ -1,0 +1,134 @@
+"""The figures of a logged step: the mean loss, the speed, how equally the work was spread."""
+
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+# Dense bf16 peak per device, FLOP/s, as the makers' data sheets give it (V100, T4: fp16).
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10G": 70e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+    "V100": 125e12,
+    "T4": 65e12,
+}
+
+
+class MeanLoss:
+    """The mean loss of the tokens since the last logged step, in nats.
+
+    A step whose loss isn't finite is left out. A checkpoint holds the part of a mean that lies
+    before it, so that a resumed run logs the same means.
+    """
+
+    def __init__(self) -> None:
+        """Nothing has been added yet."""
+        self.clear()
+
+    def clear(self) -> None:
+        """Begins anew."""
+        self._mean, self._tokens = 0.0, 0.0
+
+    def add(self, loss: float, tokens: float) -> None:
+        """Adds a step: its mean loss, and the tokens it is a mean over."""
+        if math.isfinite(loss) and tokens:
+            self._tokens += tokens
+            self._mean += (loss - self._mean) * (tokens / self._tokens)
+
+    def read(self) -> float:
+        """The mean, NaN if there was no token; begins anew."""
+        mean = self._mean if self._tokens else math.nan
+        self.clear()
+        return mean
+
+    def to_json(self) -> dict[str, float]:
+        """What a checkpoint has to hold of this."""
+        return {"mean": self._mean, "tokens": self._tokens}
+
+    def load(self, saved: Mapping[str, float]) -> None:
+        """The inverse of `to_json`; an older checkpoint holds nothing."""
+        self._mean, self._tokens = saved.get("mean", 0.0), saved.get("tokens", 0.0)
+
+
+def load_balance(metrics: Mapping[str, Any], index: int, positions: int) -> dict[str, float]:
+    """How equally a step's work was spread.
+
+    Args:
+      metrics: of `train_step.train_step`, on the host.
+      index: which of its steps.
+      positions: tokens that a device's batch has room for.
+
+    Returns:
+      Real tokens on the devices that have fewest and most, the share of positions without one, and
+      the process that was busy longest between two steps (with its data, not its devices), in ms.
+    """
+    tokens, busy = metrics["tokens"][index], metrics["busy"][index]
+    per_process = len(busy) // jax.process_count()
+    return {
+        "balance/tokens_min": round(float(tokens.min())),
+        "balance/tokens_max": round(float(tokens.max())),
+        "balance/padding": 1 - float(tokens.sum()) / (positions * len(tokens)),
+        "balance/slowest_process": int(busy.argmax()) // per_process,
+        "balance/slowest_ms": 1e3 * float(busy.max()),
+    }
+
+
+class Throughput:
+    """Speed since it was last asked for, by the clock on the wall.
+
+    Waiting for data and for checkpoints counts; what `pause` is told of does not.
+    """
+
+    def __init__(self, flops_per_token: int, device_count: int):
+        """Takes the model's FLOPs per token and how many devices share the work."""
+        self._flops_per_token = flops_per_token
+        self._peak = peak_flops(jax.local_devices()[0]) * device_count
+        self.start()
+
+    def start(self, steps: int = 0) -> None:
+        """Begins to measure; the next -`steps` steps don't count, they were done before."""
+        self._since = time.perf_counter()
+        self._steps, self._tokens, self._data_wait = steps, 0, 0.0
+
+    def add(self, tokens: int, data_wait: float) -> None:
+        """Counts a step: its tokens, and the seconds it waited for its batch."""
+        self._steps += 1
+        if self._steps > 0:
+            self._tokens += tokens
+            self._data_wait += data_wait
+
+    def pause(self, seconds: float) -> None:
+        """Takes time out that was spent on something else than training."""
+        self._since += seconds
+
+    def read(self) -> dict[str, float | None]:
+        """Figures over the steps since the last call.
+
+        All are None if there was no step; mfu is None on unknown hardware.
+        """
+        if self._steps <= 0:
+            return dict.fromkeys(("tokens_per_second", "step_time_ms", "data_wait_ms", "mfu"))
+        seconds = time.perf_counter() - self._since
+        rate = self._tokens / seconds
+        figures = {
+            "tokens_per_second": rate,
+            "step_time_ms": 1e3 * seconds / self._steps,
+            "data_wait_ms": 1e3 * self._data_wait / self._steps,
+            "mfu": rate * self._flops_per_token / self._peak if self._peak else None,
+        }
+        self.start()
+        return figures
+
+
+def peak_flops(device: jax.Device) -> float:
+    """A device's peak in FLOP/s; 0 where it isn't known (CPUs)."""
+    kind = device.device_kind
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in kind), 0.0)

@@ -1,0 +1,72 @@
+"""Going back to a good checkpoint where a run diverges, and giving up with a diagnosis."""
+
+import functools
+import json
+import time
+from typing import Any
+
+from jaxdp.common.errors import RunError
+from jaxdp.common.files import write_whole
+from jaxdp.parallel import processes
+from jaxdp.run import divergence, report
+from jaxdp.run.divergence import Trouble
+from jaxdp.run.session import Run
+from jaxdp.step.state import State, abstract_state
+
+
+def roll_back(run: Run, state: State) -> tuple[int, State]:
+    """Takes back what came after the last good checkpoint, and skips its data.
+
+    What was dispatched since the trouble is forgotten: where a run ends must not depend on it.
+    Nor does the checkpoint: it is a scheduled one, as others depend on when a run happened to
+    be interrupted.
+
+    Returns:
+      The step to go on from, and the state, at that step.
+
+    Raises:
+      RunError: it has been done often enough; says what is known of the cause.
+    """
+    began = time.perf_counter()
+    trouble, c = run.judge.trouble, run.config.divergence
+    assert trouble is not None
+    if run.judge.rollbacks == c.max_rollbacks:
+        raise _diagnosis(run, trouble, state)
+    run.watchdog.beat("going back", trouble.step, slow=True)
+    found = run.checkpoints.restore(abstract_state(run.setup), functools.partial(_good, run))
+    step, extra, state = found or (0, {}, run.first_state())
+    run.stopping.load(extra.get("stopping", {}))  # Evaluations since were of what is given up.
+    run.judge.roll_back()
+    run.forget_figures()
+    run.display.line(
+        f"step {trouble.step}: {trouble.reason}. Back to the parameters of step {step}; the "
+        f"data of the steps since is skipped (roll-back {run.judge.rollbacks} of at most "
+        f"{c.max_rollbacks}).",
+        "bold yellow",
+    )
+    state = run.program.at_step(state, trouble.step)
+    run.pause(time.perf_counter() - began)
+    return trouble.step, state
+
+
+def _good(run: Run, step: int, extra: dict[str, Any]) -> bool:
+    scheduled = step % run.config.checkpoint.every == 0
+    return scheduled and extra["divergence"]["in_a_row"] == 0
+
+
+def _diagnosis(run: Run, trouble: Trouble, state: State) -> RunError:
+    """Shows and writes what is known of a step that the run can't get past."""
+    run.watchdog.beat("looking for the cause", trouble.step, slow=True)
+    found = divergence.diagnose(run.setup, run.replicas, trouble, state)
+    run.display.table("Diverged", report.diagnosis(found))
+    path = run.workdir / "diagnosis.json"
+    if processes.is_main():
+        # JSON has neither infinity nor NaN, which here are what matters: they become strings.
+        values = json.loads(json.dumps(found), parse_constant=str)
+        write_whole(path, json.dumps(values, indent=2) + "\n")
+    return RunError(
+        f"diverged at step {trouble.step}: {trouble.reason}, after {run.judge.rollbacks} "
+        f"roll-backs; {path} names the data and the norms of each layer: lower "
+        "optimizer.learning_rate, or raise divergence.max_rollbacks, and run again to go on "
+        "from the newest checkpoint"
+    )

@@ -1,0 +1,24 @@
+"""What a user sees at the end of a run."""
+
+from jaxdp.run import report
+from jaxdp.run.session import Result, Run
+
+
+def summarise(run: Run, result: Result) -> None:
+    """Shows a sample of text, what was reached, and where everything lies."""
+    run.watchdog.beat("summarising", result.step, slow=True)
+    run.display.stop()
+    if result.finished:
+        text = run.sample(result.step, run.program.to_evaluate(result.state))
+        if text:
+            run.display.text("Sample", text)
+    rows = report.summary(run.config, run.workdir, result, run.display.seconds())
+    rows |= report.agreement(run.program, run.drift, run.replicas.device_count)
+    if result.finished and result.step < run.config.num_train_steps:
+        rows["stopped early"] = run.stopping.reason()
+    if run.judge.skipped or run.judge.rollbacks:
+        rows["diverged"] = (
+            f"{run.judge.skipped:,} updates skipped, {run.judge.rollbacks} roll-backs"
+        )
+    title = "Finished" if result.finished else "Stopped as asked; run again to go on"
+    run.display.table(title, rows)

@@ -1,0 +1,240 @@
+"""What a run is made of, built once from its config: batch sizes, model, objective, optimizer.
+
+Keys of the config are checked against each other here, before anything is compiled; each key alone
+is checked in `common.config`.
+"""
+
+import dataclasses
+import importlib.util
+from collections.abc import Callable, Mapping
+
+import optax
+from ml_collections import ConfigDict
+
+from jaxdp.common.choices import MOST
+from jaxdp.common.config import check_model, check_values
+from jaxdp.common.errors import ConfigError, shown
+from jaxdp.data import tokenizer
+from jaxdp.data.feed import Feed
+from jaxdp.model.transformer import ModelConfig, Transformer
+from jaxdp.parallel.replicas import AXIS
+from jaxdp.step.objective import Objective, get_objective
+from jaxdp.step.optimizer import get_optimizer, get_schedule
+from jaxdp.sync.methods import METHODS, Sync
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchSizes:
+    """Sequences per optimizer step, from all processes down to one forward pass."""
+
+    global_: int
+    per_host: int
+    per_device: int
+    micro: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What a config, a tokenizer and a number of devices decide; nothing of it changes in a run.
+
+    Attributes:
+      config: a valid config, its number of steps resolved.
+      device_count: N, of all processes.
+      vocab_size: tokens of the tokenizer; the model's vocabulary may be padded beyond.
+      sizes: how the global batch is split.
+      model: the network.
+      objective: its loss.
+      method: how replicas agree.
+      schedule: step -> learning rate.
+      optimizer: the optax chain.
+      feeds: data by name: "" has the run's own, the others are evaluated beside it; empty in a
+        plan.
+    """
+
+    config: ConfigDict
+    device_count: int
+    vocab_size: int
+    sizes: BatchSizes
+    model: Transformer
+    objective: Objective
+    method: Sync
+    schedule: optax.Schedule
+    optimizer: optax.GradientTransformation
+    feeds: Mapping[str, Feed] = dataclasses.field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """A line, not the tree of configs and functions."""
+        return (
+            f"Setup({self.device_count} devices, {self.sizes.global_} sequences a step, "
+            f"sync.method={self.config.sync.method!r})"
+        )
+
+    @property
+    def feed(self) -> Feed:
+        """The run's own data."""
+        return self.feeds[""]
+
+
+def make_setup(
+    config: ConfigDict,
+    vocab_size: int,
+    device_count: int,
+    *,
+    process_count: int = 1,
+    mask_id: int | None = None,
+    feeds: Mapping[str, Feed] | None = None,
+) -> Setup:
+    """Builds all that a config asks for.
+
+    Args:
+      config: a valid config.
+      vocab_size: tokens of the tokenizer.
+      device_count: N, of all processes.
+      process_count: how many processes share them.
+      mask_id: the mask token; only objective="masked" needs one.
+      feeds: see `Setup`.
+
+    Raises:
+      ConfigError: the batch can't be split over the devices.
+    """
+    schedule = get_schedule(config)
+    return Setup(
+        config=config,
+        device_count=device_count,
+        vocab_size=vocab_size,
+        sizes=batch_sizes(config, process_count, device_count),
+        model=Transformer(ModelConfig.from_config(config, vocab_size)),
+        objective=get_objective(config, vocab_size, mask_id),
+        method=METHODS[config.sync.method](config, AXIS),
+        schedule=schedule,
+        optimizer=get_optimizer(config, schedule),
+        feeds=feeds or {},
+    )
+
+
+def setup_of_feeds(feeds: Mapping[str, Feed], device_count: int, process_count: int) -> Setup:
+    """Builds the setup of a run from its data, of which feeds[""] has the config and tokenizer."""
+    cache = feeds[""].cache
+    return make_setup(
+        feeds[""].config,
+        cache.vocab_size,
+        device_count,
+        process_count=process_count,
+        mask_id=tokenizer.mask_id(cache.tokenizer),
+        feeds=feeds,
+    )
+
+
+def batch_sizes(config: ConfigDict, process_count: int, device_count: int) -> BatchSizes:
+    """Splits the global batch equally; raises ConfigError where it can't be.
+
+    Examples:
+      >>> from jaxdp.configs import default
+      >>> batch_sizes(default.get_config(), process_count=2, device_count=8)
+      BatchSizes(global_=16, per_host=8, per_device=2, micro=2)
+
+    Args:
+      config: a valid config.
+      process_count: processes in the run.
+      device_count: devices of all processes together.
+    """
+    total, accum = config.global_batch_size, config.grad_accum_steps
+    parts = device_count * accum
+    if total % parts:
+        below, above = total // parts * parts, -(-total // parts) * parts
+        fix = f"{above}" if below == 0 else f"{below} or {above}"
+        raise ConfigError(
+            f"global_batch_size={total} can't be split equally over {device_count} devices x "
+            f"grad_accum_steps={accum}: use {fix}, or another number of devices"
+        )
+    METHODS[config.sync.method].check_devices(config, device_count)
+    per_device = total // device_count
+    return BatchSizes(total, total // process_count, per_device, per_device // accum)
+
+
+def splits(config: ConfigDict, device_count: int) -> bool:
+    """Whether so many devices can share the batch."""
+    try:
+        batch_sizes(config, 1, device_count)
+    except ConfigError:
+        return False
+    return True
+
+
+def same_on_two_devices(config: ConfigDict) -> bool:
+    """Whether two devices can train the run, and it is the same run as on one, to rounding."""
+    return METHODS[config.sync.method].same_on_any_devices and splits(config, 2)
+
+
+def validate(config: ConfigDict) -> None:
+    """Checks all that can be checked without looking at the data or the devices.
+
+    Raises:
+      ConfigError: for an unknown or missing key, a wrong type, or an impossible value.
+    """
+    check_values(config)
+    if not config.data.path:
+        raise ConfigError(
+            "data.path='' names no data: give --config.data.path=FILE.txt, text:GLOB or tfds:NAME"
+        )
+    if config.wandb_project and importlib.util.find_spec("wandb") is None:
+        raise ConfigError(
+            f"wandb_project={shown(config.wandb_project)} needs the package wandb: pip install "
+            "'jaxdp[wandb]', or leave it empty"
+        )
+    if config.data.prompt_key and config.data.packing != "padded":
+        raise ConfigError(
+            f"data.prompt_key={shown(config.data.prompt_key)} has no meaning with data.packing="
+            f"{config.data.packing!r}: use 'padded', or leave it empty"
+        )
+    if config.init_from and not config.init_from.startswith("hf:"):
+        raise ConfigError(
+            f"init_from={shown(config.init_from)} is unknown: write hf:FOLDER or hf:NAME"
+        )
+    check_model(config)
+    METHODS[config.sync.method].check(config)
+    if config.num_epochs == 0:
+        _check_profile(config)
+
+
+def resolve_steps(config: ConfigDict, feed: Feed, say: Callable[[str], None]) -> None:
+    """Sets a config's number of steps, and a warm-up that ends before the last of them.
+
+    Args:
+      config: a valid config, changed in place.
+      feed: its data, of which num_epochs are counted.
+      say: is told in a line that the warm-up is shortened.
+
+    Raises:
+      ConfigError: num_epochs has no meaning here, or the run is too short for its profile.
+    """
+    if config.num_epochs:
+        if len(feed.shares) > 1:
+            raise ConfigError(
+                f"num_epochs={config.num_epochs} has no meaning with several sources in "
+                "data.path: set num_train_steps"
+            )
+        steps = feed.epoch_steps()
+        if steps > MOST:
+            raise ConfigError(
+                f"num_epochs={config.num_epochs} are {steps} steps, too many: give a smaller "
+                "number, or more sequences to a step by global_batch_size"
+            )
+        config.num_train_steps = steps
+    _check_profile(config)
+    total, warmup = config.num_train_steps, config.optimizer.warmup_steps
+    if warmup >= total:
+        config.optimizer.warmup_steps = total // 10
+        say(
+            f"The warm-up of {warmup:,} steps is shortened to {total // 10:,}, a tenth of the "
+            f"run's {total:,} steps."
+        )
+
+
+def _check_profile(config: ConfigDict) -> None:
+    profile = config.profile
+    if profile.num_steps and profile.start_step + profile.num_steps > config.num_train_steps:
+        raise ConfigError(
+            f"profile.start_step={profile.start_step} and profile.num_steps={profile.num_steps} "
+            f"reach beyond num_train_steps={config.num_train_steps}: make them smaller"
+        )
