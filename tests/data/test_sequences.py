@@ -151,7 +151,7 @@ def test_packed_documents_are_the_same_run_on_any_number_of_devices(config, obje
     config.objective, config.model.dropout = objective, 0.3
     mask = functools.partial(losses.mask_tokens, mask_id=19, vocab_size=20)
     options = {"transform": mask} if objective == "masked" else {}
-    monkeypatch.setattr("test_step.batches", lambda steps: packed_batches(objective, steps))
+    monkeypatch.setattr("support.steps.batches", lambda steps: packed_batches(objective, steps))
     one = train_steps(config, 1, **options)
     assert_same_run(one, train_steps(config, 4, **options))
     assert_same_run(one, train_steps(config, 2, accum=2, **options))
@@ -160,7 +160,7 @@ def test_packed_documents_are_the_same_run_on_any_number_of_devices(config, obje
         for batch in packed_batches(objective, steps):
             yield {k: v for k, v in batch.items() if k not in ("segments", "positions")}
 
-    monkeypatch.setattr("test_step.batches", without)
+    monkeypatch.setattr("support.steps.batches", without)
     with pytest.raises(AssertionError):
         assert_same_run(one, train_steps(config, 1, **options))
 
