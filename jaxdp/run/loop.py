@@ -82,6 +82,7 @@ def _prepare(
     Raises:
       ConfigError: something is not fit for use.
     """
+    say(f"Opening {config.data.path} ...")
     counts = jax.process_count(), replicas.device_count
     batch_sizes(config, *counts)
     preflight.check_workdir(workdir)
