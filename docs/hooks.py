@@ -40,7 +40,7 @@ IMAGE_LINK = re.compile(r"\[!\[([^]]*)\]\(https?:[^)]*\)\]")
 def modules(wing: str = "**") -> list[str]:
     """The names of the modules in jaxdp/ or in one of its folders, such as "jaxdp.data.cache"."""
     paths = sorted(p for p in ROOT.glob(f"jaxdp/{wing}/*.py") if "configs" not in p.parts)
-    return [_module(path) for path in paths if not path.stem.startswith("__")]
+    return [_module(path) for path in paths if path.stem != "__init__"]
 
 
 def wings() -> list[str]:
