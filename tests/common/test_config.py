@@ -316,7 +316,7 @@ def test_wandb_is_refused_where_it_is_not_installed(config, monkeypatch):
         ({"sync__dtype": "float16"}, "sync.dtype='float16' is unknown"),
         (
             {"sync__method": "sharded", "optimizer__name": "muon"},
-            "optimizer.name='muon' needs whole matrices, of which sync.method='sharded'",
+            "optimizer.name='muon' needs whole matrices, and sync.method='sharded'",
         ),
         (
             {"sync__method": "diloco", "sync__dtype": "bfloat16"},
@@ -324,7 +324,7 @@ def test_wandb_is_refused_where_it_is_not_installed(config, monkeypatch):
         ),
         (
             {"sync__method": "fixed_order", "sync__virtual_replicas": 12},
-            "sync.virtual_replicas=12 is no power of two",
+            "sync.virtual_replicas=12 is not a power of two",
         ),
         (
             {"sync__method": "fixed_order", "grad_accum_steps": 2},
@@ -332,12 +332,13 @@ def test_wandb_is_refused_where_it_is_not_installed(config, monkeypatch):
         ),
         (
             {"sync__method": "parameter_mean", "sync__every": 2},
-            "eval_every=3 is no multiple of sync.every=2, and replicas agree only then: use 4",
+            "eval_every=3 is not a multiple of sync.every=2, the steps between synchronisations: "
+            "use 4",
         ),
         (
             {"sync__method": "diloco", "sync__every": 3, "checkpoint__every": 10},
-            "checkpoint.every=10 is no multiple of sync.every=3, and replicas agree only then: "
-            "use 12",
+            "checkpoint.every=10 is not a multiple of sync.every=3, the steps between "
+            "synchronisations: use 12",
         ),
         (
             {"sync__method": "sharded", "sync__after": 3},
@@ -353,7 +354,7 @@ def test_what_does_not_go_together_in_sync_is_refused(config, changes, message):
 @pytest.mark.parametrize(("devices", "batch"), [(3, 24), (16, 16), (4, 12)])
 def test_virtual_replicas_have_to_be_split_equally(config, devices, batch):
     changes = {"sync__method": "fixed_order", "global_batch_size": batch}
-    with pytest.raises(ConfigError, match=r"sync\.virtual_replicas=8 can't be split equally"):
+    with pytest.raises(ConfigError, match=r"sync\.virtual_replicas=8 has to be a multiple of"):
         setup.batch_sizes(changed(config, **changes), 1, devices)
 
 
