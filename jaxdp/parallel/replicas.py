@@ -68,7 +68,7 @@ class Replicas:
         return self.put(jax.tree.map(lambda x: np.zeros((count, *x.shape), x.dtype), shapes))
 
     def put_own(self, tree: Any) -> Any:
-        """Puts leaves [device_count, ...], equal on all processes, on the devices: an entry each."""
+        """Puts leaves [device_count, ...], equal on all processes, on devices: an entry each."""
         first = jax.process_index() * len(self.devices)
         return self.put(jax.tree.map(lambda x: x[first : first + len(self.devices)], tree))
 

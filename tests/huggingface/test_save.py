@@ -113,7 +113,7 @@ def test_a_model_begun_with_transformers_weights_is_exported_as_it_was(short, tm
     first.rename(tmp_path / "moved")
     short.num_train_steps = 3
     assert loop.train(short, tmp_path / "second").step == 3
-    with pytest.raises(ConfigError, match="can't be had"):
+    with pytest.raises(ConfigError, match="can't be fetched"):
         loop.train(short, tmp_path / "third")
 
 
@@ -175,7 +175,7 @@ def test_special_tokens_are_those_of_the_tokenizer(config, title, tmp_path):
 
 def test_a_folder_that_is_there_is_left_alone(workdir, tmp_path):
     (tmp_path / "out").mkdir()
-    with pytest.raises(ConfigError, match=r"--output='.*out' is there already: give another"):
+    with pytest.raises(ConfigError, match=r"--output='.*out' exists already: give another"):
         save.export(workdir, tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
 
