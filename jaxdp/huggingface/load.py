@@ -114,8 +114,8 @@ class Folder:
     def damaged(self, reason: str) -> ConfigError:
         """Returns the error for a folder that can't be used."""
         return ConfigError(
-            f"init_from={self.spec!r} can't be used ({reason}): give a folder from "
-            f"transformers' save_pretrained of {', '.join(f.architecture for f in FAMILIES.values())}"
+            f"init_from={self.spec!r} can't be used ({reason}): give a folder that "
+            f"transformers saved, of {', '.join(f.architecture for f in FAMILIES.values())}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Against transformers itself, with small models of random weights."""
+"""Loading and converting, compared with transformers, with small models of random weights."""
 
 import dataclasses
 import json
@@ -45,7 +45,7 @@ MODELS = {
 }
 every_model = pytest.mark.parametrize("title", MODELS)
 TOKENS = np.array([[3, 4, 5, 6, 7, 8, 9, 10], [8, 3, 6, 10, 2, 3, 4, 9]])
-PAD = 1  # RoBERTa counts positions from the one after it, and it isn't among the tokens.
+PAD = 1  # RoBERTa counts positions from PAD + 1; PAD isn't among the tokens.
 
 
 def name_of(title):
@@ -53,7 +53,7 @@ def name_of(title):
 
 
 def written(title, params, folder):
-    """A folder as transformers wants it."""
+    """Writes a folder as transformers reads it."""
     model, name = MODELS[title], name_of(title)
     weights = tensors.to_tensors(params, model, name, PAD)
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
@@ -63,7 +63,7 @@ def written(title, params, folder):
 
 
 def loaded(name, folder):
-    """By transformers, which must find each of its weights there, and no other."""
+    """Loads a folder by transformers, which must find each of its weights and no others."""
     model, info = getattr(transformers, FAMILIES[name].architecture).from_pretrained(
         folder, output_loading_info=True
     )
@@ -81,14 +81,14 @@ def our_logits(model, params):
 
 
 def assert_close(title, one, other):
-    """The same logits; prints by how much they differ."""
+    """Checks that logits are the same up to rounding; prints the difference."""
     found = difference(one, other)
     print(f"{title}: {found:.1e} of the largest logit, {np.abs(other).max():.1f}")
     assert found < TOLERANCE
 
 
 def random_model(name, **changes):
-    """Of transformers, from a config of its own."""
+    """Creates a model by transformers with its own config class; returns ours, too."""
     config_class = getattr(transformers, FAMILIES[name].architecture).config_class
     model, values = MODELS[name], families.to_json(MODELS[name], name, PAD)
     torch.manual_seed(0)
@@ -145,7 +145,7 @@ def test_back_and_there_is_the_same_to_the_bit(name, tmp_path):
     before = load_file(tmp_path / "model.safetensors")
     assert again.keys() == before.keys()
     for key, array in before.items():
-        if "position_embeddings" in key:  # Its rows, and the first segment's.
+        if "position_embeddings" in key:  # Position embeddings, plus the first segment's.
             first = before[FAMILIES[name].token_types][0]
             skipped = families.offset(name, PAD)
             assert (again[key][skipped:] == array[skipped:] + first).all()
@@ -183,7 +183,7 @@ def test_configs_have_as_many_parameters_as_the_models(file, size, vocab_size, p
 
 
 def saved(name, tmp_path):
-    """A folder of transformers, as "hf:FOLDER", and the model in it."""
+    """Saves a model by transformers; returns "hf:FOLDER" and its ModelConfig."""
     theirs, model = random_model(name)
     theirs.save_pretrained(tmp_path)
     return f"hf:{tmp_path}", model
@@ -195,13 +195,13 @@ def test_weights_in_several_files_and_in_bfloat16_are_read(tmp_path):
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     params = load.read(f"hf:{tmp_path}", model)
     assert all(x.dtype == np.float32 for x in jax.tree.leaves(params))
-    # Every bfloat16 is a float32.
+    # Every bfloat16 is exact as a float32.
     theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     assert difference(our_logits(model, params), their_logits(theirs)) < TOLERANCE
 
 
 def test_names_of_old_folders_are_known(tmp_path):
-    """GPT-2's on the hub lack their first part and have masks; BERT's have gamma and beta."""
+    """The hub's GPT-2 lacks its base name and holds masks; its BERT has gamma and beta."""
     spec, model = saved("gpt2", tmp_path)
     expected = load.read(spec, model)
     weights = load_file(tmp_path / "model.safetensors")
@@ -213,7 +213,7 @@ def test_names_of_old_folders_are_known(tmp_path):
     values = {key: values[key] for key in kept}
     (tmp_path / "config.json").write_text(json.dumps(values))
     folder = load.open_folder(spec)
-    # What is left out is GPT-2's.
+    # Keys left out of config.json have GPT-2's values.
     original = dataclasses.replace(model, norm_epsilon=1e-5)
     folder.check(original)
     for one, other in zip(
@@ -334,7 +334,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
 
 @pytest.fixture
 def offline(monkeypatch, tmp_path):
-    """The cache of the hub's client, empty, and no network."""
+    """Turns off the hub's network and gives its client an empty cache; returns the cache."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"

@@ -29,7 +29,7 @@ TEXT = "17 is odd, its square is 289.\n"
 
 
 def opened(workdir, tmp_path, which="newest"):
-    """The folder, and the run as it lies in the workdir."""
+    """Exports a run; returns the exported folder and the run."""
     save.export(workdir, tmp_path / "out", which)
     return tmp_path / "out", finished.open_workdir(workdir)
 
@@ -49,19 +49,19 @@ def bert(config):
 
 @pytest.fixture
 def short(config):
-    """A config of a run of 2 steps."""
+    """The config of a run of 2 steps."""
     config.num_train_steps, config.optimizer.warmup_steps, config.checkpoint.every = 2, 1, 1
     config.eval_every, config.sample.num_tokens = 2, 0
     return config
 
 
 def test_a_character_model_is_opened_and_continues_text_alike(workdir, tmp_path):
-    """Greedily, so that the texts are the same as long as no two logits are nearly equal."""
+    """Greedily, so that texts differ only where two logits are nearly equal."""
     folder, _ = opened(workdir, tmp_path)
     options = {"max_new_tokens": 12, "do_sample": False}
     [found] = pipeline("text-generation", str(folder))("1 is", **options)
     assert found["generated_text"] == generate(workdir, ["1 is"], num_tokens=12, temperature=0)[0]
-    # By itself it draws, and stops where the context ends.
+    # By default it samples, and stops at the end of the context.
     [found] = pipeline("text-generation", str(folder))("1 is")
     assert found["generated_text"].startswith("1 is") and len(found["generated_text"]) <= 16
 
@@ -87,13 +87,13 @@ def test_text_gives_the_same_tokens_and_logits(short, change, tmp_path):
         assert filled["sequence"].endswith("dd,")
     else:
         assert words.eos_token == words.bos_token == "<|endoftext|>"
-        # The vocabulary is padded, and what pads it is never drawn.
+        # Ids that pad the vocabulary are never drawn.
         config = GenerationConfig.from_pretrained(folder)
         assert config.suppress_tokens == list(range(270, 288)) and config.eos_token_id == 0
 
 
 def test_a_model_begun_with_transformers_weights_is_exported_as_it_was(short, tmp_path):
-    """To the bit, where nothing is learned; and the folder is not needed to go on."""
+    """To the bit, with a learning rate of 0; and resuming doesn't need the folder."""
     short.tokenizer, short.optimizer.learning_rate, short.model.bias = "byte", 0.0, True
     loop.train(short, tmp_path / "first")
     first, _ = opened(tmp_path / "first", tmp_path)
@@ -106,7 +106,7 @@ def test_a_model_begun_with_transformers_weights_is_exported_as_it_was(short, tm
     for name, array in before.items():
         assert array.tobytes() == after[name].tobytes(), name
     assert f"| initial weights | hf:{first} |" in (second / "README.md").read_text()
-    # The tokenizer can be taken from there, too, and is the same.
+    # The same tokenizer can be loaded from the folder.
     assert tokenizer.digest(tokenizer.get_tokenizer(f"hf:{first}", "causal", None)) == (
         tokenizer.digest(finished.open_workdir(tmp_path / "second").words)
     )
@@ -162,7 +162,7 @@ SPECIAL = {
 @pytest.mark.parametrize("title", SPECIAL)
 def test_special_tokens_are_those_of_the_tokenizer(config, title, tmp_path):
     names, config.objective, expected = SPECIAL[title]
-    # That <s> is a token of the text makes it no special one.
+    # "<s>" is also an ordinary token, which makes it not special.
     vocabulary = {c: i for i, c in enumerate(["<", "s", ">", "<s", "<s>"])}
     words = Tokenizer(models.BPE(vocabulary, [("<", "s"), ("<s", ">")]))
     words.add_special_tokens([AddedToken(name, special=True) for name in names if name != "<s>"])
@@ -202,7 +202,7 @@ def test_a_folder_is_made_whole_or_not_at_all(workdir, tmp_path, monkeypatch):
     ],
 )
 def test_a_model_that_transformers_does_not_know_is_refused(workdir, tmp_path, changes, message):
-    """Before its checkpoint is read, which here doesn't fit."""
+    """Before its checkpoint is read: here it wouldn't fit the changed config."""
     config = json.loads((workdir / "config.json").read_text())
     config["model"] |= changes
     (workdir / "config.json").write_text(json.dumps(config))
