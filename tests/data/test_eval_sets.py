@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxdp.workdir import curves
 from jaxdp.common.errors import ConfigError
 from jaxdp.data import eval_sets
 from jaxdp.data.cache import open_cache
 from jaxdp.run import evaluation, loop
+from jaxdp.workdir import curves
 from support.bad_input import Reached, assert_clear, tries
 from support.runs import after, figures
 

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from jaxdp.common.errors import ConfigError, RunError
-from jaxdp.workdir.generation import generate
 from jaxdp.run import loop
 from jaxdp.sync.methods import METHODS
+from jaxdp.workdir.generation import generate
 from support.runs import after, assert_close_losses, contents, figures, params_of
 from support.steps import corrupt, flip_lowest_bit
 
