@@ -86,7 +86,7 @@ def open_cache(
     Raises:
       ConfigError: there is no such data or tokenizer.
     """
-    sources = get_sources(config)
+    sources = get_sources(config, report)
     if not train:
         sources = [ValidationOnly(source) for source in sources]
     root = Path(os.path.expanduser(config.data.cache_dir or "~/.cache/jaxdp/tokens"))

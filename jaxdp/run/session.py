@@ -244,7 +244,11 @@ class Run:
         """Reads and logs the figures of the last round, unless that has been done."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
-            self.stop = self._log.add(*pending) or self.stop
+            self.read(*pending)
+
+    def read(self, before: int, metrics: dict[str, jax.Array], waited: float) -> None:
+        """Takes the figures of a round; see `StepLog.add`."""
+        self.stop = self._log.add(before, metrics, waited) or self.stop
 
     def forget_figures(self) -> None:
         """Drops what was computed since the last logged step, as when a run goes back."""
