@@ -8,6 +8,7 @@ import pytest
 
 from jaxdp.common.errors import ConfigError
 from jaxdp.run import evaluation, loop
+from jaxdp.step.ema import keep, moved
 from jaxdp.sync.methods import METHODS
 from jaxdp.workdir.checkpoints import load_params
 from support.runs import after, figures
