@@ -22,7 +22,7 @@ from schedule import Schedule
 from jaxdp.common import cli
 from jaxdp.common.terminal import quantity
 from jaxdp.configs import gpt2_124m
-from jaxdp.estimate import prediction
+from jaxdp.estimate import memory, scaling
 from jaxdp.model.transformer import ModelConfig, Transformer, parameter_shapes
 from jaxdp.step.optimizer import get_optimizer, get_schedule
 from jaxdp.sync import methods, traffic
@@ -94,8 +94,8 @@ def collective_rows(config: ConfigDict) -> Iterator[str]:
     yield "| sync.method | collective | bytes | predicted | place | products before | could hide |"
     yield "|---|---|---|---|---|---|---|"
     for name in METHODS:
-        other = prediction.changed(config, "sync.method", name)
-        text = prediction.compiled_step(other, VOCAB_SIZE.value, DEVICES).as_text()
+        other = memory.changed(config, "sync.method", name)
+        text = memory.compiled_step(other, VOCAB_SIZE.value, DEVICES).as_text()
         found = traffic.collectives(text, DEVICES)
         large = {key: c for key, c in found.items() if c.bytes > FIGURES}
         predicted = predicted_traffic(other, VOCAB_SIZE.value)
@@ -112,7 +112,7 @@ def collective_rows(config: ConfigDict) -> Iterator[str]:
         small = [c.bytes for c in found.values() if c.bytes <= FIGURES]
         if small:
             yield f"| {name} | others: {len(small)} | {sum(small)} | | | | |"
-    flops = prediction.step_flops(config, VOCAB_SIZE.value, DEVICES)[1]
+    flops = scaling.step_flops(config, VOCAB_SIZE.value, DEVICES)[1]
     yield f"""
 *Bytes*: of the collective's buffers; rows are in the order of the schedule. The prediction counts a
 method's arrays; a collective may carry up to {FIGURES:,} bytes of metrics (loss, tokens) with them,
@@ -141,10 +141,10 @@ def model_config(keys: dict) -> ConfigDict:
 def efficiency_rows(config: ConfigDict, bandwidth: float) -> Iterator[str]:
     """Efficiencies by number of devices, and the bound if the backward pass hid the all-reduce."""
     rate, latency = TFLOPS.value * 1e12, LATENCY.value / 1e6
-    table = prediction.efficiencies(config, 50257, DEVICES, rate, bandwidth, latency)
+    table = scaling.efficiencies(config, 50257, DEVICES, rate, bandwidth, latency)
     yield f"| devices | {' | '.join(table)} | gradient_mean, hidden |"
     yield "|---|" + "---|" * (len(table) + 1)
-    for count in prediction.COUNTS[3:]:
+    for count in scaling.COUNTS[3:]:
         cells = [f"{row[count]:.1%}" if count in row else "" for row in table.values()]
         # In units of the step's computing time, two thirds of which is the backward pass.
         exposed = max(0.0, 1 / table["gradient_mean"][count] - 1 - 2 / 3)

@@ -40,7 +40,7 @@ IMAGE_LINK = re.compile(r"\[!\[([^]]*)\]\(https?:[^)]*\)\]")
 def modules(wing: str = "**") -> list[str]:
     """The names of the modules in jaxdp/ or in one of its folders, such as "jaxdp.data.cache"."""
     paths = sorted(p for p in ROOT.glob(f"jaxdp/{wing}/*.py") if "configs" not in p.parts)
-    return [_module(path) for path in paths if not path.stem.startswith("__")]
+    return [_module(path) for path in paths if path.stem != "__init__"]
 
 
 def wings() -> list[str]:
@@ -80,7 +80,7 @@ def wing_page(wing: str) -> str:
     rows = [(f"{_stem(module)}.md", module, module) for module in modules(wing)]
     if wing == ".":
         rows += [(f"{w}/index.md", f"jaxdp.{w}", f"jaxdp.{w}.__init__") for w in wings()[1:]]
-    text = f"# {package}\n\n::: {package}\n\n| | |\n|---|---|\n"
+    text = f"# {package}\n\n::: {package}\n    options: {{filters: ['!^_']}}\n\n| | |\n|---|---|\n"
     for page, name, source in rows:
         first, *_ = ast.get_docstring(ast.parse(_source(source))).splitlines()
         text += f"| [{name}]({page}) | {first} |\n"
@@ -132,7 +132,7 @@ def flags_section(module: str) -> str:
     ]
     if not rows:
         return ""
-    title = f"\n## python -m {module}\n\n{ast.get_docstring(tree)}\n"
+    title = f"\n## {module.replace('.', ' ')}\n\n{ast.get_docstring(tree)}\n"
     return f"{title}\n| flag | default | |\n|---|---|---|\n{''.join(rows)}"
 
 

@@ -95,7 +95,7 @@ def no_compiling(monkeypatch, tmp_path):
     def reached(*args):
         raise bad_input.Reached
 
-    monkeypatch.setattr(loop, "create_state", reached)
+    monkeypatch.setattr(loop, "Run", reached)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")

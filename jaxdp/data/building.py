@@ -57,9 +57,9 @@ def build(
         done = sum(meta[split]["tokens"] for split in SPLITS)
         report(f"Going on with tokenising {config.data.path} after {done:,} tokens ...")
     else:
-        report(f"Tokenising {config.data.path} with tokenizer={config.tokenizer} ...")
         tokenizer, meta = _start(config, sources, folder, report)
         _record(folder / PROGRESS, meta)
+        report(f"Tokenising {config.data.path} ...")
     for split in SPLITS:
         _write(tokenizer, sources, split, folder, meta, report)
     meta["digest"] = layout.digest(folder, np.dtype(meta["dtype"]), meta)
@@ -83,6 +83,7 @@ def _start(
                 said = time.monotonic()
                 report(f"making the tokenizer: {size:,} characters read")
 
+    report(tokenizers.making(config.tokenizer))
     tokenizer = tokenizers.get_tokenizer(config.tokenizer, config.objective, documents)
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     vocab_size = tokenizers.vocab_size(tokenizer)

@@ -1,13 +1,15 @@
 """Where documents come from: a TFDS dataset, text files or JSON lines, each split in two."""
 
+import contextlib
 import dataclasses
 import glob
+import io
 import itertools
 import json
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -17,6 +19,7 @@ from jaxdp.common.errors import ConfigError, shown
 from jaxdp.data import mixture
 
 Example = tuple[str, str]
+Report = Callable[[str], None]  # Is told in a line what takes time.
 # Markup of datasets of TFDS that is no text, as patterns with what takes their place.
 CLEANED = {
     "wiki40b": (
@@ -59,17 +62,17 @@ class ValidationOnly:
         return iter(()) if split == "train" else self.source.examples(split)
 
 
-def get_sources(config: ConfigDict) -> list[Source]:
+def get_sources(config: ConfigDict, report: Report = print) -> list[Source]:
     """Opens all that data.path names; raises ConfigError where one can't be found."""
     sources = []
     for path in mixture.parse(config.data.path):
         one = ConfigDict(config.to_dict())
         one.data.path = path
-        sources.append(get_source(one))
+        sources.append(get_source(one, report))
     return sources
 
 
-def get_source(config: ConfigDict) -> Source:
+def get_source(config: ConfigDict, report: Report = print) -> Source:
     """Opens the corpus that data.path names, which has no weights.
 
     Raises:
@@ -77,7 +80,7 @@ def get_source(config: ConfigDict) -> Source:
     """
     kind, colon, rest = config.data.path.partition(":")
     if colon and kind == "tfds":
-        return TfdsSource(rest, config)
+        return TfdsSource(rest, config, report)
     if colon and kind == "jsonl":
         return JsonSource(rest, config)
     if config.data.prompt_key:
@@ -201,13 +204,13 @@ class JsonSource(_Files):
 class TfdsSource:
     """A TensorFlow dataset with a text feature, prepared on first use."""
 
-    def __init__(self, name: str, config: ConfigDict):
-        """Finds the builder; raises ConfigError where TFDS has none of that name."""
+    def __init__(self, name: str, config: ConfigDict, report: Report):
+        """Finds the builder; raises ConfigError where TFDS has none of that name, or is broken."""
         from jaxdp.data import python_stdlib
         from jaxdp.data.tensorflow import tf
         from jaxdp.data.tfds import tfds
 
-        self._tf, self._tfds = tf, tfds
+        self._tf, self._tfds, self._report = tf, tfds, report
         if not sys.stderr.isatty():
             tfds.disable_progress_bar()
         self.splits = {"train": config.data.train_split, "validation": config.data.eval_split}
@@ -279,8 +282,12 @@ class TfdsSource:
         return text
 
     def _prepare(self) -> None:
+        if not self.builder.is_prepared():
+            size = self.builder.info.download_size  # 0 where it is unknown, or nothing.
+            self._report(f"Preparing {self.path}{f' (a download of {size})' if size else ''} ...")
         try:
-            self.builder.download_and_prepare()
+            with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints sizes it doesn't know.
+                self.builder.download_and_prepare()
         except Exception as error:  # Downloads fail in as many ways as there are servers.
             raise ConfigError(
                 f"data.path={shown(self.path)} can't be prepared ({_first_line(error)}): "

@@ -50,6 +50,16 @@ def _no_keras() -> Iterator[None]:
         del os.environ[name]
 
 
+def _keep_symbols_local() -> None:
+    """Makes TensorFlow load its libraries for itself, not for all that is loaded after them.
+
+    TensorFlow 2.20 and 2.21 load them with RTLD_GLOBAL. Triton, which PyTorch imports, then calls
+    functions of TensorFlow's copy of LLVM instead of its own, and the process dies. TensorFlow uses
+    RTLD_LOCAL where it has no module of this name, as in its later releases.
+    """
+    sys.modules.setdefault("tensorflow.python.pywrap_dlopen_global_flags", None)  # type: ignore
+
+
 def hide_accelerators() -> None:
     """Leaves every accelerator to JAX.
 
@@ -66,6 +76,7 @@ def hide_accelerators() -> None:
         ) from None
 
 
+_keep_symbols_local()
 with _quiet(), _no_keras():
     import tensorflow as tf
 

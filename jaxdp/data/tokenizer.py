@@ -62,6 +62,13 @@ def get_tokenizer(
     return tokenizer
 
 
+def making(spec: str) -> str:
+    """What takes time when the tokenizer of a spec is made, in a line."""
+    if spec.startswith("train:"):
+        return f"Training a tokenizer of {_bpe_size(spec):,} tokens ..."
+    return f"Making the tokenizer {spec} ..."
+
+
 def _characters(texts: Iterable[str]) -> Tokenizer:
     alphabet: set[str] = set()
     for text in texts:

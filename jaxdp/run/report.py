@@ -1,5 +1,8 @@
 """A run in words: its header, its evaluations, its summary."""
 
+import importlib.util
+import shlex
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -130,13 +133,34 @@ def summary(config: ConfigDict, workdir: Path, result: Any, seconds: float) -> d
         "steps": f"{result.step:,} of {config.num_train_steps:,}, in {duration(seconds)}",
         "checkpoints": str(workdir / "checkpoints"),
         "metrics": str(workdir / "metrics.jsonl"),
-        "curves": f"tensorboard --logdir {workdir}",
+        **_curves(workdir),
     }
     for name, evaluation in result.evaluations.items():
         rows[f"{name or 'validation'} loss"] = in_words(evaluation).removeprefix("loss ")
     if config.objective == "causal":
-        rows["more text"] = f"python -m jaxdp.generate --workdir={workdir} --prompt=TEXT"
+        prompt = config.sample.prompt
+        shown = shlex.quote(prompt) if prompt.isprintable() else f"${prompt!r}"
+        rows["more text"] = f"{_command('generate')} --workdir={_quoted(workdir)} --prompt={shown}"
     return rows
+
+
+def _curves(workdir: Path) -> dict[str, str]:
+    """A command that shows the curves, where what it needs is installed."""
+    if importlib.util.find_spec("matplotlib"):
+        return {"curves": f"{_command('plot')} {_quoted(workdir)} --output=plot.png"}
+    if importlib.util.find_spec("tensorboard"):
+        main = f"{_quoted(sys.executable)} -m tensorboard.main"
+        return {"curves": f"{main} --logdir={_quoted(workdir)}"}
+    return {}
+
+
+def _command(name: str) -> str:
+    """A command of jaxdp, by the interpreter that runs, ready to be pasted."""
+    return f"{_quoted(sys.executable)} -m jaxdp.{name}"
+
+
+def _quoted(path: str | Path) -> str:
+    return shlex.quote(str(path))
 
 
 def traffic(config: ConfigDict, round_: list[Collective], count: int) -> dict[str, str]:

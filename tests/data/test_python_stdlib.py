@@ -21,6 +21,16 @@ def prepared(tmp_path_factory) -> tuple[list[str], list[str]]:
     return list(source.documents("train")), list(source.documents("validation"))
 
 
+def test_preparing_it_is_said_once_and_tfds_prints_nothing(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(python_stdlib, "stdlib_files", lambda: [("ast.py", "a"), ("sched.py", "b")])
+    config, lines = default.get_config(), []
+    config.data.path, config.data.data_dir = "tfds:python_stdlib", str(tmp_path)
+    for _ in range(2):
+        assert list(get_source(config, lines.append).documents("train")) == ["a"]
+    assert lines == ["Preparing tfds:python_stdlib ..."]
+    assert capfd.readouterr().out == ""
+
+
 def test_it_is_some_megabytes_of_python(files):
     assert 5e6 < sum(map(len, files.values())) < 50e6
     assert {"argparse.py", "json/decoder.py"} <= set(files)

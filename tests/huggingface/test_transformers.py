@@ -10,11 +10,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxdp.data import tokenizer
-from jaxdp.generate import generate
 from jaxdp.huggingface import families, load, tensors
 from jaxdp.huggingface.families import FAMILIES
 from jaxdp.model.transformer import ModelConfig, Transformer, num_parameters, parameter_shapes
 from jaxdp.run import loop
+from jaxdp.workdir.generation import generate
 from support.models import (
     MODELS,
     PAD,
