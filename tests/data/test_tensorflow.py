@@ -6,7 +6,8 @@ import sys
 from importlib.util import find_spec
 
 import pytest
-from conftest import REPOSITORY
+
+from support.texts import REPOSITORY
 
 JAXDP = "from jaxdp.data.tensorflow import tf; assert int(tf.constant(1) + 1) == 2"
 TRANSFORMERS = """
