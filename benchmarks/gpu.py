@@ -48,9 +48,9 @@ from ml_collections import ConfigDict
 from turns import Contestant, OutOfMemory
 
 from jaxdp.common import cli
-from jaxdp.estimate import prediction
+from jaxdp.estimate import scaling
 from jaxdp.parallel.replicas import Replicas
-from jaxdp.workdir import metrics
+from jaxdp.run import figures
 
 NANOGPT = flags.DEFINE_string("nanogpt", None, "A checkout of nanoGPT; None: no comparison.")
 TORCH_PYTHON = flags.DEFINE_string("torch_python", None, "A Python that has PyTorch.")
@@ -72,7 +72,7 @@ def main() -> int:
         return 0
     if ASK.value:
         gpu, errors = jax.local_devices()[0], attention_errors()
-        peak = metrics.peak_flops(gpu)
+        peak = figures.peak_flops(gpu)
         print(json.dumps({"kind": gpu.device_kind, "peak": peak, "errors": errors}))
         return 0
     jax.config.update("jax_platforms", "cpu")  # The GPU is for the others.
@@ -156,7 +156,7 @@ def measured(start: dict[str, Callable[[], Contestant]]) -> dict[str, tuple[np.n
 def cells(config: ConfigDict, seconds: np.ndarray, peak: float) -> str:
     """Tokens per second, MFU, memory."""
     rate = config.global_batch_size * config.seq_len / np.median(seconds)
-    flops = rate * prediction.step_flops(config, vocab(), 1)[0]
+    flops = rate * scaling.step_flops(config, vocab(), 1)[0]
     used = f"{flops / device()['peak']:.1%}" if device()["peak"] else "unknown"
     return f"{rate:,.0f} | {used} | {peak / 2**30:.2f}"
 

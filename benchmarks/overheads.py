@@ -45,14 +45,14 @@ class Overheads:
     def __init__(self, run: Run, state: Any, start: int):
         """Compiles the step, and everything else that is compiled when it is first used."""
         self.run, self.state, self.done = run, state, start
-        run.start_clock(start, state)
+        run.begin(start)
         run.display.start(start, run.config.num_train_steps)
         self.rounds = run.rounds(start)
         self.batch = next(self.rounds)
         self.dispatched: list[float] = []
         self.logged: list[float] = []
         self.steps(3)
-        run.check_replicas(self.done, self.state)
+        self._check()
         self.save_steps = self.save_until_done()
 
     def steps(
@@ -68,7 +68,7 @@ class Overheads:
             if pending is not None:
                 jax.block_until_ready(pending[1])
                 if log:
-                    self.run.log(*pending)
+                    self.run.read(*pending)
             pending, self.done = (self.done, metrics, waited), self.done + 1
             seconds.append(time.perf_counter() - began)
             if until():
@@ -77,13 +77,13 @@ class Overheads:
         jax.block_until_ready(self.state)
         seconds[-1] += time.perf_counter() - began
         if log:
-            self.run.log(*pending)
+            self.run.read(*pending)
         return seconds
 
     def save_until_done(self) -> int:
         """Saves; the steps that go by until it is on disk."""
-        self.run.save(self.done, self.state, None)
-        manager = self.run.checkpoints._manager
+        self.run.save(self.done, self.state, {})
+        manager = self.run.checkpoints.manager
         return len(self.steps(1000, until=lambda: not manager.is_saving_in_progress()))
 
     def alone(self, count: int) -> None:
@@ -96,12 +96,15 @@ class Overheads:
             jax.block_until_ready((self.state, metrics))
             self.done += 1
             began = time.perf_counter()
-            self.run.log(before, metrics, 0.0)
+            self.run.read(before, metrics, 0.0)
             self.logged.append(time.perf_counter() - began)
+
+    def _check(self) -> None:
+        self.run.check_replicas(self.done, self.done, self.state, always=True)
 
     def checked(self) -> float:
         """Seconds of a check of the replicas."""
-        return _seconds(lambda: self.run.check_replicas(self.done, self.state))
+        return _seconds(self._check)
 
     def saved(self) -> tuple[float, float, float]:
         """Seconds that a save takes in all, until it returns, and that it holds a step up at most.
@@ -110,7 +113,7 @@ class Overheads:
         """
         count = self.save_steps
         without = self.steps(count)
-        call = _seconds(lambda: self.run.save(self.done, self.state, None))
+        call = _seconds(lambda: self.run.save(self.done, self.state, {}))
         during = self.steps(count)
         self.run.checkpoints.check()
         self.run.checkpoints.wait()
@@ -196,7 +199,7 @@ def main() -> int:
         raise ConfigError("--config or --workdir is missing: give a config and a new folder")
     cli.prepare_jax()
     cpu.prepare(CONFIG.value, two_devices=same_on_two_devices(CONFIG.value))
-    loop._steps = measure
+    loop.train_steps = measure
     loop.train(CONFIG.value, WORKDIR.value)
     return 0
 

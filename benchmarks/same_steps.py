@@ -24,12 +24,11 @@ from steps import peer_settings
 from jaxdp.common import cli
 from jaxdp.configs import shakespeare_char_cpu
 from jaxdp.data.cache import open_cache
-from jaxdp.model.transformer import ModelConfig, Transformer
 from jaxdp.parallel.replicas import Replicas
-from jaxdp.step.objective import get_objective
-from jaxdp.step.optimizer import get_optimizer, get_schedule
+from jaxdp.step.optimizer import get_schedule
 from jaxdp.step.program import Program
-from jaxdp.step.train_step import create_state
+from jaxdp.step.setup import make_setup
+from jaxdp.step.state import create_state
 
 CONFIG = config_flags.DEFINE_config_dict("config", shakespeare_char_cpu.get_config())
 NANOGPT = flags.DEFINE_string("nanogpt", None, "A checkout of nanoGPT; it is not changed.")
@@ -96,11 +95,10 @@ def as_ours(weights: dict[str, np.ndarray], config: ConfigDict) -> dict[str, Any
 
 def ours(config: ConfigDict, vocab_size: int, params: Any, batches: list) -> list[float]:
     """Losses of our steps."""
-    schedule, replicas = get_schedule(config), Replicas()
-    program = Program(config, replicas, schedule, get_objective(config, vocab_size, None))
-    model = Transformer(ModelConfig.from_config(config, vocab_size))
-    optimizer = get_optimizer(config, schedule)
-    state = create_state(model, optimizer, 0, replicas, program.method, lambda: params)
+    replicas = Replicas()
+    setup = make_setup(config, vocab_size, replicas.device_count)
+    program = Program(setup, replicas)
+    state = create_state(setup, replicas, lambda: params)
     losses = []
     for step, batch in enumerate(batches):
         state, metrics = program(step, state, replicas.shard_steps([batch]))

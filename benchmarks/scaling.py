@@ -3,9 +3,9 @@
     JAX_NUM_CPU_DEVICES=8 python benchmarks/scaling.py --config=configs/shakespeare_char.py \
         > benchmarks/scaling.md
 
-Nothing is trained. Each method's step is compiled for 8 devices, and its collectives are looked for
-in the optimized program: how many, of how many bytes (which must be those that jaxdp.price
-predicts), and where. Then the same formula as in jaxdp.plan says what that means for GPT-2.
+Nothing is trained. Each method's step is compiled for 8 devices, and its collectives are found in
+the optimized program: how many, where, and of how many bytes, which must be those that
+methods.traffic predicts. Then the formula of jaxdp.plan says what they cost for GPT-2.
 """
 
 import datetime
@@ -22,19 +22,19 @@ from schedule import Schedule
 from jaxdp.common import cli
 from jaxdp.common.terminal import quantity
 from jaxdp.configs import gpt2_124m
-from jaxdp.estimate import prediction
+from jaxdp.estimate import memory, scaling
 from jaxdp.model.transformer import ModelConfig, Transformer, parameter_shapes
 from jaxdp.step.optimizer import get_optimizer, get_schedule
 from jaxdp.sync import methods, traffic
 from jaxdp.sync.methods import METHODS
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config().")
-VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 65, "Of the config's tokenizer.")
+VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 65, "Size of the tokenizer's vocabulary.")
 TFLOPS = flags.DEFINE_float("tflops", 400.0, "10^12 FLOP/s that a GPU reaches.")
 LATENCY = flags.DEFINE_float("latency_us", 10.0, "Microseconds that a message takes.")
 
 DEVICES = 8
-# Bytes of the largest figures (loss, tokens, a norm), fewer than those of any parameter array.
+# Upper bound on the bytes of metrics (loss, tokens, a norm), less than any parameter array has.
 FIGURES = 1000
 # Bytes per second that a device sends.
 NETWORKS = {"NVLink (H100: 900 GB/s, half of it each way)": 450e9, "400 Gbit/s": 400e9 / 8}
@@ -71,17 +71,18 @@ def main() -> int:
 
 
 def introduction() -> str:
-    """How the document came about."""
+    """How the document was made, and what its columns assume."""
     arguments = " ".join(sys.argv[1:])
     return f"""Made by `JAX_NUM_CPU_DEVICES={DEVICES} python benchmarks/scaling.py {arguments}` on \
 {datetime.date.today():%d %B %Y},
 JAX {jax.__version__}, Python {platform.python_version()}, {len(os.sched_getaffinity(0))} cores of \
 {platform.machine()}. **Nothing here is a measurement on GPUs**:
-the programs are those of XLA's CPU backend, and the efficiencies are computed by the formula of
-[docs/plan.md](../docs/plan.md) for GPUs of {TFLOPS.value:g} TFLOP/s and messages that take \
-{LATENCY.value:g} us, on one ring of equal
-links, with as many sequences more as there are devices more. *Hidden*: the bound if the all-reduce
-went on during the backward pass, two thirds of the computing, at no cost to it."""
+the programs come from XLA's CPU backend, and the efficiencies are computed by the formula of
+[docs/plan.md](../docs/plan.md) for GPUs that reach {TFLOPS.value:g} TFLOP/s and \
+messages that take {LATENCY.value:g} us,
+on one ring of equal links, with a batch that grows with the number of devices. *Hidden*: the upper
+bound if the all-reduce ran during the backward pass, two thirds of the computing, and did not slow
+it down."""
 
 
 def collective_rows(config: ConfigDict) -> Iterator[str]:
@@ -93,8 +94,8 @@ def collective_rows(config: ConfigDict) -> Iterator[str]:
     yield "| sync.method | collective | bytes | predicted | place | products before | could hide |"
     yield "|---|---|---|---|---|---|---|"
     for name in METHODS:
-        other = prediction.changed(config, "sync.method", name)
-        text = prediction.compiled_step(other, VOCAB_SIZE.value, DEVICES).as_text()
+        other = memory.changed(config, "sync.method", name)
+        text = memory.compiled_step(other, VOCAB_SIZE.value, DEVICES).as_text()
         found = traffic.collectives(text, DEVICES)
         large = {key: c for key, c in found.items() if c.bytes > FIGURES}
         predicted = predicted_traffic(other, VOCAB_SIZE.value)
@@ -110,16 +111,17 @@ def collective_rows(config: ConfigDict) -> Iterator[str]:
             )
         small = [c.bytes for c in found.values() if c.bytes <= FIGURES]
         if small:
-            yield f"| | {len(small)} small ones | {sum(small)} | | | | |"
-    flops = prediction.step_flops(config, VOCAB_SIZE.value, DEVICES)[1]
+            yield f"| {name} | others: {len(small)} | {sum(small)} | | | | |"
+    flops = scaling.step_flops(config, VOCAB_SIZE.value, DEVICES)[1]
     yield f"""
-Bytes of the buffers, in the order of the schedule. A method is predicted to send its arrays; a
-collective may have up to {FIGURES:,} bytes of figures (loss, tokens) with them. *Place*: among the
-instructions that do something. *Products before*: the share of the program's matrix products that
-come before it ({quantity(schedule.flops / other.sync.every)} FLOPs per step; \
-{quantity(flops)} by the formula of `mfu`, which counts masked attention, too).
-*Could hide*: the share of them that neither lead to the collective nor wait for it: all that it
-could be hidden behind if it were asynchronous."""
+*Bytes*: of the collective's buffers; rows are in the order of the schedule. The prediction counts a
+method's arrays; a collective may carry up to {FIGURES:,} bytes of metrics (loss, tokens) with them,
+and *others* are collectives of such metrics alone. *Place*: its position among the instructions
+that do something. *Products before*: the share of the program's matrix products that come before it
+({quantity(schedule.flops / other.sync.every)} FLOPs per step; {quantity(flops)} by the formula of \
+`mfu`, which counts masked attention, too).
+*Could hide*: the share of the products that neither lead to the collective nor wait for it, behind
+which it could hide if it were asynchronous."""
 
 
 def predicted_traffic(config: ConfigDict, vocab: int) -> list[traffic.Collective]:
@@ -137,14 +139,14 @@ def model_config(keys: dict) -> ConfigDict:
 
 
 def efficiency_rows(config: ConfigDict, bandwidth: float) -> Iterator[str]:
-    """Efficiencies by number of devices, also if the backward pass hid all that it can."""
+    """Efficiencies by number of devices, and the bound if the backward pass hid the all-reduce."""
     rate, latency = TFLOPS.value * 1e12, LATENCY.value / 1e6
-    table = prediction.efficiencies(config, 50257, DEVICES, rate, bandwidth, latency)
+    table = scaling.efficiencies(config, 50257, DEVICES, rate, bandwidth, latency)
     yield f"| devices | {' | '.join(table)} | gradient_mean, hidden |"
     yield "|---|" + "---|" * (len(table) + 1)
-    for count in prediction.COUNTS[3:]:
+    for count in scaling.COUNTS[3:]:
         cells = [f"{row[count]:.1%}" if count in row else "" for row in table.values()]
-        # In units of the step's computing, two thirds of which are the backward pass.
+        # In units of the step's computing time, two thirds of which is the backward pass.
         exposed = max(0.0, 1 / table["gradient_mean"][count] - 1 - 2 / 3)
         yield f"| {count:,} | {' | '.join(cells)} | {1 / (1 + exposed):.1%} |"
 

@@ -4,16 +4,14 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
-import numpy as np
 import turns
 from ml_collections import ConfigDict
 
-from jaxdp.model.transformer import ModelConfig, Transformer
+from jaxdp.data.batch import with_process
 from jaxdp.parallel.replicas import Replicas, prefetch
-from jaxdp.step.objective import get_objective
-from jaxdp.step.optimizer import get_optimizer, get_schedule
 from jaxdp.step.program import Program
-from jaxdp.step.train_step import create_state
+from jaxdp.step.setup import make_setup
+from jaxdp.step.state import create_state
 
 
 def trainer(
@@ -27,13 +25,9 @@ def trainer(
       replicas: to train on.
       batches: of `pipeline.train_batches`.
     """
-    schedule = get_schedule(config)
-    program = Program(config, replicas, schedule, get_objective(config, vocab_size, None))
-    model = Transformer(ModelConfig.from_config(config, vocab_size))
-    optimizer = get_optimizer(config, schedule)
-    state = create_state(model, optimizer, config.seed, replicas, program.method)
-    said = {name: np.zeros(config.global_batch_size, np.float32) for name in ("stop", "busy")}
-    hosts = ([batch | said] for batch in batches)
+    setup = make_setup(config, vocab_size, replicas.device_count)
+    program, state = Program(setup, replicas), create_state(setup, replicas)
+    hosts = ([with_process(batch, stop=False, busy=0.0)] for batch in batches)
     rounds, done = prefetch(hosts, replicas.shard_steps), 0
 
     def step() -> Any:

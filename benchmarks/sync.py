@@ -20,15 +20,14 @@ from absl import flags
 from ml_collections import config_flags
 
 from jaxdp.common import cli
+from jaxdp.data.batch import with_process
 from jaxdp.data.cache import open_cache
 from jaxdp.data.feed import Feed
-from jaxdp.model.transformer import ModelConfig, Transformer
 from jaxdp.parallel.replicas import Replicas
 from jaxdp.run import loop
-from jaxdp.step.objective import get_objective
-from jaxdp.step.optimizer import get_optimizer, get_schedule
 from jaxdp.step.program import Program
-from jaxdp.step.train_step import create_state
+from jaxdp.step.setup import make_setup
+from jaxdp.step.state import create_state
 from jaxdp.sync import traffic
 from jaxdp.sync.methods import METHODS
 from jaxdp.workdir.metrics import read_jsonl
@@ -86,19 +85,15 @@ class Timed:
     def __init__(self, config):
         """Compiles."""
         cache = open_cache(config)
-        model = Transformer(ModelConfig.from_config(config, cache.vocab_size))
-        schedule = get_schedule(config)
+        setup = make_setup(config, cache.vocab_size, DEVICES.value)
         self._replicas = Replicas(jax.local_devices()[: DEVICES.value])
-        objective = get_objective(config, cache.vocab_size, None)
-        self._program = Program(config, self._replicas, schedule, objective)
-        self._state = create_state(
-            model, get_optimizer(config, schedule), 0, self._replicas, self._program.method
-        )
+        self._program = Program(setup, self._replicas)
+        self._state = create_state(setup, self._replicas)
         self._steps = config.sync.every
         batches = Feed(config, cache).train(0)
-        zero = np.zeros(config.global_batch_size, np.float32)
         batches = [
-            batch | {"stop": zero, "busy": zero} for batch in itertools.islice(batches, self._steps)
+            with_process(batch, stop=False, busy=0.0)
+            for batch in itertools.islice(batches, self._steps)
         ]
         length = self._program.round_length(0)
         put = self._replicas.shard_steps
@@ -106,7 +101,7 @@ class Timed:
         self()
         found = self._program.collectives.values()
         self.collectives = f"{len(found)} in {length} steps" if length > 1 else f"{len(found)}"
-        sent = traffic.sent_per_step(self._program.traffic(self._state), DEVICES.value)
+        sent = traffic.sent_per_step(self._program.traffic(), DEVICES.value)
         self.bytes_per_token = sent * DEVICES.value / config.global_batch_size / config.seq_len
 
     def __call__(self) -> float:

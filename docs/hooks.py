@@ -1,8 +1,8 @@
-"""What the site has besides the pages in this folder, made when it is built (mkdocs hooks).
+"""Makes the pages that this folder doesn't hold, while the site is built (mkdocs hooks).
 
-`config.md` is made of configs/default.py and jaxdp/common/choices.py, `reference/` of the
-docstrings of every module, the flags in `commands.md` of the commands' source. COPIES lie
-elsewhere.
+`config.md` is made from configs/default.py and jaxdp/common/choices.py, `reference/` from the
+docstrings of every module, the flags in `commands.md` from the source of the commands, the table in
+`metrics.md` from jaxdp/workdir/metrics.py. COPIES are pages that lie elsewhere in the repository.
 """
 
 import ast
@@ -17,6 +17,7 @@ from mkdocs.structure.files import File
 from jaxdp.common.choices import CHOICES, MOST, RANGES
 from jaxdp.common.config import flatten
 from jaxdp.configs import default
+from jaxdp.workdir.metrics import FIGURES
 
 ROOT = Path(__file__).parent.parent
 COPIES = {
@@ -26,18 +27,26 @@ COPIES = {
 }
 INTRODUCTION = """# Config
 
-Every key of a run. It is set in a config file, a Python file whose `get_config()` starts from
-[configs/default.py](../configs/default.py), or on the command line as `--config.KEY=VALUE`. What is
-out of these limits is refused before anything is compiled (`pytest tests/common/test_config.py`).
+Every key of a run. A key is set in a config file, a Python file whose `get_config()` starts from
+[configs/default.py](../configs/default.py), or on the command line as `--config.KEY=VALUE`. What
+these tables don't allow is refused before anything is compiled
+(`pytest tests/common/test_config.py`).
 """
+METRICS = "<!-- the table of metrics -->\n"  # In metrics.md.
 LINK = re.compile(r"\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)")
 IMAGE_LINK = re.compile(r"\[!\[([^]]*)\]\(https?:[^)]*\)\]")
 
 
-def modules() -> list[str]:
-    """Every module's name, such as "jaxdp.data.cache"."""
-    paths = sorted(p for p in ROOT.glob("jaxdp/**/*.py") if "configs" not in p.parts)
-    return [_module(path) for path in paths if path.stem != "__init__"]
+def modules(wing: str = "**") -> list[str]:
+    """The names of the modules in jaxdp/ or in one of its folders, such as "jaxdp.data.cache"."""
+    paths = sorted(p for p in ROOT.glob(f"jaxdp/{wing}/*.py") if "configs" not in p.parts)
+    return [_module(path) for path in paths if not path.stem.startswith("__")]
+
+
+def wings() -> list[str]:
+    """The folders of jaxdp/ in the order of imports, as in the README's tree; "." is itself."""
+    found = re.findall(r"^├── (\w+)/", (ROOT / "README.md").read_text(), re.MULTILINE)
+    return [".", *(folder for folder in found if any(ROOT.glob(f"jaxdp/{folder}/*.py")))]
 
 
 def on_config(config):
@@ -46,7 +55,11 @@ def on_config(config):
     others = {path.name for path in ROOT.glob("docs/*.md")} - named
     at = config.nav.index("config.md")
     config.nav[at:at] = sorted(others)
-    config.nav.append({"Reference": [{m.removeprefix("jaxdp."): _page(m)} for m in modules()]})
+    reference = [
+        {wing: [_index(wing), *({_stem(m): _page(m)} for m in modules(wing))]} for wing in wings()
+    ]
+    [commands] = reference.pop(0).values()
+    config.nav.append({"Reference": [*commands, *reference]})
     return config
 
 
@@ -54,20 +67,39 @@ def on_files(files, config):
     """Adds the pages that this folder doesn't hold."""
     made = {page: (ROOT / path).read_text() for page, path in COPIES.items()}
     made["config.md"] = config_page()
+    made |= {_index(wing): wing_page(wing) for wing in wings()}
     made |= {_page(module): f"# {module}\n\n::: {module}\n" for module in modules()}
     for path, text in made.items():
         files.append(File.generated(config, path, content=text))
     return files
 
 
-def on_page_markdown(markdown, page, config, files):
-    """Adds the flags; lets links that leave docs/ lead to where the site or the repository has it.
+def wing_page(wing: str) -> str:
+    """What a folder is for, and the first line of each of its modules (of jaxdp/: and folders)."""
+    package = "jaxdp" if wing == "." else f"jaxdp.{wing}"
+    rows = [(f"{_stem(module)}.md", module, module) for module in modules(wing)]
+    if wing == ".":
+        rows += [(f"{w}/index.md", f"jaxdp.{w}", f"jaxdp.{w}.__init__") for w in wings()[1:]]
+    text = f"# {package}\n\n::: {package}\n\n| | |\n|---|---|\n"
+    for page, name, source in rows:
+        first, *_ = ast.get_docstring(ast.parse(_source(source))).splitlines()
+        text += f"| [{name}]({page}) | {first} |\n"
+    return text
 
-    Badges become plain links, as a page is not to load anything from elsewhere.
+
+def on_page_markdown(markdown, page, config, files):
+    """Adds flags and metrics; points links to files outside docs/ to the site or the repository.
+
+    Badges become plain links, because pages load nothing from elsewhere.
     """
     name = page.file.src_uri
+    if name.startswith("reference/"):
+        return markdown
     if name == "commands.md":
         markdown += "".join(map(flags_section, modules()))
+    if name == "metrics.md":
+        rows = [f"| `{metric}` | {text} |\n" for metric, text in FIGURES.items()]
+        markdown = markdown.replace(METRICS, f"| metric | |\n|---|---|\n{''.join(rows)}")
     folder = (ROOT / COPIES.get(name, f"docs/{name}")).parent
 
     def on_site(match):
@@ -92,20 +124,20 @@ def _target(path: str, page: str) -> str | None:
 
 
 def flags_section(module: str) -> str:
-    """What a command's docstring says, and its flags; nothing for other modules."""
-    tree = ast.parse((ROOT / module.replace(".", "/")).with_suffix(".py").read_text())
+    """A command's docstring and its flags; "" for other modules."""
+    tree = ast.parse(_source(module))
     rows = [
         f"| `--{name}` | {f'`{value}`' if value not in (None, '') else ''} | {escaped(text)} |\n"
         for name, value, text in flags(tree)
     ]
     if not rows:
         return ""
-    title = f"\n## python -m {module}\n\n{ast.get_docstring(tree)}\n"
+    title = f"\n## {module.replace('.', ' ')}\n\n{ast.get_docstring(tree)}\n"
     return f"{title}\n| flag | default | |\n|---|---|---|\n{''.join(rows)}"
 
 
 def flags(tree: ast.Module) -> Iterator[tuple[str, Any, str]]:
-    """(name, default, help) of each flag that a module defines; an alias has but two arguments."""
+    """(name, default, help) of each flag that a module defines; an alias has only two arguments."""
     for call in ast.walk(tree):
         if isinstance(call, ast.Call) and ".DEFINE_" in ast.unparse(call.func):
             name, value, *text = map(_constant, call.args[:3])
@@ -113,7 +145,7 @@ def flags(tree: ast.Module) -> Iterator[tuple[str, Any, str]]:
 
 
 def _constant(node: ast.expr) -> Any:
-    """The value of a literal, or of a constant of another module; None for what is neither."""
+    """The value of a literal, or of a constant of another module; None for anything else."""
     try:
         return ast.literal_eval(node)
     except ValueError:
@@ -126,7 +158,7 @@ def _constant(node: ast.expr) -> Any:
 
 
 def config_page() -> str:
-    """The config reference: of each key its default, what it may be, and its comment."""
+    """The config reference: the default, the allowed values and the comment of each key."""
     notes = comments((ROOT / "configs" / "default.py").read_text())
     values = flatten(default.get_config())
     groups: dict[str, list[str]] = {}
@@ -141,7 +173,7 @@ def config_page() -> str:
 
 
 def comments(source: str) -> dict[str, str]:
-    """{key or group: its comment}, which stands on the lines above it, or behind it."""
+    """{key or group: its comment}, from the lines above it or the end of its line."""
     notes: dict[str, str] = {}
     above: list[str] = []
     for line in source.splitlines():
@@ -155,18 +187,30 @@ def comments(source: str) -> dict[str, str]:
 
 
 def escaped(comment: str) -> str:
-    """Markdown that shows a comment as it is."""
+    """Markdown that shows a comment literally."""
     return re.sub(r"([*\[\]<|_`])", r"\\\1", comment)
 
 
 def allowed(key: str, value: object) -> str:
-    """What jaxdp/common/choices.py lets a key be, or else its type."""
+    """The values that jaxdp/common/choices.py allows for a key, or else its type."""
     if key in CHOICES:
         return ", ".join(f"`{choice!r}`" for choice in CHOICES[key])
     if key in RANGES:
         low, high = (f"{x:,}" if isinstance(x, int) else f"{x:g}" for x in RANGES[key])
         return f"from {low}" if RANGES[key][1] == MOST else f"{low} to {high}"
     return {bool: "`True`, `False`", str: "text"}[type(value)]
+
+
+def _source(module: str) -> str:
+    return (ROOT / module.replace(".", "/")).with_suffix(".py").read_text()
+
+
+def _stem(module: str) -> str:
+    return module.rpartition(".")[2]
+
+
+def _index(wing: str) -> str:
+    return f"reference/{wing}/index.md".replace("/./", "/")
 
 
 def _module(path: Path) -> str:

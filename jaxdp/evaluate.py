@@ -1,9 +1,10 @@
-"""The command `python -m jaxdp.evaluate --workdir=DIR [--step=newest|best|N] [--config.key=value]`.
+"""Evaluates a checkpoint of a run, on its own text or on other text.
 
-Evaluates a checkpoint of a run on its validation split and its eval_sets, or on other data: a line
-in words for each, and the line of metrics.jsonl, which on the same devices is what the run logged
-at that step, to the bit.
-The workdir stays as it is, and may be that of a run under way.
+    jaxdp evaluate --workdir=DIR [--step=newest|best|N] [--config.KEY=VALUE ...]
+
+`python -m jaxdp.evaluate` is the same. It prints a line in words for the validation split and each
+of the run's eval_sets, and then the line of metrics.jsonl: on the same devices it is what the run
+logged at that step, to the bit. The workdir stays as it is, and its run may be under way.
 
 Exit status: 0; 2 a flag, the workdir or the data is wrong; anything else is a fault.
 """
@@ -15,15 +16,10 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from jaxdp.common import cli
+from jaxdp.common import cli, config_file
 from jaxdp.common import config as configs
-from jaxdp.common.errors import ConfigError
+from jaxdp.common.errors import ConfigError, shown
 from jaxdp.configs import default
-from jaxdp.parallel import cpu
-from jaxdp.run import preflight, report
-from jaxdp.run.evaluation import completed, evaluate_checkpoint, figures
-from jaxdp.step.setup import same_on_two_devices
-from jaxdp.workdir.metrics import to_json
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.")
 STEP = flags.DEFINE_string("step", "newest", "Which checkpoint: newest, best, or steps done.")
@@ -31,9 +27,17 @@ STEP = flags.DEFINE_string("step", "newest", "Which checkpoint: newest, best, or
 
 def define_config(argv: list[str]) -> None:
     """Defines --config; ml_collections looks at its keys at once, so they have to be right."""
+    for value in config_file.given(argv):
+        raise ConfigError(
+            f"--config={shown(value)} is not wanted here, as the run has its own: change its keys "
+            "by --config.KEY=VALUE"
+        )
     cli.check_overrides(argv)
     config_flags.DEFINE_config_dict(
-        "config", default.get_config(), "Keys to change, such as --config.data.path=FILE.txt."
+        "config",
+        default.get_config(),
+        "Keys to change, such as --config.data.path=FILE.txt.",
+        sys_argv=argv,
     )
 
 
@@ -42,6 +46,13 @@ def main() -> int:
     if not WORKDIR.value:
         raise ConfigError("--workdir is missing: give the folder of a training run")
     cli.check_step(STEP)
+    # Not above: JAX takes seconds to import, and --help and mistakes in flags do without.
+    from jaxdp.parallel import cpu
+    from jaxdp.run import preflight, report
+    from jaxdp.run.evaluation import completed, evaluate_checkpoint, figures
+    from jaxdp.step.setup import same_on_two_devices
+    from jaxdp.workdir.metrics import to_json
+
     cli.prepare_jax()
     workdir = Path(os.path.expanduser(WORKDIR.value))
     changes = config_flags.get_override_values(flags.FLAGS["config"])

@@ -1,7 +1,10 @@
-"""The command `python -m jaxdp.export --workdir=DIR --output=FOLDER [--step=newest|best|N]`.
+"""Writes a trained model as a folder that transformers opens.
 
-Writes a checkpoint as a folder that transformers opens: AutoModelForCausalLM (of a masked model
-AutoModelForMaskedLM) and AutoTokenizer, by from_pretrained("FOLDER").
+    jaxdp export --workdir=DIR --output=FOLDER [--step=newest|best|N]
+
+`python -m jaxdp.export` is the same. Hugging Face's transformers opens the folder by
+from_pretrained("FOLDER") of AutoTokenizer and of AutoModelForCausalLM, or for a masked model
+AutoModelForMaskedLM.
 
 Exit status: 0; 2 a flag, the workdir or the model isn't fit for it; anything else is a fault.
 """
@@ -14,11 +17,9 @@ from absl import flags
 
 from jaxdp.common import cli
 from jaxdp.common.errors import ConfigError
-from jaxdp.huggingface.save import export
-from jaxdp.run import preflight
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.")
-OUTPUT = flags.DEFINE_string("output", None, "Folder to make.")
+OUTPUT = flags.DEFINE_string("output", None, "Folder to make; may not be there yet.")
 STEP = flags.DEFINE_string("step", "newest", "Which checkpoint: newest, best, or steps done.")
 flags.DEFINE_alias("out", "output")
 
@@ -30,6 +31,10 @@ def main() -> int:
     if not OUTPUT.value:
         raise ConfigError("--output is missing: give the folder to make")
     cli.check_step(STEP)
+    # Not above: JAX takes seconds to import, and --help and mistakes in flags do without.
+    from jaxdp.huggingface.save import export
+    from jaxdp.run import preflight
+
     cli.prepare_jax()
     preflight.check_devices()
     workdir, output = (Path(os.path.expanduser(x)) for x in (WORKDIR.value, OUTPUT.value))

@@ -1,9 +1,6 @@
 """Eight forced CPU devices, small configs, and caches of the tests' own."""
 
 import gc
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 from support import environment
@@ -16,9 +13,8 @@ from ml_collections import ConfigDict
 
 from jaxdp.configs import default
 from jaxdp.run import loop
-from support import bad_input
-from support.processes import USER_XLA_FLAGS
-from support.texts import REPOSITORY, TEXT
+from support import bad_input, processes
+from support.texts import TEXT
 
 
 @pytest.fixture(autouse=True)
@@ -73,23 +69,15 @@ def config(text_file, cache_dir) -> ConfigDict:
 
 
 @pytest.fixture
-def command(cache_dir, tmp_path):
+def command(cache_dir):
+    """Runs `python -m jaxdp.NAME ...` in a fork; returns the finished process."""
+    return processes.command
+
+
+@pytest.fixture
+def fresh_command(cache_dir):
     """Runs `python -m jaxdp.NAME ...` as a user does; returns the finished process."""
-
-    def run(name: str, *arguments: str, devices: int = 1, check: int | None = 0):
-        process = subprocess.run(
-            [sys.executable, "-m", f"jaxdp.{name}", *arguments],
-            cwd=REPOSITORY,
-            env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "XLA_FLAGS": USER_XLA_FLAGS},
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-        if check is not None:
-            assert process.returncode == check, process.stdout + process.stderr
-        return process
-
-    return run
+    return processes.fresh_command
 
 
 @pytest.fixture
@@ -99,7 +87,7 @@ def no_compiling(monkeypatch, tmp_path):
     def reached(*args):
         raise bad_input.Reached
 
-    monkeypatch.setattr(loop, "create_state", reached)
+    monkeypatch.setattr(loop, "Run", reached)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")

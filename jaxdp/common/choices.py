@@ -18,6 +18,7 @@ CHOICES = {
 WHOLE_MATRICES = ("muon",)
 
 MOST = 2**31 - 1  # What an int32 holds, as on devices.
+TEMPERATURE = 0.8  # What text is drawn with unless the user says otherwise, as in nanoGPT.
 
 # Key -> (lowest, highest) value allowed, both included.
 RANGES = {

@@ -1,5 +1,8 @@
 """What the commands share: flags, errors, signals, and JAX's settings."""
 
+import contextlib
+import inspect
+import itertools
 import math
 import os
 import re
@@ -10,13 +13,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from absl import flags, logging
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_flags
 
+from jaxdp.common import config_file, usage
 from jaxdp.common.config import check_known
-from jaxdp.common.errors import ConfigError, RunError, shown
+from jaxdp.common.errors import WRONG_INPUT, ConfigError, RunError, shown
 
-WRONG_INPUT = 2
 FAULT = 1
+REPEATED = "; repeat this option to specify a list of values"  # absl adds it.
+NO_FUNCTION = "AttributeError: module 'config_config' has no attribute 'get_config'"
 
 
 def run(
@@ -24,13 +29,14 @@ def run(
     check_arguments: Callable[[list[str]], None] | None = None,
     operands: bool = False,
 ) -> int:
-    """Parses the flags and runs a command.
+    """Parses the flags and runs a command, or shows its --help or --version.
 
     What the user did wrong becomes one line on stderr, an unexpected exception its traceback.
 
     Args:
       main: the command; returns its exit status.
-      check_arguments: raises ConfigError for what the flags' own errors explain badly.
+      check_arguments: raises ConfigError for what the flags' own errors explain badly; may define
+        flags, and is given no arguments where only help is wanted.
       operands: whether main takes a list of the arguments that are no flags; else there are none.
 
     Returns:
@@ -38,6 +44,8 @@ def run(
     """
     logging.set_verbosity(logging.WARNING)
     try:
+        if _shows_help(main, check_arguments):
+            return 0
         if check_arguments:
             check_arguments(sys.argv[1:])
         rest = _parse_flags()
@@ -54,6 +62,56 @@ def run(
         return FAULT
 
 
+def _shows_help(
+    main: Callable[..., int], check_arguments: Callable[[list[str]], None] | None
+) -> bool:
+    """Prints help or the version where a user asks for it, whatever else is on the line."""
+    end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    asked = set(sys.argv[1:end])
+    if "--version" in asked:
+        print(usage.VERSION)
+        return True
+    if not asked & set(usage.HELP):
+        return False
+    if check_arguments:
+        with contextlib.suppress(ConfigError):
+            check_arguments([])
+    # absl calls the module that runs by the name of the program.
+    names = {main.__module__, sys.argv[0]}
+    modules = flags.FLAGS.flags_by_module_dict()
+    rows = {name: [row for flag in modules[name] for row in _rows(flag)] for name in modules}
+    own = [row for name in names for row in rows.pop(name, [])]
+    others = list(itertools.chain(*rows.values())) if "--helpfull" in asked else []
+    print(usage.help_for(Path(inspect.getfile(main)), own, others))
+    return True
+
+
+def _rows(flag: flags.Flag) -> list[tuple[str, str]]:
+    """A flag as it is typed, and what it means with its default; of --config, its keys too."""
+    kind, default = flag.flag_type(), flag.default
+    text = " ".join((flag.help or "").split()).removesuffix(REPEATED)
+    if kind == "config object":
+        file = [] if default else [("--config=FILE.py", text)]
+        return [*file, (usage.KEY, "Another value for a key, such as --config.data.path=FILE.txt.")]
+    if default not in (None, "", [], False):
+        text += f" Default: {default}."
+    value = "" if flag.boolean else "=NUMBER" if kind in ("int", "float") else "=TEXT"
+    return [(f"--{flag.name}{value}", text)]
+
+
+def check_config(argv: list[str]) -> None:
+    """Refuses a --config that is missing or no file, and --config.KEY=VALUE of an unknown key."""
+    given = list(config_file.given(argv))
+    if not given and not any("-flagfile" in argument for argument in argv):
+        raise ConfigError(config_file.MISSING)
+    for value in given:
+        config_file.check(value)
+    for argument in itertools.takewhile(lambda x: not re.match("--?config(=|$)", x), argv):
+        if re.match(r"--?config\.", argument):
+            raise ConfigError(f"{shown(argument)} comes before --config: put it behind")
+    check_overrides(argv)
+
+
 def check_overrides(argv: list[str]) -> None:
     """Refuses --config.KEY=VALUE of an unknown key, which config_flags does with a traceback."""
     overrides = (re.match(r"--?config\.([^=]*)=?(.*)", argument, re.DOTALL) for argument in argv)
@@ -62,6 +120,10 @@ def check_overrides(argv: list[str]) -> None:
 
 def _parse_flags() -> list[str]:
     """Returns the arguments that are no flags."""
+    for name in [name for name in flags.FLAGS if "_" in name]:  # --num-tokens is --num_tokens.
+        hyphenated = name.replace("_", "-")
+        if hyphenated not in flags.FLAGS:
+            flags.FLAGS[hyphenated] = flags.FLAGS[name]
     try:
         return flags.FLAGS(sys.argv)[1:]
     except (Exception, SystemExit) as error:
@@ -74,9 +136,11 @@ def _parse_flags() -> list[str]:
         reason = (
             traceback.strip().splitlines()[-1] if traceback else f"{type(error).__name__}: {said}"
         )
+        reason = reason.replace(NO_FUNCTION, "it has no get_config()")
+        given = "".join(f"={shown(value)}" for value in config_file.given(sys.argv[1:]))
         raise ConfigError(
-            f"--config can't be read ({shown(reason, as_text=str)}): give a Python file with a "
-            "get_config() like those in configs/"
+            f"--config{given} can't be read ({shown(reason, as_text=str)}): give a Python file "
+            "with a get_config() like those in configs/"
         ) from error
 
 
@@ -87,8 +151,9 @@ def given_config(flag: flags.FlagHolder) -> ConfigDict:
       ConfigError: there is none, or the file gives something else.
     """
     if not flag.present:
-        raise ConfigError("--config is missing: give a config file, such as configs/quickstart.py")
+        raise ConfigError(config_file.MISSING)
     if not isinstance(flag.value, ConfigDict):
+        config_file.check(config_flags.get_config_filename(flags.FLAGS[flag.name]))
         raise ConfigError(
             f"--config gives {shown(flag.value)}, no ConfigDict: let its get_config() return one, "
             "like those in configs/"

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+WRONG_INPUT = 2  # The exit status of every command after a ConfigError.
+
 
 class ConfigError(ValueError):
     """The user asked for something impossible; the message is one line that says what to do."""

@@ -8,8 +8,6 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from jaxdp.common.errors import ConfigError
 
 
@@ -79,6 +77,8 @@ def reason(error: BaseException) -> str:
 
 def num_bytes(tree: Any) -> int:
     """Of all arrays, or of what has their shapes and dtypes."""
+    import jax  # Not above: the commands' --help comes through this file, and JAX takes a second.
+
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 

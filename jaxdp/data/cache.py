@@ -51,14 +51,14 @@ class TokenCache:
     """
 
     folder: Path
-    train: np.ndarray
-    validation: np.ndarray
-    tokenizer: Tokenizer
+    train: np.ndarray = dataclasses.field(repr=False)
+    validation: np.ndarray = dataclasses.field(repr=False)
+    tokenizer: Tokenizer = dataclasses.field(repr=False)
     vocab_size: int
     validation_bytes: int
     digest: str
     train_borders: tuple[int, ...]
-    examples: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    examples: dict[str, np.ndarray] = dataclasses.field(default_factory=dict, repr=False)
 
     @property
     def tokens_per_byte(self) -> float:

@@ -13,7 +13,7 @@ logging.set_verbosity(logging.FATAL)
 try:
     import tensorflow_datasets as tfds
 
-    # TFDS logs what goes wrong in its own imports and goes on, empty. This raises the error itself.
+    # TFDS logs an error of its own imports and goes on without them. This raises it.
     import tensorflow_datasets.public_api  # noqa: F401
 except Exception as error:  # Of any kind: a module is missing, or versions don't fit.
     raise ConfigError(

@@ -37,7 +37,10 @@ MASKED_NAMES = {
 
 
 def export(
-    workdir: Path, output: Path, which: str = "newest", report: Callable[[str], None] = print
+    workdir: str | Path,
+    output: str | Path,
+    which: str = "newest",
+    report: Callable[[str], None] = print,
 ) -> int:
     """Writes a checkpoint as a folder of transformers, whole or not at all.
 
@@ -54,6 +57,7 @@ def export(
       ConfigError: transformers has no such model, or the folder is there or can't be written.
       RunError: the checkpoint is damaged.
     """
+    workdir, output = Path(workdir), Path(output)
     _check_absent(output)
     run = finished.open_workdir(workdir)
     family, special = families.family_of(run.model.config), special_tokens(run)

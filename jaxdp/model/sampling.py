@@ -10,9 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxdp.common.choices import TEMPERATURE
 from jaxdp.model.transformer import Transformer
-
-TEMPERATURE = 0.8  # What text is drawn with unless the user says otherwise, as in nanoGPT.
 
 
 def sample(

@@ -122,7 +122,7 @@ def evaluate(
 
 
 def evaluate_checkpoint(
-    workdir: Path,
+    workdir: str | Path,
     which: str = "newest",
     changes: Mapping[str, Any] | None = None,
     *,
@@ -145,7 +145,7 @@ def evaluate_checkpoint(
       ConfigError: the workdir, the changes or the data are not fit for use.
       RunError: the checkpoint is damaged.
     """
-    changes = dict(changes or {})
+    workdir, changes = Path(workdir), dict(changes or {})
     saved = configs.load(workdir / "config.json")
     config = completed(saved, changes)
     preflight.check_same_run(config, saved)

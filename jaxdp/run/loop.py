@@ -110,13 +110,13 @@ def _train(run: Run) -> Result:
         run.display.line(f"Going on after step {start:,}.")
     run.begin(start)
     with contextlib.closing(run.program), contextlib.closing(run.profile):
-        result = _steps(run, state, start)
+        result = train_steps(run, state, start)
     run.finish(result)
     summarise(run, result)
     return result
 
 
-def _steps(run: Run, state: State, start: int) -> Result:
+def train_steps(run: Run, state: State, start: int) -> Result:
     """Trains from step `start` to the end, or until asked to stop.
 
     The recipe of data parallelism, round by round: each device gets its part of the data, goes

@@ -64,6 +64,11 @@ class Result:
         """On the validation split, of the last step, where this call evaluated it."""
         return self.evaluations.get("")
 
+    def __repr__(self) -> str:
+        """Without the state, whose arrays would fill a notebook."""
+        loss = f", validation_loss={self.evaluation.loss:.4f}" if self.evaluation else ""
+        return f"Result(step={self.step}, finished={self.finished}{loss})"
+
 
 class Run:
     """A run under way, between `with` and its end.
@@ -239,7 +244,11 @@ class Run:
         """Reads and logs the figures of the last round, unless that has been done."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
-            self.stop = self._log.add(*pending) or self.stop
+            self.read(*pending)
+
+    def read(self, before: int, metrics: dict[str, jax.Array], waited: float) -> None:
+        """Takes the figures of a round; see `StepLog.add`."""
+        self.stop = self._log.add(before, metrics, waited) or self.stop
 
     def forget_figures(self) -> None:
         """Drops what was computed since the last logged step, as when a run goes back."""

@@ -108,7 +108,7 @@ class Checkpoints:
             self._saver.settle("")
         if self._last is None or not self._saver.failure:
             return ""
-        newest = self._manager.latest_step()
+        newest = self.manager.latest_step()
         has = "there is no checkpoint" if newest is None else f"the newest is that of step {newest}"
         return f"checkpoint {self._last[0]} could not be saved ({self._saver.failure}; {has})"
 
@@ -150,7 +150,7 @@ class Checkpoints:
             self._set_aside(damaged)
             self._moved = []
             if damaged:
-                self._manager.reload()
+                self.manager.reload()
             return step, extra, restored
         self._put_back()
         if other is not None:
@@ -163,7 +163,8 @@ class Checkpoints:
         return None
 
     @property
-    def _manager(self) -> ocp.CheckpointManager:
+    def manager(self) -> ocp.CheckpointManager:
+        """Orbax's; another one after a save that failed."""
         return self._saver.manager
 
     def _steps(self) -> list[int]:
@@ -171,12 +172,12 @@ class Checkpoints:
         self.wait()
         processes.barrier("checkpoints written")
         if not processes.is_main():
-            self._manager.reload()
-        return sorted(self._manager.all_steps(), reverse=True)
+            self.manager.reload()
+        return sorted(self.manager.all_steps(), reverse=True)
 
     def _read_extra(self, step: int) -> dict:
         args = ocp.args.Composite(extra=ocp.args.JsonRestore())
-        return self._manager.restore(step, args=args).extra
+        return self.manager.restore(step, args=args).extra
 
     def _read(self, step: int, like: State, extra: dict) -> State:
         """The state of a checkpoint; raises anything where it is damaged."""
@@ -191,7 +192,7 @@ class Checkpoints:
         }
         args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
         with integrity.ending_reads():
-            found = dict(self._manager.restore(step, args=args).state)
+            found = dict(self.manager.restore(step, args=args).state)
         shared = to_local({name: tree for name, tree in found.items() if name not in own})
         integrity.check_marks(found | shared, extra[integrity.MARKS])
         if int(shared["step"]) != step:

@@ -26,9 +26,9 @@ class Trained:
     """
 
     workdir: Path
-    config: ConfigDict
-    words: Tokenizer
-    model: Transformer
+    config: ConfigDict = dataclasses.field(repr=False)
+    words: Tokenizer = dataclasses.field(repr=False)
+    model: Transformer = dataclasses.field(repr=False)
 
     def params(self, which: str, report: Callable[[str], None]) -> tuple[Any, int]:
         """Reads the parameters of a checkpoint, and its step; see `checkpoints.load_params`."""

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxdp import plot
 from jaxdp.common import cli, png
 from jaxdp.common.choices import MOST
 from jaxdp.common.errors import ConfigError
+from jaxdp.workdir import curves as plot
 from jaxdp.workdir.metrics import MetricsWriter
 from support.bad_input import HARM, JSON, NUMBERS, TRIED, assert_clear, harm, only_flags_of, tries
 

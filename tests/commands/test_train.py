@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from jaxdp.workdir.metrics import read_jsonl
-from support.processes import start
+from support.processes import Run
 from support.runs import CLOCKED, TIMES, figures, flags
 
 pytestmark = pytest.mark.slow
@@ -50,14 +50,11 @@ def test_a_run_and_all_it_leaves(config, tmp_path, command):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_exits_with_75(config, tmp_path, command, number):
     config.num_train_steps = 20_000
-    process = start(*flags(config, tmp_path, eval_every=10_000), devices=2)
-    for line in process.stdout:
-        if line.startswith("step "):
-            process.send_signal(number)
-            break
-    out, _ = process.communicate(timeout=120)
-    assert process.returncode == 75, out
-    assert "Stopped as asked; run again to go on" in out
+    run = Run(*flags(config, tmp_path, eval_every=10_000), devices=2)
+    assert run.until_printed("\nstep "), run.printed
+    run.process.send_signal(number)
+    assert run.ended() == 75, run.printed
+    assert "Stopped as asked; run again to go on" in run.printed
     [step] = [int(p.name) for p in (tmp_path / "checkpoints").iterdir()][-1:]
     command("train", *flags(config, tmp_path, num_train_steps=step + 2, eval_every=10_000))
     assert [r["step"] for r in read_jsonl(tmp_path)] == list(range(1, step + 3))

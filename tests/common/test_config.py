@@ -12,6 +12,8 @@ from jaxdp.common import config as configs
 from jaxdp.common.choices import ADDED, CHOICES, RANGES
 from jaxdp.common.errors import ConfigError
 from jaxdp.configs import default
+from jaxdp.run import preflight
+from jaxdp.step import setup
 from support.bad_input import KEYS
 from support.texts import REPOSITORY
 
@@ -36,7 +38,7 @@ def with_key(config, key: str, value) -> ConfigDict:
 
 def refusal(config) -> str:
     with pytest.raises(ConfigError) as error:
-        configs.validate(config)
+        setup.validate(config)
     message = str(error.value)
     assert "\n" not in message
     assert ": " in message, "after the colon comes the way out"
@@ -46,7 +48,7 @@ def refusal(config) -> str:
 def in_range(config) -> bool:
     """Whether no key is out of range; two keys may still disagree."""
     try:
-        configs.validate(config)
+        setup.validate(config)
     except ConfigError as error:
         return "out of range" not in str(error)
     return True
@@ -61,7 +63,7 @@ def comment(key: str) -> str:
 
 
 def test_the_test_config_is_valid(config):
-    configs.validate(config)
+    setup.validate(config)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +107,7 @@ def test_a_bad_value_is_refused_with_key_value_and_way_out(config, key, value, s
 def test_an_odd_head_width_is_refused_for_rotary_positions(config):
     odd = changed(config, model__positions="rotary", model__embed_dim=6, model__num_heads=2)
     assert "model.num_heads" in refusal(odd)
-    configs.validate(with_key(odd, "model.positions", "learned"))
+    setup.validate(with_key(odd, "model.positions", "learned"))
 
 
 @pytest.mark.parametrize("key", RANGES)
@@ -124,7 +126,7 @@ def test_a_range_is_closed_at_both_ends(config, key):
 @pytest.mark.parametrize("key", CHOICES)
 def test_every_choice_is_accepted_and_named_in_the_default_config(config, key):
     for choice in CHOICES[key]:
-        configs.validate(with_key(config, key, choice))
+        setup.validate(with_key(config, key, choice))
         assert f'"{choice}"' in comment(key)
 
 
@@ -148,7 +150,7 @@ def test_an_int_serves_as_a_float(config, key):
     low, high = RANGES[key]
     whole = math.ceil(low)
     if whole <= high:
-        configs.validate(with_key(config, key, whole))
+        setup.validate(with_key(config, key, whole))
 
 
 def test_every_number_has_a_range():
@@ -173,14 +175,14 @@ def test_every_key_of_the_default_config_has_a_comment(key):
 def test_every_config_file_is_valid_once_it_has_data(path, text_file):
     config = runpy.run_path(str(path))["get_config"]()
     config.data.path = config.data.path or str(text_file)
-    configs.validate(config)
-    assert configs.batch_sizes(config, 1, 1).global_ == config.global_batch_size
+    setup.validate(config)
+    assert setup.batch_sizes(config, 1, 1).global_ == config.global_batch_size
 
 
 def test_batch_sizes_go_down_to_one_forward_pass(config):
     config.global_batch_size, config.grad_accum_steps = 96, 3
-    sizes = configs.batch_sizes(config, process_count=2, device_count=8)
-    assert sizes == configs.BatchSizes(global_=96, per_host=48, per_device=12, micro=4)
+    sizes = setup.batch_sizes(config, process_count=2, device_count=8)
+    assert sizes == setup.BatchSizes(global_=96, per_host=48, per_device=12, micro=4)
 
 
 @given(st.integers(1, 500), st.integers(1, 9), st.integers(1, 4), st.integers(1, 9))
@@ -190,7 +192,7 @@ def test_a_batch_splits_equally_or_the_nearest_that_do_are_named(total, accum, p
     config.global_batch_size, config.grad_accum_steps = total, accum
     devices = processes * local
     try:
-        sizes = configs.batch_sizes(config, processes, devices)
+        sizes = setup.batch_sizes(config, processes, devices)
     except ConfigError as error:
         message = str(error)
         assert message.startswith(f"global_batch_size={total} ")
@@ -218,7 +220,7 @@ def test_a_batch_splits_equally_or_the_nearest_that_do_are_named(total, accum, p
 )
 def test_a_workdir_of_another_model_is_refused(config, key, value):
     with pytest.raises(ConfigError) as error:
-        configs.check_same_run(with_key(config, key, value), config)
+        preflight.check_same_run(with_key(config, key, value), config)
     old = configs.flatten(config)[key]
     assert f"{key}={value!r} (was {old!r})" in str(error.value)
     assert "\n" not in str(error.value)
@@ -240,19 +242,19 @@ def test_a_workdir_of_another_model_is_refused(config, key, value):
     ],
 )
 def test_a_run_may_go_on_with_another_length_batch_or_schedule(config, key, value):
-    configs.check_same_run(with_key(config, key, value), config)
+    preflight.check_same_run(with_key(config, key, value), config)
 
 
 def test_all_keys_that_differ_are_named_at_once(config):
     with pytest.raises(ConfigError, match=r"model\.norm=.*seed=1"):
-        configs.check_same_run(changed(config, seed=1, model__norm="rmsnorm"), config)
+        preflight.check_same_run(changed(config, seed=1, model__norm="rmsnorm"), config)
 
 
 def test_a_model_key_that_the_saved_config_lacks_counts_as_a_difference(config):
     saved = config.to_dict()
     del saved["model"]["bias"]
     with pytest.raises(ConfigError, match=r"model\.bias=False \(was None\)"):
-        configs.check_same_run(config, ConfigDict(saved))
+        preflight.check_same_run(config, ConfigDict(saved))
 
 
 def test_a_saved_config_is_loaded_as_it_was(config, tmp_path):
@@ -261,8 +263,8 @@ def test_a_saved_config_is_loaded_as_it_was(config, tmp_path):
     configs.save(config, tmp_path / "config.json")
     loaded = configs.load(tmp_path / "config.json")
     assert configs.flatten(loaded) == configs.flatten(config)
-    configs.validate(loaded)
-    configs.check_same_run(loaded, config)
+    setup.validate(loaded)
+    preflight.check_same_run(loaded, config)
 
 
 def test_a_config_of_before_keys_were_added_has_their_defaults(config, tmp_path):
@@ -274,7 +276,7 @@ def test_a_config_of_before_keys_were_added_has_their_defaults(config, tmp_path)
     loaded = configs.load(tmp_path / "config.json")
     assert configs.flatten(loaded) == configs.flatten(config)
     with pytest.raises(ConfigError, match=r"model\.norm_position='post' \(was 'pre'\)"):
-        configs.check_same_run(with_key(config, "model.norm_position", "post"), loaded)
+        preflight.check_same_run(with_key(config, "model.norm_position", "post"), loaded)
 
 
 def test_saving_replaces_the_file_and_leaves_no_other(config, tmp_path):
@@ -304,7 +306,7 @@ def test_wandb_is_refused_where_it_is_not_installed(config, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     config.wandb_project = "mine"
     with pytest.raises(ConfigError, match="wandb_project='mine' needs the package wandb"):
-        configs.validate(config)
+        setup.validate(config)
 
 
 @pytest.mark.parametrize(
@@ -345,37 +347,37 @@ def test_wandb_is_refused_where_it_is_not_installed(config, monkeypatch):
 )
 def test_what_does_not_go_together_in_sync_is_refused(config, changes, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
-        configs.validate(changed(config, **changes))
+        setup.validate(changed(config, **changes))
 
 
 @pytest.mark.parametrize(("devices", "batch"), [(3, 24), (16, 16), (4, 12)])
 def test_virtual_replicas_have_to_be_split_equally(config, devices, batch):
     changes = {"sync__method": "fixed_order", "global_batch_size": batch}
     with pytest.raises(ConfigError, match=r"sync\.virtual_replicas=8 can't be split equally"):
-        configs.batch_sizes(changed(config, **changes), 1, devices)
+        setup.batch_sizes(changed(config, **changes), 1, devices)
 
 
 @pytest.mark.parametrize("method", ["sharded", "fixed_order", "parameter_mean"])
 def test_a_run_may_go_on_with_a_method_of_the_same_state(config, method):
-    configs.check_same_run(changed(config, sync__method=method), config)
+    preflight.check_same_run(changed(config, sync__method=method), config)
 
 
 def test_an_average_begins_with_the_run_but_may_decay_otherwise(config):
     old = config.copy_and_resolve_references()
     old.ema.decay = 0.99
     with pytest.raises(ConfigError, match=r"different run: ema\.decay=0\.0 \(was 0\.99\)"):
-        configs.check_same_run(config, old)
+        preflight.check_same_run(config, old)
     with pytest.raises(ConfigError, match=r"different run: ema\.decay=0\.99 \(was 0\.0\)"):
-        configs.check_same_run(old, config)
+        preflight.check_same_run(old, config)
     other = old.copy_and_resolve_references()
     other.ema.decay = 0.9
-    configs.check_same_run(other, old)
+    preflight.check_same_run(other, old)
     del old.ema  # As a version without the key saved it.
-    configs.check_same_run(config, old)
+    preflight.check_same_run(config, old)
 
 
 @pytest.mark.parametrize("methods", [("diloco", "sharded"), ("gradient_mean", "diloco")])
 def test_a_run_may_not_change_to_or_from_diloco(config, methods):
     new, old = (changed(config, sync__method=method) for method in methods)
     with pytest.raises(ConfigError, match=rf"sync\.method='{methods[0]}' \(was '{methods[1]}'\)"):
-        configs.check_same_run(new, old)
+        preflight.check_same_run(new, old)

@@ -9,16 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxdp.common import config as configs
 from jaxdp.common.errors import ConfigError
 from jaxdp.data import pipeline
 from jaxdp.data.cache import open_cache
 from jaxdp.data.feed import Feed
 from jaxdp.data.pipeline import eval_batches
 from jaxdp.data.sequences import Windows
-from jaxdp.model.transformer import Transformer
+from jaxdp.model.transformer import ModelConfig, Transformer
 from jaxdp.run.preflight import check_data
 from jaxdp.step import losses
+from jaxdp.step.setup import validate
 from support.models import LLAMA, SMALL, VARIANTS, initialised
 from support.runs import after
 from support.sequences import (
@@ -151,7 +151,7 @@ def test_packed_documents_are_the_same_run_on_any_number_of_devices(config, obje
     config.objective, config.model.dropout = objective, 0.3
     mask = functools.partial(losses.mask_tokens, mask_id=19, vocab_size=20)
     options = {"transform": mask} if objective == "masked" else {}
-    monkeypatch.setattr("test_step.batches", lambda steps: packed_batches(objective, steps))
+    monkeypatch.setattr("support.steps.batches", lambda steps: packed_batches(objective, steps))
     one = train_steps(config, 1, **options)
     assert_same_run(one, train_steps(config, 4, **options))
     assert_same_run(one, train_steps(config, 2, accum=2, **options))
@@ -160,7 +160,7 @@ def test_packed_documents_are_the_same_run_on_any_number_of_devices(config, obje
         for batch in packed_batches(objective, steps):
             yield {k: v for k, v in batch.items() if k not in ("segments", "positions")}
 
-    monkeypatch.setattr("test_step.batches", without)
+    monkeypatch.setattr("support.steps.batches", without)
     with pytest.raises(AssertionError):
         assert_same_run(one, train_steps(config, 1, **options))
 
@@ -168,7 +168,7 @@ def test_packed_documents_are_the_same_run_on_any_number_of_devices(config, obje
 def test_documents_need_a_tokenizer_that_ends_them(config):
     config.data.packing = "documents"
     with pytest.raises(ConfigError, match=r"data\.packing='documents' needs .*tokenizer='char'"):
-        check_data(config, open_cache(config))
+        check_data(Feed(config, open_cache(config)))
 
 
 def test_a_run_with_packed_documents_trains_evaluates_and_resumes(config, tmp_path):
@@ -189,7 +189,7 @@ def test_a_run_with_packed_documents_trains_evaluates_and_resumes(config, tmp_pa
         assert (a == b).all()
     # The exact pass, written down directly.
     cache = open_cache(config)
-    model = Transformer(loop.ModelConfig.from_config(config, cache.vocab_size))
+    model = Transformer(ModelConfig.from_config(config, cache.vocab_size))
     params, sums = jax.device_get(whole.state.params), np.zeros(2)
     for batch in Feed(config, cache).evaluation():
         assert len(batch["inputs"]) == config.global_batch_size
@@ -284,7 +284,7 @@ def test_fine_tuning_on_json_lines(fine_tuning, tmp_path, capsys):
     out = " ".join(capsys.readouterr().out.split())
     assert "37, of which 2 are cut to seq_len=20, and 1 left out as nothing remains" in out
     cache = open_cache(fine_tuning)
-    model = Transformer(loop.ModelConfig.from_config(fine_tuning, cache.vocab_size))
+    model = Transformer(ModelConfig.from_config(fine_tuning, cache.vocab_size))
     params, total, count = jax.device_get(result.state.params), 0.0, 0
     for i in range(35, 40):
         prompt, text = f"{i} squared?".encode(), [*str(i * i).encode(), 256]
@@ -311,10 +311,10 @@ def test_a_cache_of_examples_that_is_harmed_is_made_anew(fine_tuning):
 def test_examples_of_which_nothing_is_left_are_refused(fine_tuning):
     fine_tuning.seq_len = 2
     with pytest.raises(ConfigError, match=r"no training example of which seq_len=2 leaves"):
-        check_data(fine_tuning, open_cache(fine_tuning))
+        check_data(Feed(fine_tuning, open_cache(fine_tuning)))
 
 
 def test_prompts_need_padding(fine_tuning):
     fine_tuning.data.packing = "documents"
     with pytest.raises(ConfigError, match=r"data\.prompt_key='question' .*use 'padded'"):
-        configs.validate(fine_tuning)
+        validate(fine_tuning)

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from support.processes import Run, group, start
+from support.processes import Run, group
 from support.runs import assert_same_end, figures, flags
 
 pytestmark = pytest.mark.slow
@@ -115,14 +115,10 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(config, tmp_path, command):
     config.num_train_steps = 400
     config.checkpoint.every = 20
     command("train", *flags(config, tmp_path / "whole"))
-    process = start(*flags(config, tmp_path / "parts"))
-    deadline = time.time() + 120
+    run = Run(*flags(config, tmp_path / "parts"), devices=1)
     folder = tmp_path / "parts" / "checkpoints"
-    while not any(path.name.isdigit() for path in folder.glob("*")):
-        assert time.time() < deadline and process.poll() is None
-        time.sleep(0.01)
-    process.kill()
-    process.communicate()
+    assert run.until(lambda: any(path.name.isdigit() for path in folder.glob("*")))
+    run.kill()
     out = command("train", *flags(config, tmp_path / "parts")).stdout
     assert re.search(r"Going on after step \d+", out)
     assert figures(tmp_path / "whole") == figures(tmp_path / "parts")

@@ -16,12 +16,12 @@ from transformers import (
 
 from jaxdp.common.errors import ConfigError
 from jaxdp.data import tokenizer
-from jaxdp.generate import generate
 from jaxdp.huggingface import save
 from jaxdp.model.transformer import ModelConfig, Transformer
 from jaxdp.run import loop
 from jaxdp.workdir import finished
 from jaxdp.workdir.finished import Trained
+from jaxdp.workdir.generation import generate
 from support.bad_input import contents
 from support.models import TOLERANCE, difference
 

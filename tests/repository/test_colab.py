@@ -4,8 +4,8 @@ import nbclient
 import nbformat
 import pytest
 
-from jaxdp.common import config as configs
 from jaxdp.configs import default, quickstart
+from jaxdp.step import setup
 from jaxdp.sync.methods import METHODS
 from support.texts import REPOSITORY
 
@@ -156,8 +156,8 @@ def test_what_it_trains_by_default_is_valid(name, num_devices):
     config = CONFIGS[name]()
     config.data.path = config.data.path or "reference.txt"
     config.update_from_flattened_dict(values(read(name))["OVERRIDES"])
-    configs.validate(config)
-    configs.batch_sizes(config, 1, num_devices)
+    setup.validate(config)
+    setup.batch_sizes(config, 1, num_devices)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -170,8 +170,8 @@ def test_what_it_compares_by_default_is_valid(method):
     config.eval_every = config.checkpoint.every = found["STEPS"] // 10
     config.optimizer.warmup_steps = found["STEPS"] // 10
     config.sync.update({"method": method, "every": found["EVERY"]})
-    configs.validate(config)
-    configs.batch_sizes(config, 1, found["NUM_DEVICES"])
+    setup.validate(config)
+    setup.batch_sizes(config, 1, found["NUM_DEVICES"])
 
 
 @pytest.mark.slow

@@ -173,40 +173,12 @@ def test_keys_in_the_documentation_exist(page):
         assert is_key or is_file or hasattr(importlib.import_module(f"jaxdp.{group}"), name), name
 
 
-@pytest.mark.parametrize("page", TEXT)
-def test_documentation_names_tests_that_exist(page):
-    for files, words in re.findall(r'`pytest ([a-z/_. ]+?)(?: -k "?([a-z_ ]+)"?)?`', TEXT[page]):
-        for word in filter(None, re.split(" or |^$", words)):
-            tests = " ".join(files.split() + [names_in(file) for file in files.split()])
-            assert word.strip() in tests, (files, word)
-
-
-def names_in(file: str) -> str:
-    """The names of a file's tests."""
-    return " ".join(re.findall(r"def (test_\w+)", (REPOSITORY / file).read_text()))
-
-
 def test_ci_runs_the_readmes_test_command():
     """Split over lines, but the same: a virtual environment, the pinned set, pytest."""
     ci = (REPOSITORY / ".ci" / "run").read_text()
     [command] = [x for x in README.splitlines() if x.startswith("python3 -m venv .venv &&")]
     for part in command.split(" && "):
         assert part in ci
-
-
-@pytest.mark.parametrize("name", sorted(set(re.findall(r"`([a-z0-9_]+\.py)`", README))))
-def test_files_named_in_the_readme_exist(name):
-    assert [*REPOSITORY.glob(f"configs/{name}"), *REPOSITORY.glob(f"jaxdp/**/{name}")], name
-
-
-def test_every_module_and_config_is_in_the_readme():
-    for path in [*MODULES, *REPOSITORY.glob("configs/*.py")]:
-        if path.name != "__init__.py":
-            assert re.search(rf"\b{path.name}\b", README), path.name
-
-
-def test_the_readme_is_short():
-    assert len(README.splitlines()) <= 120
 
 
 def test_notebooks_open_in_colab():

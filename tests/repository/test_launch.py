@@ -14,7 +14,6 @@ import pytest
 import yaml
 
 from jaxdp.common.cli import WRONG_INPUT
-from support.processes import USER_XLA_FLAGS
 from support.runs import flags
 from support.texts import REPOSITORY
 
@@ -123,7 +122,6 @@ def launch(tmp_path, monkeypatch):
         "PATH": f"{fakes}:{Path(sys.executable).parent}:{os.environ['PATH']}",
         "FAKES": str(fakes),
         "JAX_NUM_CPU_DEVICES": "2",
-        "XLA_FLAGS": USER_XLA_FLAGS,
     }
     by_script = {
         "ssh.sh": {"JAX_COORDINATOR_PORT": str(61440 + job)},
@@ -184,10 +182,8 @@ def test_ssh_starts_and_stops_all(config, tmp_path, launch):
 @pytest.mark.slow
 def test_ssh_stops_all_when_one_fails(config, tmp_path, launch):
     """The process that could be started waits for the other, for 300 s if nobody stops it."""
-    began = time.time()
     process = launch("ssh.sh", "localhost,down", *flags(config, tmp_path / "run"))
     assert process.wait(120) == 255, (tmp_path / "printed").read_text()
-    assert time.time() - began < 100
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -99,4 +100,7 @@ def test_no_test_imports_another(path):
 def test_the_folders_of_the_tests_are_the_wings():
     folders = {path.parent.name for path in TESTS if path.parent.name != "tests"}
     assert folders == FOLDERS
+    settings = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["pytest"]
+    by_default = {Path(path).name for path in settings["ini_options"]["testpaths"]}
+    assert by_default == FOLDERS - {"drills", "support"}
     assert {wing(module) for module in NAMES} == set(ORDER)

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxdp.run import loop
+from jaxdp.run.divergence import Divergence
 from jaxdp.run.early_stopping import Stopping
 from support.bad_input import tries
 from support.runs import figures, params_of, train_in_parts
@@ -102,12 +103,12 @@ def test_what_is_taken_back_is_not_waited_for(overfitting, tmp_path, monkeypatch
     config.divergence.max_bad_steps = 1
     config.optimizer.learning_rate = 0.0  # So that no evaluation is better than the first.
     config.stop.patience = 6
-    add, judge = Stopping.add, loop.Divergence.add
+    add, judge = Stopping.add, Divergence.add
 
     def spoiled(self, end, losses, skipped):
         judge(self, end, losses, [float(self.rollbacks == 0 and end == 14)] * len(losses))
 
-    monkeypatch.setattr(loop.Divergence, "add", spoiled)
+    monkeypatch.setattr(Divergence, "add", spoiled)
     monkeypatch.setattr(Stopping, "add", lambda self, *a: add(self, *a) or seen.append(self.waited))
     result = loop.train(config, tmp_path, devices=jax.local_devices()[:1])
     # Up to step 12, then back to step 10, with the evaluation of step 14.

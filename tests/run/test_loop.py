@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from jaxdp.common.errors import ConfigError, RunError
-from jaxdp.generate import generate
-from jaxdp.run import loop
+from jaxdp.run import loop, session
 from jaxdp.sync.methods import METHODS
+from jaxdp.workdir.generation import generate
 from support.runs import after, assert_close_losses, contents, figures, params_of
 from support.steps import corrupt, flip_lowest_bit
 
@@ -80,14 +80,14 @@ def test_methods_with_one_state_can_follow_each_other(config, tmp_path):
 def test_a_corrupted_replica_stops_the_run_before_anything_is_saved(
     config, tmp_path, monkeypatch, when
 ):
-    create_state = loop.create_state
+    create_state = session.create_state
 
-    def corrupted(model, optimizer, seed, replicas, method):
-        state = create_state(model, optimizer, seed, replicas, method)
+    def corrupted(setup, replicas, read):
+        state = create_state(setup, replicas, read)
         path = "layer_1/mlp/up/kernel"
         return state.replace(params=corrupt(state.params, path, 2, replicas, flip_lowest_bit))
 
-    monkeypatch.setattr(loop, "create_state", corrupted)
+    monkeypatch.setattr(session, "create_state", corrupted)
     config.optimizer.learning_rate = 0.0  # So that one bit stays one bit.
     config.sync.check_every = 2 if when == "at a check" else 100
     step = 2 if when == "at a check" else 3

@@ -5,10 +5,10 @@ from collections import Counter
 import jax
 import pytest
 
-from jaxdp.common.config import validate
 from jaxdp.common.errors import ConfigError
 from jaxdp.run import loop
 from jaxdp.run.profiling import Profile
+from jaxdp.step.setup import validate
 from jaxdp.sync import traffic
 
 

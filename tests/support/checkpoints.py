@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxdp.parallel.replicas import AXIS, Replicas
-from jaxdp.step.train_step import State
+from jaxdp.step.state import State
 from jaxdp.sync.methods import METHODS
 from jaxdp.workdir.checkpoints import Checkpoints
 

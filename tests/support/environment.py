@@ -21,3 +21,8 @@ def prepare() -> None:
 
 
 PROGRAMS = tempfile.TemporaryDirectory(prefix="jaxdp-programs-")
+
+
+def users_flags() -> str:
+    """XLA_FLAGS as they were before."""
+    return os.environ["XLA_FLAGS"].replace(FAST, "").strip()

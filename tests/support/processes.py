@@ -7,26 +7,58 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
 from support import environment
+from support.forks import Process
 from support.runs import flags
 from support.texts import REPOSITORY
 
-USER_XLA_FLAGS = os.environ["XLA_FLAGS"].replace(environment.FAST, "")
+
+def environment_of(devices: int) -> dict[str, str]:
+    return os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)}
 
 
-def start(*arguments, devices=1):
-    """Starts `python -m jaxdp.train` as a user does; returns the process."""
-    return subprocess.Popen(
-        [sys.executable, "-u", "-m", "jaxdp.train", *arguments],
+def command(name: str, *arguments: str, devices: int = 1, check: int | None = 0):
+    """Runs `python -m jaxdp.NAME ...` in a fork; returns the finished process."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        process = Process(
+            f"jaxdp.{name}",
+            *arguments,
+            cwd=REPOSITORY,
+            env=environment_of(devices),
+            stdout=out,
+            stderr=err,
+        )
+        try:
+            process.wait(600)
+        finally:
+            process.send_signal(signal.SIGKILL)
+        out.seek(0), err.seek(0)
+        done = subprocess.CompletedProcess(process.args, process.returncode, out.read(), err.read())
+    return checked(done, check)
+
+
+def fresh_command(name: str, *arguments: str, devices: int = 1, check: int | None = 0):
+    """The same with an interpreter of its own, as a user starts it, and all of XLA's passes."""
+    done = subprocess.run(
+        [sys.executable, "-m", f"jaxdp.{name}", *arguments],
         cwd=REPOSITORY,
-        env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "XLA_FLAGS": USER_XLA_FLAGS},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        env=environment_of(devices) | {"XLA_FLAGS": environment.users_flags()},
+        capture_output=True,
         text=True,
+        timeout=600,
     )
+    return checked(done, check)
+
+
+def checked(done: subprocess.CompletedProcess, status: int | None) -> subprocess.CompletedProcess:
+    """Asserts an exit status, unless it is None."""
+    if status is not None:
+        assert done.returncode == status, done.stdout + done.stderr
+    return done
 
 
 def identities(processes):
@@ -40,27 +72,37 @@ def identities(processes):
 
 def start_group(config, workdir, processes, devices):
     """Runs a config on several processes to the end; returns what they printed."""
-    started = [
-        start(*flags(config, workdir), *identity, devices=devices)
+    runs = [
+        Run(*flags(config, workdir), *identity, devices=devices)
         for identity in identities(processes)
     ]
-    outs = [process.communicate(timeout=300)[0] for process in started]
-    assert [process.returncode for process in started] == [0] * processes, outs
-    return outs
+    statuses = [run.ended(300) for run in runs]
+    assert statuses == [0] * processes, [run.printed for run in runs]
+    return [run.printed for run in runs]
 
 
 class Run:
-    """A process and what it has printed so far."""
+    """A `python -m jaxdp.train`, forked, and what it has printed so far."""
 
     def __init__(self, *arguments, devices=2):
-        self.process = start(*arguments, devices=devices)
+        read, write = os.pipe()
+        self.process = Process(
+            "jaxdp.train",
+            *arguments,
+            cwd=REPOSITORY,
+            env=environment_of(devices),
+            stdout=write,
+            stderr=write,
+        )
+        os.close(write)
         self.printed = ""
-        self._reader = threading.Thread(target=self._read)
+        self._reader = threading.Thread(target=self._read, args=(read,))
         self._reader.start()
 
-    def _read(self):
-        for line in self.process.stdout:
-            self.printed += line
+    def _read(self, printed: int):
+        with open(printed, errors="replace") as stream:
+            for line in stream:
+                self.printed += line
 
     def until(self, condition, seconds=120) -> bool:
         """Waits for a condition; returns whether the process was still there when it held."""

@@ -1,17 +1,17 @@
 """Small train steps and their batches."""
 
+import dataclasses
 import itertools
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxdp.model.transformer import ModelConfig, Transformer
 from jaxdp.parallel.replicas import Replicas
 from jaxdp.step.objective import Objective, plain
-from jaxdp.step.optimizer import get_optimizer, get_schedule
 from jaxdp.step.program import Program
-from jaxdp.step.train_step import create_state
+from jaxdp.step.setup import make_setup
+from jaxdp.step.state import create_state
 
 VOCAB, ROWS, LENGTH = 20, 8, 16
 # Losses are near 3 and sums of 128 float32 terms differ in their last bits with the order.
@@ -37,13 +37,11 @@ def batches(steps, uneven=True):
 
 def start(config, devices, transform=plain):
     """A program, its devices and its first state."""
-    model = Transformer(ModelConfig.from_config(config, VOCAB))
-    schedule = get_schedule(config)
     replicas = Replicas(jax.local_devices()[:devices])
     objective = Objective(config.seed, transform, config.loss_chunks)
-    program = Program(config, replicas, schedule, objective)
-    optimizer = get_optimizer(config, schedule)
-    return program, replicas, create_state(model, optimizer, config.seed, replicas, program.method)
+    setup = make_setup(config, VOCAB, devices, mask_id=0)
+    setup = dataclasses.replace(setup, objective=objective)
+    return Program(setup, replicas), replicas, create_state(setup, replicas)
 
 
 def train(config, devices, accum=1, steps=4, transform=plain, **batch_options):

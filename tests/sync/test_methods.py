@@ -156,7 +156,7 @@ def test_the_price_is_what_the_compiled_program_moves(config, method, small):
     config.num_train_steps = 8
     program, replicas, state = start(choose(config, method, every=2), 4)
     part = list(batches(program.round_length(0)))
-    expected = program.traffic(state)
+    expected = program.traffic()
     state, _ = program(0, state, replicas.shard_steps(part))
     found = program.collectives.values()
     large = [c for c in found if c.bytes > 1000]

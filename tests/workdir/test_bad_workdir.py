@@ -19,9 +19,9 @@ from jaxdp.common import cli
 from jaxdp.common import config as configs
 from jaxdp.common.errors import ConfigError, RunError
 from jaxdp.data.cache import open_cache
-from jaxdp.generate import generate
 from jaxdp.run import preflight
 from jaxdp.workdir import checkpoints, metrics
+from jaxdp.workdir.generation import generate
 from support.bad_input import (
     ARGUMENTS,
     HARM,

@@ -6,10 +6,9 @@ import pytest
 
 from jaxdp.common.errors import ConfigError, RunError
 from jaxdp.common.files import num_bytes
-from jaxdp.model.transformer import ModelConfig, Transformer
 from jaxdp.parallel.replicas import AXIS, Replicas
-from jaxdp.step.optimizer import get_optimizer, get_schedule
-from jaxdp.step.train_step import saved_shapes, state_axes
+from jaxdp.step.setup import make_setup
+from jaxdp.step.state import abstract_state, saved_shapes, state_axes
 from jaxdp.sync.methods import METHODS
 from jaxdp.workdir.checkpoints import Checkpoints, load_params
 from support.checkpoints import open_checkpoints, state_of, two_checkpoints
@@ -223,8 +222,6 @@ def test_where_all_are_damaged_nothing_is_touched(tmp_path, config):
 def test_the_size_of_a_checkpoint_is_known_before(config, tmp_path, method):
     config.sync.method = method
     program, replicas, state = begin(config, 4)
-    model = Transformer(ModelConfig.from_config(config, VOCAB))
-    optimizer = get_optimizer(config, get_schedule(config))
-    shapes = saved_shapes(model, optimizer, program.method, 4)
+    shapes = saved_shapes(abstract_state(make_setup(config, VOCAB, 4)), program.method, 4)
     with Checkpoints(tmp_path, config, replicas, program.method) as checkpoints:
         assert num_bytes(checkpoints._saved(state)) == num_bytes(shapes)

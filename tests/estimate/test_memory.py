@@ -2,9 +2,8 @@ import importlib
 
 import pytest
 
-from jaxdp import plan
 from jaxdp.configs import quickstart
-from jaxdp.estimate import prediction
+from jaxdp.estimate import memory, plan, scaling
 from jaxdp.sync.methods import METHODS
 from jaxdp.sync.traffic import Collective
 
@@ -14,7 +13,7 @@ TOLERANCE = 10.0
 
 
 def table(config, bandwidth=1e9, latency=1e-5):
-    return prediction.efficiencies(config, VOCAB, 1, 1e12, bandwidth, latency)
+    return scaling.efficiencies(config, VOCAB, 1, 1e12, bandwidth, latency)
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])
@@ -24,7 +23,7 @@ def test_remat_saves_memory_and_more_layers_need_more(config, scan_layers):
     for layers in (2, 8):
         for remat in (False, True):
             config.model.num_layers, config.model.remat = layers, remat
-            sizes[layers, remat] = prediction.predict_memory(config, VOCAB, 1).activations
+            sizes[layers, remat] = memory.predict_memory(config, VOCAB, 1).activations
     assert sizes[2, False] < sizes[8, False]
     assert sizes[8, True] < sizes[8, False] / 2
 
@@ -32,20 +31,20 @@ def test_remat_saves_memory_and_more_layers_need_more(config, scan_layers):
 def test_remat_saves_in_loops_and_else_where_xla_recomputes_late(config, monkeypatch):
     config.model.remat = True
     for late in (False, True):
-        monkeypatch.setattr(prediction, "recomputes_late", lambda late=late: late)
+        monkeypatch.setattr(memory, "recomputes_late", lambda late=late: late)
         config.model.scan_layers = False
-        assert prediction.remat_saves(config) == late
+        assert memory.remat_saves(config) == late
         config.model.scan_layers = True
-        assert prediction.remat_saves(config)
+        assert memory.remat_saves(config)
         config.model.remat = False
-        assert not prediction.remat_saves(config)
+        assert not memory.remat_saves(config)
         config.model.remat = True
 
 
 def test_sharded_optimizer_state_is_a_share_and_diloco_has_an_outer_one(config):
     def sizes(method):
         config.sync.method = method
-        return prediction.predict_memory(config, VOCAB, 4)
+        return memory.predict_memory(config, VOCAB, 4)
 
     whole, sharded, diloco = sizes("gradient_mean"), sizes("sharded"), sizes("diloco")
     # Slices are padded to equal lengths; there are counters besides the moments.
@@ -56,36 +55,36 @@ def test_sharded_optimizer_state_is_a_share_and_diloco_has_an_outer_one(config):
 
 
 def test_smaller_parts_of_a_batch_need_less(config):
-    whole = prediction.predict_memory(config, VOCAB, 1)
+    whole = memory.predict_memory(config, VOCAB, 1)
     config.grad_accum_steps = 4
-    assert prediction.predict_memory(config, VOCAB, 1).activations < whole.activations
+    assert memory.predict_memory(config, VOCAB, 1).activations < whole.activations
 
 
 def test_a_loss_in_chunks_needs_less(config):
     vocab = 5000  # Logits are the most of what is stored.
-    whole = prediction.predict_memory(config, vocab, 1)
+    whole = memory.predict_memory(config, vocab, 1)
     config.loss_chunks = 4
-    chunked = prediction.predict_memory(config, vocab, 1)
+    chunked = memory.predict_memory(config, vocab, 1)
     assert chunked.activations < whole.activations / 2
-    compiled = prediction.compiled_memory(config, vocab, 1)
+    compiled = memory.compiled_memory(config, vocab, 1)
     assert chunked.total == pytest.approx(compiled, rel=0.1)
 
 
 @pytest.mark.parametrize(("count", "accum"), [(1, 1), (2, 3)])
 def test_the_largest_batch_fits_and_the_next_does_not(config, count, accum):
     limit, config.grad_accum_steps = 2_000_000, accum
-    largest = prediction.largest_batch(config, VOCAB, count, limit)
+    largest = memory.largest_batch(config, VOCAB, count, limit)
 
     def total(per_device):
         config.global_batch_size = per_device * count
-        return prediction.predict_memory(config, VOCAB, count).total
+        return memory.predict_memory(config, VOCAB, count).total
 
     assert largest % accum == 0
     assert total(largest) <= limit < total(largest + accum)
 
 
 def test_no_batch_fits_where_the_parameters_do_not(config):
-    assert prediction.largest_batch(config, VOCAB, 1, 10_000) == 0
+    assert memory.largest_batch(config, VOCAB, 1, 10_000) == 0
 
 
 def test_efficiency_is_1_on_one_device_and_falls(config):
@@ -106,7 +105,7 @@ def test_fewer_synchronisations_and_more_bandwidth_are_more_efficient(config):
 
 
 def test_communication_is_the_rings_formula():
-    time = prediction.communication([Collective("all-reduce", 1_000_000, 5)], 4, 1e6, 0.25)
+    time = scaling.communication([Collective("all-reduce", 1_000_000, 5)], 4, 1e6, 0.25)
     assert time == pytest.approx((2 * 3 / 4 * 1 + 2 * 3 * 0.25) / 5)
 
 

@@ -1,0 +1,64 @@
+"""Whether --config names a file, and if not, which one was meant."""
+
+import contextlib
+import difflib
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from jaxdp.common.errors import ConfigError, shown
+
+SHIPPED = Path(__file__).parent.parent / "configs"
+MISSING = "--config is missing: give a config file, such as configs/quickstart.py"
+
+
+def given(argv: list[str]) -> Iterator[str]:
+    """The values of --config among a command's arguments."""
+    for i, argument in enumerate(argv):
+        if match := re.fullmatch("--?config(?:=(.*))?", argument, re.DOTALL):
+            value = match[1] if match[1] is not None else "".join(argv[i + 1 : i + 2])
+            yield value
+
+
+def check(value: str) -> None:
+    """Refuses what is no file, with the nearest that is.
+
+    ml_collections would say so only when the config is used, in several lines.
+
+    Args:
+      value: of --config: a path, and after a colon what get_config() is given.
+
+    Raises:
+      ConfigError: there is no such file.
+    """
+    path, colon, argument = value.partition(":")
+    if os.path.exists(path) and not os.path.isdir(path):
+        return
+    found = "no such file, but a folder" if os.path.isdir(path) else "no such file"
+    close, near = nearest(path)
+    hint = f"did you mean {near}{colon}{argument}?" if close else f"the nearest is {near}"
+    raise ConfigError(f"--config={shown(value)}: {found}; {hint}")
+
+
+def nearest(path: str) -> tuple[bool, str]:
+    """The config file whose name is most like a path's, in its folder, in configs/, or shipped.
+
+    Returns:
+      Whether it is close enough to be what was meant, and its path.
+    """
+    names: dict[str, str] = {}
+    for folder in (path, os.path.dirname(path) or ".", "configs", str(SHIPPED)):
+        if os.path.isdir(folder):
+            for file in filter(_is_config, sorted(Path(folder).glob("*.py"))):
+                names.setdefault(file.stem, str(file))
+    stem = Path(path).stem
+    close = difflib.get_close_matches(stem, names, n=1)
+    [near] = close or difflib.get_close_matches(stem, names, n=1, cutoff=0.0)
+    return bool(close), names[near]
+
+
+def _is_config(file: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return "get_config" in file.read_text(encoding="utf-8", errors="ignore")
+    return False

@@ -1,0 +1,76 @@
+"""Text from a finished run: prompts, continued with its newest checkpoint."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from jaxdp.common.choices import TEMPERATURE
+from jaxdp.common.errors import ConfigError, check_text
+from jaxdp.data import tokenizer
+from jaxdp.model import sampling
+from jaxdp.workdir import finished
+
+
+def generate(
+    workdir: str | Path,
+    prompts: list[str],
+    *,
+    num_tokens: int = 200,
+    temperature: float = TEMPERATURE,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    report: Callable[[str], None] = print,
+) -> list[str]:
+    """Continues texts with the newest checkpoint of a run.
+
+    Args:
+      workdir: of the run.
+      prompts: texts of at least one token each.
+      num_tokens: how many tokens to add to each.
+      temperature: divides the logits; 0 takes the likeliest token always.
+      top_k: draw from the k likeliest tokens only; 0: from all.
+      top_p: draw from the likeliest tokens whose probabilities reach p.
+      seed: of the draws; the same seed gives the same text.
+      report: is told in a line what is wrong with a checkpoint.
+
+    Returns:
+      Each prompt with its continuation, up to an end-of-text token if one is drawn.
+
+    Raises:
+      ConfigError: there is no trained causal model, or a prompt can't be used.
+      RunError: all checkpoints are damaged.
+    """
+    run = finished.open_workdir(Path(workdir))
+    words = run.words
+    if run.config.objective != "causal":
+        raise ConfigError(
+            f"objective={run.config.objective!r} can't continue text: use a model trained with "
+            "'causal'"
+        )
+    for prompt in prompts:
+        check_text("--prompt", prompt)
+    ids = tokenizer.encode(words, prompts)
+    for prompt, tokens in zip(prompts, ids, strict=True):
+        if len(tokens) == 0:
+            raise ConfigError(f"--prompt={prompt!r} is empty: give at least one character")
+    params, _ = run.params("newest", report)
+    drawn = sampling.sample(
+        run.model,
+        params,
+        ids,
+        vocab_size=tokenizer.vocab_size(words),
+        num_tokens=num_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+    )
+    end = tokenizer.end_id(words)
+    return [
+        prompt + words.decode(_until(list(tokens), end), skip_special_tokens=False)
+        for prompt, tokens in zip(prompts, drawn, strict=True)
+    ]
+
+
+def _until(tokens: list[int], end: int | None) -> list[int]:
+    return tokens[: tokens.index(end)] if end in tokens else tokens
