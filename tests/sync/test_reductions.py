@@ -64,7 +64,7 @@ def test_bfloat16_costs_what_its_rounding_says():
 
 @pytest.mark.parametrize("devices", [1, 3, 8])
 def test_parameter_mean_weighs_by_tokens(devices):
-    """Counters, too: of the 10 updates since the last synchronisation, device 1 skipped some."""
+    """Counters are averaged, too; device 1 skipped 3 of 10 updates since synchronisation."""
     values = RNG.normal(size=(devices, 5)).astype(np.float32)
     tokens = np.arange(devices, dtype=np.float32)
 
