@@ -138,7 +138,7 @@ def _allowed(causal, heads, mask, tokens, seen):
 
 
 def _product(subscripts, first, second):
-    """Multiplies matrices [B, G, ., .] by the einsum subscripts of one; accumulates in float32."""
+    """Multiplies [B, G, ., .] by einsum, with subscripts of the matrices only, in float32."""
     subscripts = "bg" + subscripts.replace(",", ",bg").replace("->", "->bg")
     return jnp.einsum(subscripts, first, second, preferred_element_type=jnp.float32)
 

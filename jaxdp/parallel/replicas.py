@@ -29,7 +29,7 @@ class Replicas:
     """
 
     def __init__(self, devices: Sequence[jax.Device] | None = None):
-        """Uses all devices; if there is a single process, it may choose some."""
+        """Uses all devices by default; a single process may choose some."""
         assert devices is None or jax.process_count() == 1
         self.devices = list(devices or jax.local_devices())
         self.device_count = len(self.devices) if devices else jax.device_count()

@@ -37,7 +37,7 @@ class ReplicaCheck:
             first leaf that differs.
         """
         found = np.asarray(self._p_fingerprints(tree, self._unused))
-        # Of two devices that differ either may be right; the first is taken to be.
+        # If two devices differ, either may be right; the first is assumed to be.
         common, _ = Counter(row.tobytes() for row in found).most_common(1)[0]
         differs = found != np.frombuffer(common, found.dtype)
         if differs.any():

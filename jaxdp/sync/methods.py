@@ -105,9 +105,9 @@ class Sync:
         return state.apply_gradients(grads=grads)
 
     def agree(self, before: Any, after: Any, figures: Figures) -> tuple[Any, Figures]:
-        """Ends a round: synchronises the state `after` it, sums figures [steps, ...] over devices.
+        """Ends a round: returns its synchronised state, and figures [steps, ...] summed over devices.
 
-        `before` is the state at its start.
+        `before` and `after` are the states at its start and end.
         """
         del before
         return after, figures
@@ -201,7 +201,7 @@ class FixedOrder(Sync):
         parts = config.sync.virtual_replicas
         if parts & (parts - 1):
             raise ConfigError(
-                f"sync.virtual_replicas={parts} is not a power of two: use 8, or another one"
+                f"sync.virtual_replicas={parts} is not a power of two: use 8 or 16, for example"
             )
         if config.grad_accum_steps != 1:
             raise ConfigError(
