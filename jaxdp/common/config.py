@@ -157,7 +157,7 @@ def load(path: Path) -> ConfigDict:
 
 
 def _add_missing(values: dict[str, Any]) -> None:
-    """Adds keys that an older version's config lacks, with the defaults, which it behaved as."""
+    """Adds keys that an older version's config lacks; it behaved as their defaults."""
     defaults = flatten(default.get_config())
     for key in ADDED:
         group, _, name = key.rpartition(".")
@@ -177,7 +177,7 @@ def _check_saved(config: ConfigDict) -> None:
 
 
 def identity(flat: dict[str, Any]) -> dict[str, Any]:
-    """Returns the IDENTITY keys of a flat config; they decide who can use a run's checkpoints."""
+    """Returns the IDENTITY keys of a flat config; runs that share checkpoints agree in them."""
     return {
         key: value
         for key, value in flat.items()

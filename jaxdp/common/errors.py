@@ -11,7 +11,7 @@ class ConfigError(ValueError):
 
 
 class RunError(RuntimeError):
-    """A run can't go on, through no mistake of the user's; the message is one line of why."""
+    """A run can't go on, through no mistake of the user's; the message says why in one line."""
 
 
 def check_text(key: str, text: str) -> None:
