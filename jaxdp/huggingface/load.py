@@ -132,7 +132,7 @@ def open_folder(spec: str) -> Folder:
             path = _downloaded(where)
         except Exception as error:  # From the network, the hub, or an impossible name.
             raise ConfigError(
-                f"init_from={shown(spec)} can't be fetched ({first_line(error)}): give hf:FOLDER "
+                f"init_from={shown(spec)} can't be loaded ({first_line(error)}): give hf:FOLDER "
                 "with a folder that exists, or hf:NAME with a model on the Hugging Face hub"
             ) from None
     unknown = Folder(spec, path, "", {}, None)

@@ -105,9 +105,9 @@ class Sync:
         return state.apply_gradients(grads=grads)
 
     def agree(self, before: Any, after: Any, figures: Figures) -> tuple[Any, Figures]:
-        """Ends a round: returns its synchronised state, and figures [steps, ...] summed over devices.
+        """Ends a round: returns its synchronised state, and its figures summed over devices.
 
-        `before` and `after` are the states at its start and end.
+        `before` and `after` are the states at its start and end, figures are [steps, ...] each.
         """
         del before
         return after, figures

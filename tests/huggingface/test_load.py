@@ -133,7 +133,7 @@ def offline(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("spec", ["hf:no-such/model", "hf:", "hf:/no/such", f"hf:{'x' * 5000}"])
 def test_what_is_no_folder_and_not_to_be_had_is_refused(offline, spec):
-    with pytest.raises(ConfigError, match=r"init_from='hf:.*can't be fetched .*: give hf:FOLDER"):
+    with pytest.raises(ConfigError, match=r"init_from='hf:.*can't be loaded .*: give hf:FOLDER"):
         load.open_folder(spec)
 
 
