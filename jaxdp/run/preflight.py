@@ -64,7 +64,7 @@ def check_data(feed: Feed) -> None:
     # A single process imports TensorFlow later, while its step compiles; several processes would
     # drift apart.
     if "tensorflow" in sys.modules or jax.process_count() > 1:
-        import jaxdp.data.tensorflow  # noqa: F401  It refuses to share the accelerators.
+        import jaxdp.data.tensorflow  # noqa: F401  Raises if TensorFlow holds the accelerators.
 
     for split in SPLITS:
         check_split(feed, split)
