@@ -69,6 +69,14 @@ def config(text_file, cache_dir) -> ConfigDict:
 
 
 @pytest.fixture
+def short(config):
+    """A config of a run of 2 steps."""
+    config.num_train_steps, config.optimizer.warmup_steps, config.checkpoint.every = 2, 1, 1
+    config.eval_every, config.sample.num_tokens = 2, 0
+    return config
+
+
+@pytest.fixture
 def command(cache_dir):
     """Runs `python -m jaxdp.NAME ...` in a fork; returns the finished process."""
     return processes.command

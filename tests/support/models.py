@@ -1,11 +1,14 @@
 """Small models of every kind."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors.numpy import save_file
 
+from jaxdp.huggingface import families, tensors
 from jaxdp.model.transformer import (
     ModelConfig,
     Transformer,
@@ -73,3 +76,47 @@ def difference(one, other):
 # Two layers and a head, each a sum of 16 to 32 products that are rounded to 6e-8, through norms and
 # a softmax that may multiply an error by a few: 1e-5 of the largest logit.
 TOLERANCE = 1e-5
+GPT2 = dataclasses.replace(SMALL, bias=True, norm_epsilon=1e-3)
+BERT = dataclasses.replace(
+    SMALL,
+    causal=False,
+    bias=True,
+    norm_position="post",
+    norm_epsilon=1e-12,
+    activation="gelu_exact",
+    head_transform=True,
+)
+MODELS = {
+    "gpt2": GPT2,
+    "gpt2 without biases": SMALL,
+    "gpt2, untied, exact gelu": dataclasses.replace(GPT2, activation="gelu_exact", tied_head=False),
+    "llama": dataclasses.replace(LLAMA, norm_epsilon=1e-6),
+    "llama, tied, biases, base": dataclasses.replace(
+        LLAMA, tied_head=True, bias=True, rotary_base=5e5
+    ),
+    "llama, scanned": dataclasses.replace(LLAMA, scan_layers=True),
+    "arcee": dataclasses.replace(LLAMA, activation="gelu"),
+    "bert": BERT,
+    "bert, tanh gelu, no biases": dataclasses.replace(BERT, activation="gelu", bias=False),
+    "roberta": dataclasses.replace(BERT, norm_epsilon=1e-5),
+}
+TOKENS = np.array([[3, 4, 5, 6, 7, 8, 9, 10], [8, 3, 6, 10, 2, 3, 4, 9]])
+PAD = 1  # RoBERTa counts positions from the one after it, and it isn't among the tokens.
+
+
+def name_of(title):
+    return "roberta" if title == "roberta" else families.family_of(MODELS[title])
+
+
+def written(title, params, folder):
+    """A folder as transformers wants it."""
+    model, name = MODELS[title], name_of(title)
+    weights = tensors.to_tensors(params, model, name, PAD)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    values = families.to_json(model, name, PAD) | {"pad_token_id": PAD}
+    (folder / "config.json").write_text(json.dumps(values))
+    return folder
+
+
+def our_logits(model, params):
+    return np.asarray(jax.jit(Transformer(model).apply)({"params": params}, TOKENS))

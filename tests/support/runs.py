@@ -7,7 +7,9 @@ import numpy as np
 from tensorboardX.proto import event_pb2
 
 from jaxdp.common.config import flatten
+from jaxdp.huggingface import save
 from jaxdp.run import loop
+from jaxdp.workdir import finished
 from jaxdp.workdir.metrics import read_jsonl
 
 TIMES = {"tokens_per_second", "step_time_ms", "data_wait_ms", "mfu"}
@@ -75,3 +77,9 @@ def logged(workdir):
         tags += [(event.step, value.tag) for value in event.summary.value]
         data = data[16 + length :]
     return tags
+
+
+def opened(workdir, tmp_path, which="newest"):
+    """The folder, and the run as it lies in the workdir."""
+    save.export(workdir, tmp_path / "out", which)
+    return tmp_path / "out", finished.open_workdir(workdir)
