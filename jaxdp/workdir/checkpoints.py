@@ -114,7 +114,7 @@ class Checkpoints:
     def restore(
         self, like: State, fit: Callable[[int, dict], bool] = lambda step, extra: True
     ) -> tuple[int, dict, State] | None:
-        """Restores the newest intact checkpoint, on however many devices it was written.
+        """Restores the newest intact checkpoint, whatever number of devices wrote it.
 
         Newer ones that are damaged are reported and moved to checkpoints-damaged/.
 

@@ -52,7 +52,7 @@ class OtherModelError(ValueError):
 
 
 def check_shapes(folder: Path, params: Any) -> set[str]:
-    """Checks the parameters in a checkpoint; returns the names of the saved fields, as "params".
+    """Checks the parameters in a checkpoint; returns all saved fields: "params", ...
 
     Raises:
       OtherModelError: the checkpoint's parameters have other names or shapes.

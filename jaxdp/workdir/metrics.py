@@ -128,10 +128,10 @@ class MetricsWriter:
 
 
 class _PatientFiles:
-    """Makes TensorBoard's writer wait for room on a full disk.
+    """Keeps TensorBoard's events in memory while the disk is full.
 
-    Otherwise its thread dies, and its full queue blocks the run. tensorboardX chooses who opens a
-    file by the part of its path before the first colon.
+    Otherwise its thread would die, and its full queue block the run. tensorboardX chooses who opens
+    a file by the part of its path before the first colon.
     """
 
     SCHEME = "jaxdp"
