@@ -40,7 +40,7 @@ def test_a_model_begun_with_transformers_weights_is_exported_as_it_was(short, tm
     first.rename(tmp_path / "moved")
     short.num_train_steps = 3
     assert loop.train(short, tmp_path / "second").step == 3
-    with pytest.raises(ConfigError, match="can't be had"):
+    with pytest.raises(ConfigError, match=r"can't be (had|loaded)"):
         loop.train(short, tmp_path / "third")
 
 
