@@ -280,7 +280,7 @@ class TfdsSource:
         return text
 
     def _prepare(self) -> None:
-        if not self.builder.is_prepared():
+        if not self.builder.data_path.exists():
             size = self.builder.info.download_size  # 0 also where it is unknown.
             self._report(f"Preparing {self.path}{f' (a download of {size})' if size else ''} ...")
         try:
