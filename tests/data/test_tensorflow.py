@@ -35,7 +35,6 @@ def test_no_other_library_sees_its_symbols():
     check_python(JAXDP, "import ctypes; assert not hasattr(ctypes.CDLL(None), 'TF_NewTensor')")
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(
     not (find_spec("torch") and find_spec("transformers")),
     reason="needs PyTorch and transformers",
