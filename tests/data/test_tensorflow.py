@@ -45,13 +45,15 @@ def test_it_lives_in_one_process_with_transformers(order):
     check_python(*order)
 
 
-def test_the_true_cause_is_shown_where_tfds_cannot_be_imported(command, tmp_path, monkeypatch):
+def test_the_true_cause_is_shown_where_tfds_cannot_be_imported(
+    fresh_command, tmp_path, monkeypatch
+):
     """Such as a protobuf too old for tensorflow_metadata; TFDS itself logs it and goes on."""
     cause = "gencode 6.31.1 runtime 5.29.6"
     (tmp_path / "tensorflow_metadata.py").write_text(f"raise RuntimeError({cause!r})")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{REPOSITORY}")
     workdir = f"--workdir={tmp_path}/run"
-    process = command("train", "--config=configs/quickstart.py", workdir, check=2)
+    process = fresh_command("train", "--config=configs/quickstart.py", workdir, check=2)
     [line] = process.stderr.splitlines()
     assert f"tensorflow_datasets, which can't be imported (RuntimeError: {cause}): " in line
     assert process.stdout == ""
