@@ -76,7 +76,7 @@ class Checkpoints:
           eval_loss: at this very step, where it was evaluated.
         """
         self._last = (step, extra, eval_loss)
-        tree = self._saved(state)
+        tree = self.saved(state)
         if processes.is_main():
             extra = extra | {
                 "devices": self._replicas.device_count,
@@ -203,7 +203,7 @@ class Checkpoints:
         }
         return like.replace(**self._replicas.replicate(shared), **placed)
 
-    def _saved(self, state: State) -> dict[str, Any]:
+    def saved(self, state: State) -> dict[str, Any]:
         """What goes into a checkpoint: the same whatever the number of devices, where it can be."""
         tree = fields_of(state)
         for name, like in whole_fields(state, self._method).items():
