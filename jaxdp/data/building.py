@@ -133,7 +133,7 @@ def _write(
         files = [stack.enter_context(open(folder / name, "ab")) for name in names]
         for source in sources[len(part["borders"]) :]:
             counter = _Counter(source.examples(split))
-            for prompt, ids in _encode(tokenizer, counter, part["pieces"], padded):
+            for prompt, ids in encode(tokenizer, counter, part["pieces"], padded):
                 files[0].write(ids.astype(dtype).tobytes())
                 if padded:
                     index = part["tokens"], part["tokens"] + prompt
@@ -153,7 +153,7 @@ def _write(
             _record(folder / PROGRESS, meta, files)
 
 
-def _encode(
+def encode(
     tokenizer: Tokenizer, examples: Iterable[Example], done: int, padded: bool
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yields (number of prompt tokens, all tokens) of each example, or piece of a document."""

@@ -21,6 +21,7 @@ END_OF_TEXT = "<|endoftext|>"
 END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 LARGEST_VOCABULARY = 2**24  # Well-known tokenizers have up to 2**18 tokens.
 MASK_NAMES = ("[MASK]", "<mask>", "<|mask|>")
+PIECE, BATCH = 1_000_000, 8_000_000  # Characters that are encoded at a time, and together.
 
 
 def get_tokenizer(
@@ -254,7 +255,7 @@ def encode_documents(
     """
     end = end_id(tokenizer)
     suffix = np.array([] if end is None else [end], np.int64)
-    for pieces in _batches(documents, done=done):
+    for pieces in batches(documents, PIECE, BATCH, done):
         texts = [text for text, _ in pieces]
         for ids, (_, last) in zip(encode(tokenizer, texts, plain=True), pieces, strict=True):
             yield np.concatenate([ids, suffix]) if last else ids
@@ -279,10 +280,20 @@ def encode_examples(
             yield prompt, np.concatenate([text, suffix])
 
 
-def _batches(
-    documents: Iterable[str], piece: int = 1_000_000, batch: int = 8_000_000, done: int = 0
+def batches(
+    documents: Iterable[str], piece: int, batch: int, done: int = 0
 ) -> Iterator[list[tuple[str, bool]]]:
-    """Yields lists of (text, whether its document ends here), about `batch` characters each."""
+    """Cuts documents into pieces, and collects these into batches.
+
+    Args:
+      documents: texts.
+      piece: characters of a piece, at most.
+      batch: characters of a batch, at least, but for the last.
+      done: the first so many pieces are left out.
+
+    Yields:
+      [(text of a piece, whether its document ends with it)].
+    """
     pending: list[tuple[str, bool]] = []
     size = 0
     for document in documents:

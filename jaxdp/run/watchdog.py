@@ -60,7 +60,9 @@ class Watchdog:
         self._every = min(5.0, max(seconds / 10, TICK))  # Seconds between messages to the others.
         self._ended = threading.Event()
         parts = [self._watch] + [self._talk] * (jax.process_count() > 1)
-        self._threads = [threading.Thread(target=part, daemon=True) for part in parts]
+        self._threads = [
+            threading.Thread(target=part, name="watchdog", daemon=True) for part in parts
+        ]
 
     def beat(self, doing: str, done: int, slow: bool = False) -> None:
         """Reports progress.

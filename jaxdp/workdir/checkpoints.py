@@ -76,7 +76,7 @@ class Checkpoints:
           eval_loss: validation loss of this state; None if it wasn't evaluated.
         """
         self._last = (step, extra, eval_loss)
-        tree = self._saved(state)
+        tree = self.saved(state)
         if processes.is_main():
             extra = extra | {
                 "devices": self._replicas.device_count,
@@ -202,7 +202,7 @@ class Checkpoints:
         }
         return like.replace(**self._replicas.replicate(shared), **placed)
 
-    def _saved(self, state: State) -> dict[str, Any]:
+    def saved(self, state: State) -> dict[str, Any]:
         """Returns the arrays to save; if possible they don't depend on the number of devices."""
         tree = fields_of(state)
         for name, like in whole_fields(state, self._method).items():

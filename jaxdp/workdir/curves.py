@@ -157,12 +157,12 @@ def _line(
         return
     if figures == "train/loss" and len(steps) > SMOOTH:
         axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.25)
-        values = _smooth(values, len(steps) // 30)
+        values = smooth(values, len(steps) // 30)
     # A line through a single point would be invisible.
     axes.plot(steps, values, "." if len(steps) == 1 else "-", color=colour, lw=1.5, label=name)
 
 
-def _smooth(values: np.ndarray, reach: int) -> np.ndarray:
+def smooth(values: np.ndarray, reach: int) -> np.ndarray:
     """Takes the mean over up to `reach` neighbours on either side, [points] -> [points].
 
     At the steep beginning there are as many before as after; at the end that would be noisy.

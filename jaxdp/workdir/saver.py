@@ -39,7 +39,7 @@ class Saver:
     def __init__(self, folder: Path, config: ConfigDict, report: Callable[[str], None]):
         """Opens an existing folder, and removes the leftovers of interrupted saves."""
         self._folder, self._config, self._report = folder, config, report
-        _quieten()
+        quieten()
         self.failure, self._step, self._under_way = "", 0, False
         self._error: Exception | None = None
         self.manager = self._open()
@@ -129,7 +129,7 @@ class Saver:
 
 
 @functools.cache
-def _quieten() -> None:
+def quieten() -> None:
     """Silences the hundreds of tracebacks after a failed save; `report` prints one line instead.
 
     The first array's failure ends the event loop to which TensorStore reports the other failures.

@@ -275,7 +275,6 @@ def test_tensorflow_gets_no_accelerator_or_is_refused(monkeypatch, config, tmp_p
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("harmed", "says"),
     [
@@ -297,7 +296,6 @@ def test_generating_from_a_harmed_workdir(harmed, says, workdir, command):
     assert contents(workdir) == before
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

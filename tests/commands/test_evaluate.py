@@ -106,7 +106,6 @@ def test_the_best_checkpoint_has_the_lowest_finite_loss(tmp_path):
         integrity.chosen(tmp_path, [9, 8, 7, 3, 1], "best")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["causal", "masked"])
 def test_the_command_says_what_the_run_logged(config, tmp_path, command, objective):
     """On two devices, of a run that holds nothing that isn't sharded or masked."""
@@ -126,7 +125,6 @@ def test_the_command_says_what_the_run_logged(config, tmp_path, command, objecti
     assert contents(workdir) == before
 
 
-@pytest.mark.slow
 def test_the_command_is_equal_to_the_bit_to_the_command(config, tmp_path, command):
     command("train", *flags(config, tmp_path), devices=2)
     arguments = (f"--workdir={tmp_path}", "--step=best")

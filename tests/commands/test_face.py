@@ -41,7 +41,6 @@ def test_all_that_is_offered_is_there_and_documented(name):
 
 def test_what_is_offered_has_names_apart_from_the_commands():
     assert not {*jaxdp.__all__} & {*usage.COMMANDS}
-    assert set(jaxdp.__all__) == set(jaxdp._FUNCTIONS)
 
 
 def test_an_unknown_name_is_an_attribute_error():

@@ -42,7 +42,6 @@ print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 """
 
 
-@pytest.mark.slow
 def test_a_model_that_fits_nowhere_is_planned():
     """GPT-2 XL's size: 1.5 B parameters, 25 GB with the optimizer's state."""
     plan = [
@@ -65,7 +64,6 @@ def test_a_model_that_fits_nowhere_is_planned():
     assert int(text.split()[-1]) < 3 * 2**20
 
 
-@pytest.mark.slow
 def test_the_command_compares_with_xla(command):
     arguments = ("--config=configs/quickstart.py", "--config.ema.decay=0.999", "--check")
     text = command("plan", *arguments, "--tflops=1", devices=2).stdout
@@ -74,7 +72,6 @@ def test_the_command_compares_with_xla(command):
     assert abs(float(found)) < 15, text
 
 
-@pytest.mark.slow
 def test_the_plot_is_written(command, tmp_path):
     path = tmp_path / "plan.png"
     text = command("plan", "--config=configs/quickstart.py", f"--png={path}").stdout
@@ -82,7 +79,6 @@ def test_the_plot_is_written(command, tmp_path):
     assert "timed here" in text
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -92,12 +92,12 @@ def test_names_are_as_long_as_they_must_be():
 
 def test_a_smooth_curve_is_the_mean_of_a_window_that_the_ends_cut():
     values = np.random.default_rng(0).normal(size=12)
-    got = plot._smooth(values, 3)
+    got = plot.smooth(values, 3)
     for i in range(12):
         left = min(i, 3)
         assert got[i] == pytest.approx(values[i - left : i + left + 1].mean())
     line = np.arange(12.0)
-    np.testing.assert_allclose(plot._smooth(line, 3)[:9], line[:9])  # No bias at a steep beginning.
+    np.testing.assert_allclose(plot.smooth(line, 3)[:9], line[:9])  # No bias at a steep beginning.
 
 
 def test_many_points_are_drawn_behind_their_mean(tmp_path):

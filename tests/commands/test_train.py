@@ -9,8 +9,6 @@ from jaxdp.workdir.metrics import read_jsonl
 from support.processes import Run
 from support.runs import CLOCKED, TIMES, figures, flags
 
-pytestmark = pytest.mark.slow
-
 
 def test_a_run_and_all_it_leaves(config, tmp_path, command):
     workdir = tmp_path / "run"

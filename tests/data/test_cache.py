@@ -84,9 +84,14 @@ def test_a_character_file_is_split_as_nanogpt_splits_it(config, open_it):
         assert [*cache.train.tolist(), *cache.validation.tolist()] == ids
 
 
+def buildings(reports) -> int:
+    """How often a text was tokenised."""
+    return sum(line.startswith("Tokenising") for line in reports)
+
+
 def test_a_corpus_is_tokenised_once(open_it, reports):
     first, second = open_it(), open_it()
-    assert len(reports) == 1
+    assert buildings(reports) == 1
     assert first.folder == second.folder
     assert first.digest == second.digest
     assert first.train.tolist() == second.train.tolist()
@@ -100,7 +105,7 @@ def test_what_changes_the_tokens_makes_another_cache(key, value, config, open_it
     before = open_it().folder
     (config.data if key in config.data else config)[key] = value
     assert open_it().folder != before
-    assert len(reports) == 2
+    assert buildings(reports) == 2
 
 
 def test_a_changed_text_makes_another_cache(config, open_it):
@@ -182,7 +187,7 @@ def test_the_leavings_of_a_dead_process_are_removed_and_not_used(open_it, report
     leavings = folder.rename(folder.with_name(f"{folder.name}.building-abc"))
     (leavings / "meta.json").write_text("{")
     assert names(open_it) == [folder.name]
-    assert len(reports) == 2
+    assert buildings(reports) == 2
     json.loads((folder / "meta.json").read_text())
 
 
@@ -199,7 +204,7 @@ def test_a_building_that_fails_leaves_no_cache(open_it, reports, monkeypatch):
             with pytest.raises(OSError, match="disk full"):
                 open_it()
     assert len(names(open_it)) == 1
-    assert len(reports) == 3
+    assert buildings(reports) == 3
     assert len(open_it().train) == 1170
 
 
@@ -218,7 +223,7 @@ def _open_in_a_process(config, start, results) -> None:
 
     start.wait(60)
     cache = open_cache(config, report)
-    results.put((len(reports), cache.digest, int(cache.train.astype(np.int64).sum())))
+    results.put((buildings(reports), cache.digest, int(cache.train.astype(np.int64).sum())))
 
 
 def test_processes_that_start_at_once_share_one_building(config, open_it):
@@ -240,16 +245,16 @@ def test_processes_that_start_at_once_share_one_building(config, open_it):
 
 def _die_half_way(config, kill_after) -> None:
     """Builds the cache and is killed after so many documents."""
-    encode, building.RECORD_EVERY = building._encode, 0
+    original, building.RECORD_EVERY = building.encode, 0
     numbers = itertools.count()
 
     def some(*args):
-        for encoded in encode(*args):
+        for encoded in original(*args):
             if next(numbers) == kill_after:
                 os.kill(os.getpid(), signal.SIGKILL)
             yield encoded
 
-    building._encode = some
+    building.encode = some
     open_cache(config, lambda _: None)
 
 
@@ -274,14 +279,14 @@ def test_a_killed_building_goes_on_where_it_was(packing, config, tmp_path, monke
     with open(folder / "train.bin", "ab") as file:
         file.write(b"what was written after the last record")
     encoded, reports = [], []
-    encode = building._encode
+    original = building.encode
 
     def counted(*args):
-        for ids in encode(*args):
+        for ids in original(*args):
             encoded.append(ids)
             yield ids
 
-    monkeypatch.setattr(building, "_encode", counted)
+    monkeypatch.setattr(building, "encode", counted)
     monkeypatch.setattr(building.tokenizers, "get_tokenizer", None)  # It is on disk.
     cache = open_cache(config, reports.append)
     assert "Continuing to tokenise" in reports[0]

@@ -133,7 +133,7 @@ def test_a_prompt_may_name_a_special_token():
 @FEW
 @given(st.lists(st.text(max_size=20), max_size=8), st.integers(1, 6), st.integers(1, 12))
 def test_each_document_ends_with_the_end_token_once(documents, piece, batch):
-    pieces = itertools.chain.from_iterable(tokenizers._batches(documents, piece, batch))
+    pieces = itertools.chain.from_iterable(tokenizers.batches(documents, piece, batch))
     text, ends = "", []
     for part, last in pieces:
         assert 0 < len(part) <= piece
@@ -146,14 +146,15 @@ def test_each_document_ends_with_the_end_token_once(documents, piece, batch):
 
 
 def test_batches_of_text_are_about_as_large_as_asked():
-    batches = list(tokenizers._batches(["x" * 25] * 10, piece=10, batch=40))
+    batches = list(tokenizers.batches(["x" * 25] * 10, piece=10, batch=40))
     sizes = [sum(len(text) for text, _ in batch) for batch in batches]
     assert sum(sizes) == 250
     assert all(40 <= size < 40 + 10 for size in sizes[:-1])
 
 
 def test_a_document_longer_than_a_piece_ends_once(monkeypatch):
-    monkeypatch.setattr(tokenizers._batches, "__defaults__", (7, 20, 0))
+    monkeypatch.setattr(tokenizers, "PIECE", 7)
+    monkeypatch.setattr(tokenizers, "BATCH", 20)
     documents = ["a" * 30, "", "b", "cd" * 7]
     ids = np.concatenate(list(encode_documents(BYTE, documents)))
     expected = [[*document.encode(), 256] for document in documents if document]

@@ -75,7 +75,6 @@ def test_many_steps_on_eight_devices_come_to_an_end(config, tmp_path, command):
     assert "500 of 500" in out
 
 
-@pytest.mark.slow
 def test_two_processes_have_the_same(config, tmp_path):
     """Each has a slice, which is put together to evaluate, to save and to go on."""
     config.ema.decay, config.sync.method = 0.8, "sharded"
@@ -97,14 +96,12 @@ def overfitting(config):
     return config
 
 
-@pytest.mark.slow
 def test_all_processes_stop_at_the_same_step(overfitting, tmp_path):
     outs = start_group(overfitting, tmp_path, processes=2, devices=1)
     assert "stopped early" in outs[0]
     assert overfitting.num_train_steps > figures(tmp_path)[-1]["step"]
 
 
-@pytest.mark.slow
 def test_a_learning_rate_that_is_far_too_high(config, tmp_path):
     """As users of two processes meet it: all go back together, and end; a line, and a table."""
     config.num_train_steps = 100

@@ -43,7 +43,6 @@ def until_saved(config, workdir):
     return run
 
 
-@pytest.mark.slow
 def test_a_disk_that_is_full_for_a_while_leaves_no_trace(config, tmp_path, undisturbed):
     workdir = tmp_path / "run"
     run = until_saved(config, workdir)
@@ -60,7 +59,6 @@ def test_a_disk_that_is_full_for_a_while_leaves_no_trace(config, tmp_path, undis
     assert_same_end(config, workdir, undisturbed)
 
 
-@pytest.mark.slow
 def test_a_disk_that_stays_full_ends_the_run_with_a_line(config, tmp_path, undisturbed):
     workdir = tmp_path / "run"
     run = until_saved(config, workdir)
@@ -83,7 +81,6 @@ def test_a_disk_that_stays_full_ends_the_run_with_a_line(config, tmp_path, undis
     assert_same_end(config, workdir, undisturbed)
 
 
-@pytest.mark.slow
 def test_processes_that_find_the_disk_full_end_alike(config, tmp_path):
     """Only process 0 writes checkpoints; that it can't, all of them learn, and none waits."""
     long(config).sync.method = "sharded"
@@ -100,7 +97,6 @@ def test_processes_that_find_the_disk_full_end_alike(config, tmp_path):
     assert "checkpoint 120 could not be saved (File too large; the newest is checkpoint" in lines[0]
 
 
-@pytest.mark.slow
 def test_a_file_system_that_is_full(config, tmp_path):
     """The same with a real one, where the tests may mount it."""
     mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(tmp_path)]

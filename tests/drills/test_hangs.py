@@ -9,7 +9,6 @@ from support.processes import Run, group
 from support.runs import flags
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
 @pytest.mark.parametrize("process", [0, 1])
 def test_a_process_ends_when_another_hangs_or_dies(config, tmp_path, process, number):
@@ -34,7 +33,6 @@ def test_a_process_ends_when_another_hangs_or_dies(config, tmp_path, process, nu
         assert "Traceback" not in other.printed
 
 
-@pytest.mark.slow
 def test_a_process_that_fails_alone_ends_the_others(config, tmp_path):
     """It must not wait for them at its exit, as JAX would have it do for minutes."""
     with group(config, tmp_path, main_only=["--config.seq_len=1"]) as runs:
@@ -45,7 +43,6 @@ def test_a_process_that_fails_alone_ends_the_others(config, tmp_path):
     )
 
 
-@pytest.mark.slow
 def test_a_process_that_was_stopped_goes_on(config, tmp_path):
     """Ctrl-Z and fg, for longer than the watchdog's patience."""
     config.update({"num_train_steps": 100_000, "eval_every": 100_000, "log_every": 50})

@@ -12,8 +12,6 @@ import pytest
 from support.processes import Run, group
 from support.runs import assert_same_end, figures, flags
 
-pytestmark = pytest.mark.slow
-
 
 def when(moment, run, workdir, cache, delay):
     """Returns once it is the moment to kill a run, or the run has ended."""

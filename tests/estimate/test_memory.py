@@ -117,7 +117,6 @@ def error(config, vocab, devices):
     return float(plan.check_rows(config, vocab, devices)["error"].rstrip("%"))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("devices", "remat"), [(1, False), (2, False), (2, True), (4, False)])
 @pytest.mark.parametrize("name", SHIPPED)
 def test_predicted_memory_is_near_xlas(name, devices, remat):
@@ -126,7 +125,6 @@ def test_predicted_memory_is_near_xlas(name, devices, remat):
     assert abs(error(config, SHIPPED[name], devices)) < TOLERANCE
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_predicted_memory_is_near_xlas_with_every_method(method):
     config = quickstart.get_config()
@@ -134,7 +132,6 @@ def test_predicted_memory_is_near_xlas_with_every_method(method):
     assert abs(error(config, SHIPPED["quickstart"], 4)) < TOLERANCE
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("method", ["gradient_mean", "sharded", "diloco"])
 def test_predicted_memory_has_the_average_of_parameters(method):
     config = quickstart.get_config()

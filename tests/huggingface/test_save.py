@@ -137,7 +137,6 @@ def test_a_model_that_transformers_does_not_know_is_refused(workdir, tmp_path, c
         save.export(workdir, tmp_path / "out")
 
 
-@pytest.mark.slow
 def test_the_command(workdir, tmp_path, command):
     out = tmp_path / "out"
     process = command("export", f"--workdir={workdir}", f"--output={out}", "--step=best")

@@ -72,7 +72,6 @@ def test_contestants_take_turns_and_tell_of_too_little_memory(monkeypatch):
         contestant("turns.serve(lambda n: exec('raise ValueError(\"wrong\")'))")
 
 
-@pytest.mark.slow
 def test_the_gpu_benchmark_in_a_rehearsal():
     """All parts, tiny: their figures are there, whatever they are; attention is right."""
     process = subprocess.run(

@@ -174,7 +174,6 @@ def test_what_it_compares_by_default_is_valid(method):
     setup.batch_sizes(config, 1, found["NUM_DEVICES"])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("num_devices", [1, 4])
 def test_quickstart_runs_from_top_to_bottom(executed, tmp_path, num_devices):
     cells = executed("quickstart", SMALL_QUICKSTART, num_devices)
@@ -188,7 +187,6 @@ def test_quickstart_runs_from_top_to_bottom(executed, tmp_path, num_devices):
     assert stdout(cells["sample"]).startswith("1 is") and "\n2" in stdout(cells["sample"])
 
 
-@pytest.mark.slow
 def test_synchronisation_runs_from_top_to_bottom(executed):
     cells = executed("synchronisation", SMALL_SYNCHRONISATION, 2)
     said = stdout(cells["equality"])
@@ -217,7 +215,6 @@ def test_synchronisation_runs_from_top_to_bottom(executed):
     assert has_image(cells["plot"]) and has_image(cells["drift"])
 
 
-@pytest.mark.slow
 def test_finetuning_runs_from_top_to_bottom(executed, tmp_path, monkeypatch):
     """Offline, so with the stand-in."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

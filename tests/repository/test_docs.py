@@ -46,7 +46,6 @@ def text_of(page: Path) -> str:
     return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", page.read_text())).split())
 
 
-@pytest.mark.slow
 def test_every_key_of_the_config_is_in_the_reference(site):
     rows = re.findall(r"<tr>(.*?)</tr>", (site / "config" / "index.html").read_text(), re.DOTALL)
     cells = [re.findall(r"<td[^>]*>(.*?)</td>", row, re.DOTALL) for row in rows]
@@ -60,7 +59,6 @@ def test_every_key_of_the_config_is_in_the_reference(site):
     assert "'adamw', 'lion'" in found["optimizer.name"][1]
 
 
-@pytest.mark.slow
 def test_the_site_has_every_module_and_page(site):
     for path in MODULES:
         if path.name != "__init__.py":
@@ -71,7 +69,6 @@ def test_the_site_has_every_module_and_page(site):
         assert link in (site / "index.html").read_text(), f"{page.name} is not in the navigation"
 
 
-@pytest.mark.slow
 def test_every_flag_is_documented(site):
     shown = text_of(site / "commands" / "index.html")
     for module in commands():
@@ -79,7 +76,6 @@ def test_every_flag_is_documented(site):
             assert f"--{flag} " in shown, (module, flag)
 
 
-@pytest.mark.slow
 def test_pages_load_nothing_from_elsewhere(site):
     for page in site.rglob("*.html"):
         tags = re.findall(r"<(?:script|img|iframe|link)\b[^>]*>", page.read_text())

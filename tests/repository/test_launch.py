@@ -98,7 +98,6 @@ def test_a_jobset_starts_the_processes_of_one_run():
     assert any(given["workdir"].startswith(m["mountPath"]) for m in container["volumeMounts"])
 
 
-@pytest.mark.slow
 def test_a_jobset_gives_the_command_flags_that_it_knows(command):
     """It gets as far as the number of the process, of which there is one too many here."""
     [job] = yaml.safe_load((LAUNCH / "jobset.yaml").read_text())["spec"]["replicatedJobs"]
@@ -172,21 +171,18 @@ def stop_and_go_on(start, config, tmp_path):
     assert f"Already finished: all {step} steps" in printed.read_text().replace(",", "")
 
 
-@pytest.mark.slow
 def test_ssh_starts_and_stops_all(config, tmp_path, launch):
     hosts = ["127.0.0.1", "someone@localhost"]
     stop_and_go_on(functools.partial(launch, "ssh.sh", ",".join(hosts)), config, tmp_path)
     assert sorted((tmp_path / "fakes/hosts").read_text().split()) == sorted(2 * hosts)
 
 
-@pytest.mark.slow
 def test_ssh_stops_all_when_one_fails(config, tmp_path, launch):
     """The process that could be started waits for the other, for 300 s if nobody stops it."""
     process = launch("ssh.sh", "localhost,down", *flags(config, tmp_path / "run"))
     assert process.wait(120) == 255, (tmp_path / "printed").read_text()
 
 
-@pytest.mark.slow
 def test_a_slurm_job_saves_and_is_queued_again(config, tmp_path, launch):
     """SIGTERM comes to the batch shell only; once finished, the job is not queued again."""
     stop_and_go_on(functools.partial(launch, "slurm.sh"), config, tmp_path)

@@ -97,6 +97,24 @@ def test_no_test_imports_another(path):
         assert not first.startswith("test_") and first != "conftest", other
 
 
+def private(name: str) -> bool:
+    return name.startswith("_") and not name.endswith("__")
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda path: path.stem)
+def test_no_test_uses_a_private_name(path):
+    """Of jaxdp or of a library; what an object calls `self` is its own."""
+    used = {part for name in imported(path) for part in name.split(".")} - {"__future__"}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) != "self":
+            used.add(node.attr)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("setattr"):
+            texts = [x.value for x in node.args if isinstance(x, ast.Constant)]
+            used |= {part for text in texts for part in str(text).split(".")}
+    used -= {"_exit"}  # Of os, and public.
+    assert not {name for name in used if private(name)}
+
+
 def test_the_folders_of_the_tests_are_the_wings():
     folders = {path.parent.name for path in TESTS if path.parent.name != "tests"}
     assert folders == FOLDERS

@@ -166,7 +166,6 @@ def diverging(config, tmp_path, monkeypatch):
     return config
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("method", ["gradient_mean", "sharded"])
 def test_going_back_leaves_the_same_run_however_it_is_interrupted(diverging, tmp_path, method):
     config = diverging
@@ -185,7 +184,6 @@ def test_going_back_leaves_the_same_run_however_it_is_interrupted(diverging, tmp
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
-@pytest.mark.slow
 def test_a_run_that_goes_back_too_often_ends_with_a_diagnosis(diverging, tmp_path):
     config = diverging
     config.divergence.update({"max_bad_steps": 1, "max_rollbacks": 1})

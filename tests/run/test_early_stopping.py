@@ -67,7 +67,6 @@ def test_it_goes_on_as_if_it_had_not_been_interrupted(config, losses, cut, patie
     assert (parts.over, parts.to_json()) == (whole.over, whole.to_json())
 
 
-@pytest.mark.slow
 def test_a_run_that_is_interrupted_stops_early_at_the_same_step(overfitting, tmp_path, capsys):
     config, devices = overfitting, jax.local_devices()[:2]
     whole = loop.train(config, tmp_path / "whole", devices=devices)
@@ -95,7 +94,6 @@ def test_a_run_that_is_interrupted_stops_early_at_the_same_step(overfitting, tmp
     assert loop.train(config, tmp_path / "parts", devices=devices).step == whole.step + 2
 
 
-@pytest.mark.slow
 def test_what_is_taken_back_is_not_waited_for(overfitting, tmp_path, monkeypatch):
     """A roll-back returns to what was known at its checkpoint."""
     config, seen = overfitting, []

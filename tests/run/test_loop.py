@@ -11,8 +11,6 @@ from jaxdp.workdir.generation import generate
 from support.runs import after, assert_close_losses, contents, figures, params_of
 from support.steps import corrupt, flip_lowest_bit
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lion", "sgd", "muon"])
 def test_resuming_is_not_stopping(config, tmp_path, optimizer):

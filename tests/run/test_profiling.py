@@ -19,7 +19,6 @@ def events(workdir):
     return Counter(event.get("name", "") for event in trace["traceEvents"])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "asked", "recorded", "steps"),
     [("gradient_mean", 3, 3, "5 to 7"), ("diloco", 2, 1, "7 to 9")],  # A round of three steps.
@@ -38,7 +37,6 @@ def test_whole_rounds_are_recorded(config, tmp_path, capsys, method, asked, reco
     assert f"Profile of steps {steps}: xprof --logdir {tmp_path / 'profile'} " in out
 
 
-@pytest.mark.slow
 def test_where_the_profiler_is_in_use_the_run_goes_on(config, tmp_path, capsys):
     config.profile.update({"start_step": 2, "num_steps": 2})
     own = traffic.Trace((), 1)

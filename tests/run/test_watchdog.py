@@ -95,7 +95,8 @@ def test_it_says_who_lags(monkeypatch, case, words):
     dog = Watchdog(60)
     for step in (7, 8):
         dog.beat("training", step)
-    number = json.loads(json.dumps(dog._beat))[0]
+    dog.talk()
+    number = json.loads(told[1])[0]
     message = ""
     for second in range(100):
         told[0] = json.dumps((number, "training", 8, second, False))
@@ -138,7 +139,7 @@ def test_a_source_that_hangs_is_found_in_one_process(config, tmp_path, monkeypat
     with pytest.raises(OSError, match="the disk is gone"):
         loop.train(config, tmp_path, devices=jax.local_devices()[:1])
     assert "waiting for data after step 3; run again to go on" in found[0]
-    assert "_watch" not in str(set(threading.enumerate()) - before)
+    assert "watchdog" not in str(set(threading.enumerate()) - before)
 
 
 def test_only_a_lost_process_is_called_that(monkeypatch):

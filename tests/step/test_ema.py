@@ -106,7 +106,6 @@ def test_a_skipped_update_leaves_it_finite(config):
     assert_close(state.ema, before)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "devices"), [("gradient_mean", 2), ("sharded", 4), ("diloco", 2)]
 )
@@ -135,7 +134,6 @@ def test_resuming_is_not_stopping_and_all_evaluate_it(config, tmp_path, method, 
     assert evaluation.figures(found).items() <= last.items()
 
 
-@pytest.mark.slow
 def test_slices_go_on_as_a_whole_and_on_other_devices(config, tmp_path):
     config.ema.decay, config.sync.method = 0.8, "sharded"
     loop.train(

@@ -118,7 +118,6 @@ MODELS = [
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS, ids=lambda m: "-".join(m) or "plain")
 def test_fixed_order_is_the_same_to_the_bit_on_any_number_of_devices(config, model):
     """50 steps of AdamW, with clipping and different numbers of tokens per sequence."""

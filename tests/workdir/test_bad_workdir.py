@@ -63,7 +63,6 @@ NO_NUMBERS = ["", "x", "0x10", "1_0", "True", "None", "٣", "9" * 30, "9" * 5000
 NUMBER_TEXTS = st.sampled_from([*SMALL, *NO_NUMBERS, str(2**31 - 1), str(2**31)])
 
 
-@pytest.mark.slow
 @tries(120)
 @given(
     prompt=st.one_of(
@@ -89,7 +88,6 @@ def right(trained) -> list[str]:
     return generate(trained, ["1 is"], num_tokens=3)
 
 
-@pytest.mark.slow
 @tries(150)
 @given(
     name=st.sampled_from(["config.json", "tokenizer.json"]),
@@ -210,7 +208,6 @@ def check_checkpoints(kind: str, workdir: Path, config) -> list[str]:
     return reports
 
 
-@pytest.mark.slow
 @tries(60)
 @given(
     harms=st.lists(st.tuples(st.integers(0, 60), st.fixed_dictionaries(HARM)), max_size=3),
@@ -233,7 +230,6 @@ def test_harmed_checkpoints(harms, strays, two, tmp_path, config):
     shutil.rmtree(workdir)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("part", ["", "state", "extra", "metrics", "state/d", "state/_METADATA"])
 @pytest.mark.parametrize("how", ["delete", "file", "folder", "link", "loop", "moved"])
 def test_parts_of_a_checkpoint_replaced(part, how, two, tmp_path, config):
@@ -250,7 +246,6 @@ def test_parts_of_a_checkpoint_replaced(part, how, two, tmp_path, config):
         assert reports == []
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["9", "007", "-1", "abc"])
 def test_a_renamed_checkpoint_is_not_taken_for_another_step(name, two, config):
     (two / "checkpoints" / "5").rename(two / "checkpoints" / name)
@@ -259,7 +254,6 @@ def test_a_renamed_checkpoint_is_not_taken_for_another_step(name, two, config):
         assert opened.restore(state_of(0))[0] == 3
 
 
-@pytest.mark.slow
 def test_a_checkpoint_of_other_shapes_is_refused_by_name(two, config):
     before = contents(two)
     state = state_of(0)
@@ -273,7 +267,6 @@ def test_a_checkpoint_of_other_shapes_is_refused_by_name(two, config):
     assert contents(two) == before
 
 
-@pytest.mark.slow
 def test_a_text_with_a_new_character_is_told_from_a_damaged_checkpoint(
     trained, workdir, tmp_path, cache_dir
 ):
@@ -317,7 +310,6 @@ def test_the_payloads_work(tmp_path):
         (tmp_path / "marker").rmdir()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", range(4))
 def test_a_strangers_files_run_no_code(number, trained, two, tmp_path, config, no_compiling):
     marker = tmp_path / "marker"

@@ -224,4 +224,4 @@ def test_the_size_of_a_checkpoint_is_known_before(config, tmp_path, method):
     program, replicas, state = begin(config, 4)
     shapes = saved_shapes(abstract_state(make_setup(config, VOCAB, 4)), program.method, 4)
     with Checkpoints(tmp_path, config, replicas, program.method) as checkpoints:
-        assert num_bytes(checkpoints._saved(state)) == num_bytes(shapes)
+        assert num_bytes(checkpoints.saved(state)) == num_bytes(shapes)
