@@ -64,7 +64,7 @@ class Contestant:
 
 def main() -> int:
     """Times all contestants, and prints a table."""
-    config = cli.given_config(CONFIG)
+    config = cli.config_of_flag(CONFIG)
     config.num_train_steps = 10**9
     if SERVE.value:
         return serve(config, SERVE.value)

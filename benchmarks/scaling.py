@@ -94,7 +94,7 @@ def collective_rows(config: ConfigDict) -> Iterator[str]:
     yield "| sync.method | collective | bytes | predicted | place | products before | could hide |"
     yield "|---|---|---|---|---|---|---|"
     for name in METHODS:
-        other = memory.changed(config, "sync.method", name)
+        other = memory.with_value(config, "sync.method", name)
         text = memory.compiled_step(other, VOCAB_SIZE.value, DEVICES).as_text()
         found = traffic.collectives(text, DEVICES)
         large = {key: c for key, c in found.items() if c.bytes > FIGURES}

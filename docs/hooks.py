@@ -14,10 +14,10 @@ from typing import Any
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
 
-from jaxdp.common.choices import CHOICES, MOST, RANGES
+from jaxdp.common.choices import CHOICES, MAX_INT32, RANGES
 from jaxdp.common.config import flatten
 from jaxdp.configs import default
-from jaxdp.workdir.metrics import FIGURES
+from jaxdp.workdir.metrics import METRICS
 
 ROOT = Path(__file__).parent.parent
 COPIES = {
@@ -31,7 +31,9 @@ Every key of a run. Set keys in a config file, a Python file whose `get_config()
 [configs/default.py](../configs/default.py), or on the command line as `--config.KEY=VALUE`. Other
 keys and values are refused before anything is compiled (`pytest tests/common/test_config.py`).
 """
-METRICS = "<!-- the table of metrics -->\n"  # The line of metrics.md that the table replaces.
+PLACE_OF_METRICS = (
+    "<!-- the table of metrics -->\n"  # The line of metrics.md that the table replaces.
+)
 LINK = re.compile(r"\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)")
 IMAGE_LINK = re.compile(r"\[!\[([^]]*)\]\(https?:[^)]*\)\]")
 
@@ -98,8 +100,8 @@ def on_page_markdown(markdown, page, config, files):
     if name == "commands.md":
         markdown += "".join(map(flags_section, modules()))
     if name == "metrics.md":
-        rows = [f"| `{metric}` | {text} |\n" for metric, text in FIGURES.items()]
-        markdown = markdown.replace(METRICS, f"| metric | |\n|---|---|\n{''.join(rows)}")
+        rows = [f"| `{metric}` | {text} |\n" for metric, text in METRICS.items()]
+        markdown = markdown.replace(PLACE_OF_METRICS, f"| metric | |\n|---|---|\n{''.join(rows)}")
     folder = (ROOT / COPIES.get(name, f"docs/{name}")).parent
 
     def on_site(match):
@@ -198,7 +200,7 @@ def allowed(key: str, value: object) -> str:
         return ", ".join(f"`{choice!r}`" for choice in CHOICES[key])
     if key in RANGES:
         low, high = (f"{x:,}" if isinstance(x, int) else f"{x:g}" for x in RANGES[key])
-        return f"from {low}" if RANGES[key][1] == MOST else f"{low} to {high}"
+        return f"from {low}" if RANGES[key][1] == MAX_INT32 else f"{low} to {high}"
     return {bool: "`True`, `False`", str: "text"}[type(value)]
 
 

@@ -14,12 +14,12 @@ import sys
 from absl import flags
 
 from jaxdp.common import choices, cli
-from jaxdp.common.choices import MOST
+from jaxdp.common.choices import MAX_INT32
 from jaxdp.common.errors import ConfigError
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.")
 PROMPT = flags.DEFINE_multi_string("prompt", [], "Text to continue; may be given several times.")
-NUM_TOKENS = flags.DEFINE_integer("num_tokens", 200, "Tokens to add to each prompt.", 1, MOST)
+NUM_TOKENS = flags.DEFINE_integer("num_tokens", 200, "Tokens to add to each prompt.", 1, MAX_INT32)
 TEMPERATURE = flags.DEFINE_float(
     "temperature", choices.TEMPERATURE, "Sampling temperature; 0: always the likeliest token.", 0.0
 )
@@ -27,7 +27,7 @@ TOP_K = flags.DEFINE_integer("top_k", 0, "Sample from the k likeliest tokens onl
 TOP_P = flags.DEFINE_float(
     "top_p", 1.0, "Sample from the likeliest tokens whose probabilities reach p.", 1e-6, 1.0
 )
-SEED = flags.DEFINE_integer("seed", 0, "Random seed; equal seeds give equal texts.", 0, MOST)
+SEED = flags.DEFINE_integer("seed", 0, "Random seed; equal seeds give equal texts.", 0, MAX_INT32)
 
 
 def main() -> int:

@@ -15,12 +15,12 @@ from absl import flags
 from ml_collections import config_flags
 
 from jaxdp.common import cli, png
-from jaxdp.common.choices import MOST
+from jaxdp.common.choices import MAX_INT32
 from jaxdp.common.terminal import Display
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config().")
 DEVICES = flags.DEFINE_integer(
-    "devices", None, "Number of devices; by default this machine's.", 1, MOST
+    "devices", None, "Number of devices; by default this machine's.", 1, MAX_INT32
 )
 BANDWIDTH = flags.DEFINE_float("bandwidth_gbps", 100.0, "Gbit/s that a device can send.", 1e-6)
 LATENCY = flags.DEFINE_float("latency_us", 10.0, "Latency of a message in microseconds.", 0.0)
@@ -31,7 +31,7 @@ MEMORY = flags.DEFINE_float(
     "memory_gib", None, "Memory of a device in GiB; by default as on this machine.", 1e-6
 )
 VOCAB_SIZE = flags.DEFINE_integer(
-    "vocab_size", None, "Size of the vocabulary; by default taken from the tokenizer.", 1, MOST
+    "vocab_size", None, "Size of the vocabulary; by default taken from the tokenizer.", 1, MAX_INT32
 )
 PNG = flags.DEFINE_string("png", None, "PNG file for a plot of efficiency over devices.")
 CHECK = flags.DEFINE_bool("check", False, "Also compile the step, to compare with XLA's figures.")
@@ -39,7 +39,7 @@ CHECK = flags.DEFINE_bool("check", False, "Also compile the step, to compare wit
 
 def main() -> int:
     """Prints the plan; returns the exit status."""
-    config, display = cli.given_config(CONFIG), Display()
+    config, display = cli.config_of_flag(CONFIG), Display()
     cli.check_finite(BANDWIDTH, LATENCY, TFLOPS, MEMORY)
     if PNG.value:
         png.check(PNG.name, PNG.value)

@@ -33,7 +33,7 @@ STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again.
 
 def main() -> int:
     """Trains with the config and workdir of the flags; returns the exit status."""
-    config = cli.given_config(CONFIG)
+    config = cli.config_of_flag(CONFIG)
     if not WORKDIR.value:
         raise ConfigError("--workdir is missing: give a new folder, or that of a run to resume")
     # Imported here, so that --help and mistakes in flags don't wait seconds for JAX.
@@ -57,5 +57,5 @@ if __name__ == "__main__":
     # If the module was not imported, a flag was wrong, and there are no other processes yet.
     processes = sys.modules.get("jaxdp.parallel.processes")
     if processes and status not in (0, STOPPED):
-        processes.end(status)
+        processes.exit_after_failure(status)
     sys.exit(status)

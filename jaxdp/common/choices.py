@@ -15,23 +15,23 @@ CHOICES = {
 }
 
 # Optimizers whose update of a weight matrix needs the whole matrix, not a slice of it.
-WHOLE_MATRICES = ("muon",)
+NEEDS_FULL_MATRICES = ("muon",)
 
-MOST = 2**31 - 1  # The largest int32, which devices count with.
+MAX_INT32 = 2**31 - 1  # The largest int32, which devices count with.
 TEMPERATURE = 0.8  # Default sampling temperature, as in nanoGPT.
 
 # Key -> (lowest, highest) allowed value, both included.
 RANGES = {
-    "seed": (0, MOST),
-    "num_train_steps": (1, MOST),
-    "num_epochs": (0, MOST),
-    "global_batch_size": (1, MOST),
-    "grad_accum_steps": (1, MOST),
-    "loss_chunks": (1, MOST),
-    "seq_len": (2, MOST),
-    "log_every": (1, MOST),
-    "eval_every": (1, MOST),
-    "eval_max_batches": (0, MOST),
+    "seed": (0, MAX_INT32),
+    "num_train_steps": (1, MAX_INT32),
+    "num_epochs": (0, MAX_INT32),
+    "global_batch_size": (1, MAX_INT32),
+    "grad_accum_steps": (1, MAX_INT32),
+    "loss_chunks": (1, MAX_INT32),
+    "seq_len": (2, MAX_INT32),
+    "log_every": (1, MAX_INT32),
+    "eval_every": (1, MAX_INT32),
+    "eval_max_batches": (0, MAX_INT32),
     "hang_seconds": (0, 10**9),
     "data.eval_fraction": (1e-6, 0.99),
     "model.num_layers": (1, 10_000),
@@ -44,35 +44,35 @@ RANGES = {
     "model.dropout": (0, 0.99),
     "model.vocab_multiple": (1, 2**20),
     "optimizer.learning_rate": (0, 1e6),
-    "optimizer.warmup_steps": (0, MOST),
+    "optimizer.warmup_steps": (0, MAX_INT32),
     "optimizer.final_fraction": (0, 1),
     "optimizer.decay_fraction": (0, 1),
     "optimizer.weight_decay": (0, 1e6),
     "optimizer.b1": (0, 0.999999),
     "optimizer.b2": (0, 0.999999),
     "optimizer.clip_norm": (0, 1e30),
-    "sync.every": (1, MOST),
-    "sync.after": (0, MOST),
+    "sync.every": (1, MAX_INT32),
+    "sync.after": (0, MAX_INT32),
     "sync.outer_learning_rate": (0, 1e6),
     "sync.outer_momentum": (0, 0.999999),
-    "sync.virtual_replicas": (1, MOST),
-    "sync.check_every": (0, MOST),
+    "sync.virtual_replicas": (1, MAX_INT32),
+    "sync.check_every": (0, MAX_INT32),
     "ema.decay": (0, 0.9999999),
-    "divergence.max_bad_steps": (1, MOST),
+    "divergence.max_bad_steps": (1, MAX_INT32),
     "divergence.spike_threshold": (0, 1e6),
-    "divergence.max_rollbacks": (0, MOST),
-    "stop.patience": (0, MOST),
+    "divergence.max_rollbacks": (0, MAX_INT32),
+    "stop.patience": (0, MAX_INT32),
     "stop.min_delta": (0, 1e6),
-    "checkpoint.every": (1, MOST),
-    "checkpoint.keep_last": (1, MOST),
-    "checkpoint.keep_every": (0, MOST),
-    "sample.num_tokens": (0, MOST),
-    "profile.start_step": (0, MOST),
-    "profile.num_steps": (0, MOST),
+    "checkpoint.every": (1, MAX_INT32),
+    "checkpoint.keep_last": (1, MAX_INT32),
+    "checkpoint.keep_every": (0, MAX_INT32),
+    "sample.num_tokens": (0, MAX_INT32),
+    "profile.start_step": (0, MAX_INT32),
+    "profile.num_steps": (0, MAX_INT32),
 }
 
 # Keys of IDENTITY that the config.json of an older version lacks; it behaved as their defaults.
-ADDED = (
+NEW_KEYS = (
     "init_from",
     "model.rotary_base",
     "model.norm_position",

@@ -144,7 +144,7 @@ def _parse_flags() -> list[str]:
         ) from error
 
 
-def given_config(flag: flags.FlagHolder) -> ConfigDict:
+def config_of_flag(flag: flags.FlagHolder) -> ConfigDict:
     """Returns the config that --config names.
 
     Raises:

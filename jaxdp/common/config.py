@@ -12,9 +12,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from jaxdp.common.choices import ADDED, CHOICES, RANGES
+from jaxdp.common.choices import CHOICES, NEW_KEYS, RANGES
 from jaxdp.common.errors import ConfigError, check_text, shown
-from jaxdp.common.files import write_whole
+from jaxdp.common.files import write_atomically
 from jaxdp.configs import default
 
 # A run can't use the checkpoints of another one that differs in one of these keys.
@@ -131,7 +131,7 @@ def check_model(config: ConfigDict) -> None:
 
 def save(config: ConfigDict, path: Path) -> None:
     """Writes a fully resolved config as JSON."""
-    write_whole(path, json.dumps(config.to_dict(), indent=2) + "\n")
+    write_atomically(path, json.dumps(config.to_dict(), indent=2) + "\n")
 
 
 def load(path: Path) -> ConfigDict:
@@ -159,7 +159,7 @@ def load(path: Path) -> ConfigDict:
 def _add_missing(values: dict[str, Any]) -> None:
     """Adds keys that an older version's config lacks; it behaved as their defaults."""
     defaults = flatten(default.get_config())
-    for key in ADDED:
+    for key in NEW_KEYS:
         group, _, name = key.rpartition(".")
         inner = values.get(group) if group else values
         if isinstance(inner, dict):

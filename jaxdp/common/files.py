@@ -62,7 +62,11 @@ class PatientFile:
             self._file.close()
 
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # Errors of a full disk, quota or file.
+DISK_FULL_ERRORS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+)  # Errors of a full disk, quota or file.
 
 
 def reason(error: BaseException) -> str:
@@ -83,7 +87,7 @@ def num_bytes(tree: Any) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def require(folder: Path, size: int) -> None:
+def require_space(folder: Path, size: int) -> None:
     """Raises OSError (ENOSPC) if the disk of a folder has less than `size` bytes free."""
     if shutil.disk_usage(folder).free < size:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -95,7 +99,7 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
     """Writes or replaces a file atomically: readers see the old text or the new one, never a part.
 
     Raises:

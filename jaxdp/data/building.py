@@ -15,7 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
-from jaxdp.common.files import write_whole
+from jaxdp.common.files import write_atomically
 from jaxdp.data import layout
 from jaxdp.data import tokenizer as tokenizers
 from jaxdp.data.layout import INDEX, SPLITS, DamagedError
@@ -90,7 +90,7 @@ def _start(
                 said = time.monotonic()
                 report(f"making the tokenizer: {size:,} characters read")
 
-    report(tokenizers.making(config.tokenizer))
+    report(tokenizers.progress_line(config.tokenizer))
     tokenizer = tokenizers.get_tokenizer(config.tokenizer, config.objective, documents)
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     vocab_size = tokenizers.vocab_size(tokenizer)
@@ -113,7 +113,7 @@ def _record(path: Path, meta: dict, files: Sequence[BinaryIO] = ()) -> None:
         file.flush()
         os.fsync(file.fileno())
     meta["checksum"] = layout.checksum(meta)
-    write_whole(path, json.dumps(meta, indent=2) + "\n")
+    write_atomically(path, json.dumps(meta, indent=2) + "\n")
 
 
 def _write(

@@ -4,7 +4,7 @@ A cache is a folder named by a fingerprint of everything that it depends on. It 
 and `validation.bin` (little-endian uint16 or uint32), `tokenizer.json` and `meta.json`; for padded
 examples also `train.examples.bin` and `validation.examples.bin` (int64), the tokens where each
 begins. One atomic rename makes it visible when it is complete. Every opening checks it for damage:
-the sizes of its files, and up to WHOLE bytes their content. A damaged cache is built again.
+the sizes of its files, and up to VERIFY_UP_TO bytes their content. A damaged cache is built again.
 """
 
 import dataclasses
@@ -30,7 +30,9 @@ from jaxdp.data.layout import SPLITS, DamagedError
 from jaxdp.data.sources import Source, ValidationOnly, get_sources
 
 FORMAT = 2  # Raise it when the same config would give other tokens than before.
-WHOLE = 2**30  # The largest cache whose content is checked: reading it takes a second or two.
+VERIFY_UP_TO = (
+    2**30
+)  # The largest cache whose content is checked: reading it takes a second or two.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +109,7 @@ def open_cache(
         with filelock.FileLock(_lock(folder)):
             return _build_once(config, sources, folder, report)
     except OSError as error:
-        if error.errno not in files.FULL:
+        if error.errno not in files.DISK_FULL_ERRORS:
             raise
         raise ConfigError(
             f"data.cache_dir={str(root)!r} can't be written ({error.strerror}): make room, or "
@@ -199,7 +201,7 @@ def _load(folder: Path) -> TokenCache:
         raise DamagedError("tokenizer.json has changed")
     if tokenizers.vocab_size(tokenizer) != meta["vocab_size"]:
         raise DamagedError(f"tokenizer.json does not have {meta['vocab_size']} tokens")
-    small = sum(count * kind.itemsize for kind, count in files.values()) <= WHOLE
+    small = sum(count * kind.itemsize for kind, count in files.values()) <= VERIFY_UP_TO
     if small and layout.digest(folder, dtype, meta) != meta["digest"]:
         raise DamagedError("the tokens have changed")
 

@@ -39,7 +39,7 @@ def parse(text: str) -> dict[str, str]:
     return sets
 
 
-def find(config: ConfigDict) -> None:
+def check(config: ConfigDict) -> None:
     """Checks that all evaluation sets exist; raises ConfigError where one is wrong or missing."""
     for name in parse(config.eval_sets):
         with named(config, name):

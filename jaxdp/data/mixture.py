@@ -12,7 +12,7 @@ from jaxdp.common.errors import ConfigError, shown
 
 # Only paths with a kind, such as "text:", can have a weight: "2*.txt" is a glob.
 WEIGHTED = r"[^*+:/]*\*(?=(?:tfds|text|jsonl):)"
-LONGEST = 100_000  # The most turns in a cycle.
+MAX_CYCLE = 100_000  # The most turns in a cycle.
 
 
 def parse(path: str) -> dict[str, int]:
@@ -47,10 +47,10 @@ def parse(path: str) -> dict[str, int]:
     shares = {name: int(weight * scale) for name, weight in weights.items()}
     divisor = math.gcd(*shares.values())
     shares = {name: share // divisor for name, share in shares.items()}
-    if sum(shares.values()) > LONGEST:
+    if sum(shares.values()) > MAX_CYCLE:
         raise ConfigError(
-            f"data.path={shown(path)} has weights that take more than {LONGEST:,} sequences to be "
-            "exact: give them with fewer digits"
+            f"data.path={shown(path)} has weights that take more than {MAX_CYCLE:,} sequences to "
+            "be exact: give them with fewer digits"
         )
     return shares
 
@@ -61,11 +61,11 @@ class Cycle:
 
     Attributes:
       turns: [cycle] int64, the source of each turn.
-      ranks: [cycle] int64, how many turns that source has had before in the cycle.
+      earlier_turns: [cycle] int64, how many turns that source has had before in the cycle.
     """
 
     turns: np.ndarray
-    ranks: np.ndarray
+    earlier_turns: np.ndarray
 
 
 def cycle(shares: Sequence[int]) -> Cycle:
@@ -80,10 +80,10 @@ def cycle(shares: Sequence[int]) -> Cycle:
     Proportionate progress). With random draws a batch of 16 would often lack a source altogether.
     """
     total, given = sum(shares), [0] * len(shares)
-    turns, ranks = np.zeros((2, total), np.int64)
+    turns, earlier_turns = np.zeros((2, total), np.int64)
     for now in range(total):
         owed = [i for i, share in enumerate(shares) if given[i] * total <= share * now]
         turn = min(owed, key=lambda i: -(-(given[i] + 1) * total // shares[i]))
-        turns[now], ranks[now] = turn, given[turn]
+        turns[now], earlier_turns[now] = turn, given[turn]
         given[turn] += 1
-    return Cycle(turns, ranks)
+    return Cycle(turns, earlier_turns)

@@ -17,7 +17,7 @@ from jaxdp.data import mixture
 from jaxdp.data.batch import Batch
 from jaxdp.data.sequences import Sequences
 
-TOGETHER = 2**16  # Tokens to make in one call of `sequences.take`.
+TOKENS_PER_CALL = 2**16  # Tokens to make in one call of `sequences.take`.
 
 
 def train_batches(
@@ -56,7 +56,7 @@ def train_batches(
     first = process_index * per_host
     keys = sequences.keys
     # Small batches are made several at once, because the overhead of a call would dominate.
-    together = max(TOGETHER // (per_host * sequences.seq_len), 1)
+    together = max(TOKENS_PER_CALL // (per_host * sequences.seq_len), 1)
 
     def numbers(step, count):
         steps = (step + np.arange(count, dtype=np.int64))[:, None]
@@ -109,9 +109,9 @@ def start_positions(numbers, sequences: Sequences, seed: int):
     parts, turns = sequences.parts, mixture.cycle(sequences.shares)
     turn, round_ = numbers % len(turns.turns), numbers // len(turns.turns)
     source = tf.gather(turns.turns, turn)
-    numbers = round_ * of(sequences.shares) + tf.gather(turns.ranks, turn)
+    numbers = round_ * of(sequences.shares) + tf.gather(turns.earlier_turns, turn)
 
-    count, slack = of([part.count for part in parts]), of([part.slack for part in parts])
+    count, slack = of([part.count for part in parts]), of([part.max_offset for part in parts])
     epoch = numbers // count
     seeds = tf.fill(tf.shape(epoch), tf.constant(seed, tf.int64))
     index = _shuffle(numbers % count, [seeds, epoch * len(parts) + source], count - 1)

@@ -18,12 +18,12 @@ class Part:
     Attributes:
       first: the start of its first sequence, in the units of `take`.
       count: sequences in an epoch.
-      slack: how far the start of the first sequence may be shifted.
+      max_offset: how far the start of the first sequence may be shifted.
     """
 
     first: int
     count: int
-    slack: int
+    max_offset: int
 
 
 @dataclasses.dataclass(frozen=True)

@@ -62,7 +62,7 @@ def get_tokenizer(
     return tokenizer
 
 
-def making(spec: str) -> str:
+def progress_line(spec: str) -> str:
     """Returns a line to print before `get_tokenizer`, which can take time."""
     if spec.startswith("train:"):
         return f"Training a tokenizer of {_bpe_size(spec):,} tokens ..."

@@ -18,7 +18,7 @@ from jaxdp.estimate import liveness
 from jaxdp.parallel.replicas import AXIS, Replicas
 from jaxdp.step.program import pmapped
 from jaxdp.step.setup import Setup, make_setup
-from jaxdp.step.state import abstract_state, of_one_device
+from jaxdp.step.state import abstract_state, per_device_shapes
 from jaxdp.step.train_step import step_of
 from jaxdp.sync.methods import METHODS
 
@@ -28,7 +28,7 @@ class Memory:
     """Bytes per device at the peak of a step."""
 
     parameters: int
-    average: int
+    ema: int
     optimizer: int
     gradients: int
     activations: int
@@ -40,7 +40,7 @@ class Memory:
         return sum(dataclasses.astuple(self))
 
 
-def shape(dimensions: tuple[int, ...], dtype: Any = "float32") -> Any:
+def abstract_array(dimensions: tuple[int, ...], dtype: Any = "float32") -> Any:
     """Returns a `jax.ShapeDtypeStruct`, the shape and dtype of an array without its values."""
     return jax.ShapeDtypeStruct(dimensions, dtype)
 
@@ -75,8 +75,10 @@ def recomputes_late() -> bool:
         def loss(kernels, x):
             return functools.reduce(layer, kernels, x).sum()
 
-        kernels = [shape((64, 64))] * 8
-        compiled = jax.jit(jax.value_and_grad(loss)).lower(kernels, shape((1024, 64))).compile()
+        kernels = [abstract_array((64, 64))] * 8
+        compiled = (
+            jax.jit(jax.value_and_grad(loss)).lower(kernels, abstract_array((1024, 64))).compile()
+        )
         sizes: Any = compiled.memory_analysis()
         return sizes.temp_size_in_bytes
 
@@ -86,13 +88,13 @@ def recomputes_late() -> bool:
 def predict_memory(config: ConfigDict, vocab: int, count: int) -> Memory:
     """Predicts the memory that one of `count` devices needs; see `liveness.peak_bytes`."""
     setup = setup_of(config, vocab, count)
-    state = of_one_device(abstract_state(setup), setup.method)
+    state = per_device_shapes(abstract_state(setup), setup.method)
     batch = training_shapes(config, setup.method.every, setup.sizes.per_device)
     peak = liveness.peak_bytes(trace(step_of(setup), count, state, batch).jaxpr)
     gradients = min(num_bytes(state.params), peak)
     return Memory(
         parameters=num_bytes(state.params),
-        average=num_bytes(state.ema),
+        ema=num_bytes(state.ema),
         optimizer=num_bytes((state.opt_state, state.outer)),
         gradients=gradients,
         activations=peak - gradients,
@@ -100,12 +102,12 @@ def predict_memory(config: ConfigDict, vocab: int, count: int) -> Memory:
     )
 
 
-def effective(config: ConfigDict) -> ConfigDict:
+def with_useful_remat(config: ConfigDict) -> ConfigDict:
     """Returns the config with model.remat on only if it saves memory; see `remat_saves`."""
-    return changed(config, "model.remat", remat_saves(config))
+    return with_value(config, "model.remat", remat_saves(config))
 
 
-def changed(config: ConfigDict, key: str, value: Any) -> ConfigDict:
+def with_value(config: ConfigDict, key: str, value: Any) -> ConfigDict:
     """Returns a copy of the config with another value for a key such as "model.remat"."""
     config = ConfigDict(config.to_dict())
     config.update_from_flattened_dict({key: value})
@@ -118,7 +120,7 @@ def largest_batch(config: ConfigDict, vocab: int, count: int, limit: int) -> int
 
     @functools.cache
     def total(units: int) -> int:
-        other = changed(config, "global_batch_size", units * unit * count)
+        other = with_value(config, "global_batch_size", units * unit * count)
         return predict_memory(other, vocab, count).total
 
     # Memory grows linearly except at first, so the secant method needs only a few steps.
@@ -145,7 +147,7 @@ def compiled_step(config: ConfigDict, vocab: int, count: int) -> Any:
     setup, replicas = setup_of(config, vocab, count), Replicas(jax.local_devices()[:count])
     state = abstract_state(setup)
     batch = jax.tree.map(
-        lambda x: shape((count, *x.shape), x.dtype),
+        lambda x: abstract_array((count, *x.shape), x.dtype),
         training_shapes(config, setup.method.every, setup.sizes.per_device),
     )
     return pmapped(setup, replicas, state).lower(state, batch).compile()

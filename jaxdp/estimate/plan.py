@@ -22,7 +22,7 @@ from jaxdp.estimate.memory import Memory
 from jaxdp.estimate.scaling import COUNTS
 from jaxdp.model.transformer import ModelConfig, Transformer, parameter_shapes
 from jaxdp.parallel.replicas import device_memory
-from jaxdp.step.setup import splits, validate
+from jaxdp.step.setup import can_split, validate
 from jaxdp.sync import traffic
 from jaxdp.sync.traffic import Collective
 
@@ -123,10 +123,10 @@ def plan(
         )
     limit = int(memory_gib * 2**30) if memory_gib else device_memory()
     remat = {
-        on: memory.predict_memory(memory.changed(config, "model.remat", on), vocab, count)
+        on: memory.predict_memory(memory.with_value(config, "model.remat", on), vocab, count)
         for on in (False, True)
     }
-    batch = memory.largest_batch(memory.effective(config), vocab, count, limit)
+    batch = memory.largest_batch(memory.with_useful_remat(config), vocab, count, limit)
     compiled = {"XLA": check_rows(config, vocab, count)} if check else {}
     rate = tflops * 1e12 if tflops else scaling.measure_rate(config)
     given = Assumptions(count, bandwidth_gbps, latency_us, rate, not tflops, limit)
@@ -168,12 +168,12 @@ def memory_rows(
     predicted = remat[memory.remat_saves(config)]
     activations = [in_bytes(remat[on].activations) for on in (False, True)]
     parameters = predicted.parameters // 4  # float32
-    useless = not memory.remat_saves(memory.changed(config, "model.remat", True))
+    useless = not memory.remat_saves(memory.with_value(config, "model.remat", True))
     note = " (on this XLA only with model.scan_layers)" if useless else ""
-    bad = [str(n) for n in COUNTS if not splits(config, n)]
+    bad = [str(n) for n in COUNTS if not can_split(config, n)]
     return {
         "parameters": f"{quantity(parameters)} in {in_bytes(predicted.parameters)}",
-        **({"their EMA": in_bytes(predicted.average)} if config.ema.decay else {}),
+        **({"their EMA": in_bytes(predicted.ema)} if config.ema.decay else {}),
         "optimizer state": in_bytes(predicted.optimizer),
         "gradients": in_bytes(predicted.gradients),
         "activations": f"{activations[0]}, with remat {activations[1]}{note}",
@@ -190,7 +190,7 @@ def memory_rows(
 def check_rows(config: ConfigDict, vocab: int, count: int) -> dict[str, str]:
     """Compiles the step; returns rows that compare the prediction with XLA's memory."""
     actual = memory.compiled_memory(config, vocab, count)
-    predicted = memory.predict_memory(memory.effective(config), vocab, count).total
+    predicted = memory.predict_memory(memory.with_useful_remat(config), vocab, count).total
     return {
         "compiled": f"{actual} bytes",
         "predicted": f"{predicted} bytes",

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from jaxdp.estimate.memory import changed
+from jaxdp.estimate.memory import with_value
 from jaxdp.model.transformer import (
     ModelConfig,
     Transformer,
@@ -93,7 +93,7 @@ def efficiencies(
     opt_state = jax.eval_shape(get_optimizer(config, get_schedule(config)).init, params)
     table: dict[str, dict[int, float]] = {}
     for name, method in methods.METHODS.items():
-        other = changed(config, "sync.method", name)
+        other = with_value(config, "sync.method", name)
         if config.sync.dtype not in method.dtypes:
             other.sync.dtype = method.dtypes[0]
         table[name] = {

@@ -24,9 +24,9 @@ class Family:
 
     Attributes:
       architecture: the family's class in transformers.
-      is_: fields of `ModelConfig` that the family restricts, with the values it allows.
-      keys: field of `ModelConfig` -> key of config.json. Of the fields in neither `is_` nor `keys`,
-        `num_kv_heads` equals `num_heads` and `bias` is true.
+      allowed: fields of `ModelConfig` that the family restricts, with the values it allows.
+      keys: field of `ModelConfig` -> key of config.json. Of the fields in neither `allowed` nor
+        `keys`, `num_kv_heads` equals `num_heads` and `bias` is true.
       dropout: keys of config.json that hold `ModelConfig.dropout`.
       no_dropout: keys of config.json for kinds of dropout that `Transformer` lacks.
       fixed: keys of config.json with the only supported value, which is also their default.
@@ -40,7 +40,7 @@ class Family:
     """
 
     architecture: str
-    is_: Mapping[str, tuple]
+    allowed: Mapping[str, tuple]
     keys: Mapping[str, str]
     dropout: tuple[str, ...]
     no_dropout: tuple[str, ...]
@@ -66,7 +66,7 @@ _WIDTHS = {
 
 GPT2 = Family(
     architecture="GPT2LMHeadModel",
-    is_={
+    allowed={
         "causal": (True,),
         "positions": ("learned",),
         "norm": ("layernorm",),
@@ -117,7 +117,7 @@ GPT2 = Family(
 
 LLAMA = Family(
     architecture="LlamaForCausalLM",
-    is_={
+    allowed={
         "causal": (True,),
         "positions": ("rotary",),
         "norm": ("rmsnorm",),
@@ -168,14 +168,14 @@ LLAMA = Family(
 ARCEE = dataclasses.replace(
     LLAMA,
     architecture="ArceeForCausalLM",
-    is_={**LLAMA.is_, "activation": ("gelu", "gelu_exact")},
+    allowed={**LLAMA.allowed, "activation": ("gelu", "gelu_exact")},
     defaults={**LLAMA.defaults, "hidden_act": "relu2", "rms_norm_eps": 1e-5},
     layer={name: ours for name, ours in LLAMA.layer.items() if "gate" not in name},
 )
 
 BERT = Family(
     architecture="BertForMaskedLM",
-    is_={
+    allowed={
         "causal": (False,),
         "positions": ("learned",),
         "norm": ("layernorm",),
@@ -253,7 +253,7 @@ def family_of(model: ModelConfig) -> str:
     else:
         name = "llama" if model.activation == "swiglu" else "arcee"
     family = FAMILIES[name]
-    needed = dict(family.is_)
+    needed = dict(family.allowed)
     if "num_kv_heads" not in family.keys:
         needed["num_kv_heads"] = (model.num_heads,)
     for field, values in needed.items():
@@ -321,7 +321,7 @@ def from_json(values: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     for key, default in family.defaults.items():
         values.setdefault(key, default)
     fields: dict[str, Any] = {"bias": True}
-    fields |= {field: allowed[0] for field, allowed in family.is_.items()}
+    fields |= {field: allowed[0] for field, allowed in family.allowed.items()}
     for field, key in family.keys.items():
         if key not in values and field not in ("num_kv_heads", "mlp_dim"):
             raise ConfigError(f"{key} is missing")
@@ -339,7 +339,7 @@ def from_json(values: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 def _activation(family: Family, theirs: Any) -> str:
-    for ours in family.is_["activation"]:
+    for ours in family.allowed["activation"]:
         if theirs in ACTIVATIONS[ours]:
             return ours
     key = family.keys["activation"]

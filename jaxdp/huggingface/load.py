@@ -97,7 +97,7 @@ class Folder:
         for name in found.names():
             table = params["embed"]["embedding"]
             if model.tied_head and TIED.search(name) and (found.read(name) != table).any():
-                raise self.damaged(f"{name} is not the embedding, though tie_word_embeddings")
+                raise self.unusable(f"{name} is not the embedding, though tie_word_embeddings")
         return params
 
     def _open(self, model: ModelConfig) -> "_Tensors":
@@ -108,10 +108,10 @@ class Folder:
             found.check(name, shape)
         for name in found.names():
             if name not in wanted and not (LEFT_OUT.search(name) or TIED.search(name)):
-                raise self.damaged(f"{name} does not belong to this model")
+                raise self.unusable(f"{name} does not belong to this model")
         return found
 
-    def damaged(self, reason: str) -> ConfigError:
+    def unusable(self, reason: str) -> ConfigError:
         """Returns the error for a folder that can't be used."""
         return ConfigError(
             f"init_from={self.spec!r} can't be used ({reason}): give a folder that "
@@ -142,10 +142,10 @@ def open_folder(spec: str) -> Folder:
             raise TypeError("not a JSON object")
         name, fields = families.from_json(values)
     except FileNotFoundError:
-        raise unknown.damaged(f"it has no {CONFIG}") from None
+        raise unknown.unusable(f"it has no {CONFIG}") from None
     except (ValueError, TypeError, ArithmeticError, RecursionError, OSError) as error:
         reason = str(error) if isinstance(error, ConfigError) else first_line(error)
-        raise unknown.damaged(f"{CONFIG}: {reason}") from None
+        raise unknown.unusable(f"{CONFIG}: {reason}") from None
     return Folder(spec, path, name, fields, values.get("pad_token_id", 1))
 
 
@@ -183,12 +183,12 @@ class _Tensors:
                 for key in file.keys():  # noqa: SIM118  It isn't a dict.
                     yield self._known(key), (file, key)
         except FileNotFoundError as error:
-            raise self._folder.damaged(
+            raise self._folder.unusable(
                 f"{Path(str(error.filename or WEIGHTS)).name} is missing; other formats than "
                 "safetensors are not read"
             ) from None
         except (SafetensorError, ValueError, KeyError, AttributeError, TypeError, OSError) as error:
-            raise self._folder.damaged(first_line(error)) from None
+            raise self._folder.unusable(first_line(error)) from None
 
     def _known(self, name: str) -> str:
         """Returns the family's name of a tensor: base models omit its base, old BERTs say gamma."""
@@ -203,17 +203,17 @@ class _Tensors:
     def check(self, name: str, shape: tuple[int | None, ...]) -> None:
         """Raises ConfigError if a tensor is missing, or has another dtype or shape."""
         if name not in self._all:
-            raise self._folder.damaged(f"{name} is missing")
+            raise self._folder.unusable(f"{name} is missing")
         file, key = self._all[name]
         header = file.get_slice(key)
         found, kind = tuple(header.get_shape()), header.get_dtype()
         if kind not in TYPES:
-            raise self._folder.damaged(
+            raise self._folder.unusable(
                 f"{name} has the dtype {kind}, not one of {', '.join(TYPES)}"
             )
         fits = [n in (m, None) for n, m in zip(shape, found, strict=False)]
         if len(found) != len(shape) or not all(fits):
-            raise self._folder.damaged(f"{name} has the shape {found}, not {shape}")
+            raise self._folder.unusable(f"{name} has the shape {found}, not {shape}")
 
     def read(self, name: str) -> np.ndarray:
         """Reads a tensor, as float32."""

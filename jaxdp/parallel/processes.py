@@ -85,13 +85,13 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def tell(text: str) -> None:
+def publish(text: str) -> None:
     """Publishes a text of this process to the others, in place of its last one."""
     key = f"jaxdp/told/{jax.process_index()}"
     _client().key_value_set(key, text, allow_overwrite=True)
 
 
-def told() -> dict[int, str]:
+def published() -> dict[int, str]:
     """Returns each process's last text from `tell`; waits until process 0, their store, answers."""
     found = _client().key_value_dir_get("jaxdp/told/")
     return {int(key.rsplit("/", 1)[1]): text for key, text in found}
@@ -102,7 +102,7 @@ def _client() -> Any:
 
 
 @contextlib.contextmanager
-def others_needed() -> Iterator[None]:
+def explaining_lost_peers() -> Iterator[None]:
     """Turns a collective's error after another process has died into one line.
 
     Raises:
@@ -121,7 +121,7 @@ def others_needed() -> Iterator[None]:
         ) from error
 
 
-def end(status: int, seconds: float = 5.0) -> None:
+def exit_after_failure(status: int, seconds: float = 5.0) -> None:
     """Ends this process after a failure, if it is one of several; else returns.
 
     At an ordinary exit the processes would wait for each other.

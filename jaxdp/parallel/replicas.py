@@ -67,13 +67,13 @@ class Replicas:
         count = len(self.devices)
         return self.put(jax.tree.map(lambda x: np.zeros((count, *x.shape), x.dtype), shapes))
 
-    def put_own(self, tree: Any) -> Any:
+    def put_per_device(self, tree: Any) -> Any:
         """Puts leaves [device_count, ...], equal on all processes, on devices: an entry each."""
         first = jax.process_index() * len(self.devices)
         return self.put(jax.tree.map(lambda x: x[first : first + len(self.devices)], tree))
 
-    def gather_own(self, tree: Any) -> Any:
-        """Undoes `put_own`: returns NumPy arrays [device_count, ...] on every process."""
+    def gather_per_device(self, tree: Any) -> Any:
+        """Undoes `put_per_device`: returns NumPy arrays [device_count, ...] on every process."""
         if jax.process_count() == 1:
             return jax.device_get(tree)
         return jax.tree.map(lambda x: multihost_utils.process_allgather(x, tiled=True), tree)

@@ -6,7 +6,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 
-class Stopping:
+class EarlyStopping:
     """Ends a run after stop.patience evaluations in a row without improvement.
 
     An improvement is a loss at least stop.min_delta below the loss of the last improvement, as in

@@ -162,7 +162,7 @@ def evaluate_checkpoint(
 
     def fits(step: int, extra: dict[str, Any]) -> None:
         if not other:
-            preflight.same_tokens(feed, step, extra)
+            preflight.check_tokens(feed, step, extra)
 
     said = {"tokenizer": tokenizer.digest(feed.cache.tokenizer)}
     params, step = checkpoints.load_params(

@@ -60,7 +60,7 @@ def train_valid(
     setup = _prepare(config.copy_and_resolve_references(), workdir, replicas, display.line)
     watchdog = Watchdog(config.hang_seconds)
     threading.Thread(target=_import_tensorflow).start()
-    with preflight.locked(workdir), processes.others_needed(), watchdog:
+    with preflight.locked(workdir), processes.explaining_lost_peers(), watchdog:
         preflight.check_disk(
             workdir, saved_shapes(abstract_state(setup), setup.method, setup.device_count)
         )
@@ -89,7 +89,7 @@ def _prepare(
     preflight.check_init(config, workdir)
     if (workdir / "config.json").exists():
         preflight.check_same_run(config, configs.load(workdir / "config.json"))
-    eval_sets.find(config)
+    eval_sets.check(config)
     feed = Feed(config, open_cache(config, say))
     preflight.check_data(feed)
     preflight.check_init(config, workdir, feed.cache.vocab_size)

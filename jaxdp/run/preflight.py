@@ -123,7 +123,7 @@ def open_eval_sets(
     return sets
 
 
-def same_tokens(feed: Feed, step: int, saved: dict) -> bool:
+def check_tokens(feed: Feed, step: int, saved: dict) -> bool:
     """Returns True; raises ConfigError if a checkpoint, with JSON `saved`, has seen other data."""
     del step
     if feed.cache.digest != saved["digest"]:

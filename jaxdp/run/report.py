@@ -18,7 +18,7 @@ from jaxdp.data.feed import Feed
 from jaxdp.data.sequences import Examples
 from jaxdp.model import attention
 from jaxdp.model.transformer import flops_per_token, num_parameters, parameter_shapes
-from jaxdp.run.early_stopping import Stopping
+from jaxdp.run.early_stopping import EarlyStopping
 from jaxdp.run.evaluation import Evaluation
 from jaxdp.step.program import Program
 from jaxdp.step.setup import Setup
@@ -117,7 +117,7 @@ def evaluated(step: int, evaluation: Evaluation, name: str = "") -> str:
     return f"evaluation{of} at step {step}: {in_words(evaluation)}"
 
 
-def already_finished(step: int, stopping: Stopping) -> str:
+def already_finished(step: int, stopping: EarlyStopping) -> str:
     """Says why there is nothing left to train, and how to train on."""
     if stopping.over:
         return (
@@ -192,7 +192,7 @@ def _kinds(found: list[Collective]) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in counts.items())
 
 
-def agreement(program: Program, drift: float | None, count: int) -> dict[str, str]:
+def synchronisation(program: Program, drift: float | None, count: int) -> dict[str, str]:
     """Returns rows about synchronisation: bytes, collectives, waiting, and drift."""
     rows = traffic(program.config, program.traffic(), count)
     if count == 1:

@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from jaxdp.common.errors import RunError
-from jaxdp.common.files import write_whole
+from jaxdp.common.files import write_atomically
 from jaxdp.parallel import processes
 from jaxdp.run import divergence, report
 from jaxdp.run.divergence import Trouble
@@ -62,7 +62,7 @@ def _diagnosis(run: Run, trouble: Trouble, state: State) -> RunError:
     if processes.is_main():
         # JSON has neither infinity nor NaN, which matter most here: they become strings.
         values = json.loads(json.dumps(found), parse_constant=str)
-        write_whole(path, json.dumps(values, indent=2) + "\n")
+        write_atomically(path, json.dumps(values, indent=2) + "\n")
     return RunError(
         f"diverged at step {trouble.step}: {trouble.reason}, after {run.judge.rollbacks} "
         f"roll-backs; {path} names the data and the norms of each layer: lower "

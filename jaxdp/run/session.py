@@ -16,7 +16,7 @@ import jax
 
 from jaxdp.common.config import save
 from jaxdp.common.errors import RunError
-from jaxdp.common.files import write_whole
+from jaxdp.common.files import write_atomically
 from jaxdp.common.terminal import Display
 from jaxdp.data import batch as batches
 from jaxdp.data import tokenizer
@@ -28,7 +28,7 @@ from jaxdp.parallel import processes
 from jaxdp.parallel.replicas import Replicas, prefetch
 from jaxdp.run import preflight, report
 from jaxdp.run.divergence import Divergence
-from jaxdp.run.early_stopping import Stopping
+from jaxdp.run.early_stopping import EarlyStopping
 from jaxdp.run.evaluation import Evaluation, Evaluations, compiled, evaluate_all, figures
 from jaxdp.run.figures import MeanLoss, Throughput
 from jaxdp.run.profiling import Profile
@@ -36,7 +36,7 @@ from jaxdp.run.step_log import StepLog
 from jaxdp.run.watchdog import Watchdog
 from jaxdp.step.program import Program
 from jaxdp.step.setup import Setup
-from jaxdp.step.state import State, abstract_state, create_state, fields_of, own_fields
+from jaxdp.step.state import State, abstract_state, create_state, fields_of, per_device_fields
 from jaxdp.sync.fingerprints import ReplicaCheck
 from jaxdp.workdir.checkpoints import Checkpoints
 from jaxdp.workdir.metrics import MetricsWriter
@@ -90,7 +90,7 @@ class Run:
         self.setup, self.config, self.workdir = setup, setup.config, workdir
         self.replicas, self.display, self.watchdog = replicas, display, watchdog
         self.program = Program(setup, replicas)
-        self.judge, self.stopping = Divergence(setup.config), Stopping(setup.config)
+        self.judge, self.stopping = Divergence(setup.config), EarlyStopping(setup.config)
         self.profile = Profile(setup.config, workdir, display.line)
         self.stop = False
         self._stop_requested = stop_requested
@@ -122,7 +122,7 @@ class Run:
 
     def restore(self) -> tuple[int, State]:
         """Restores the newest checkpoint, or starts at step 0; returns steps done and the state."""
-        same = functools.partial(preflight.same_tokens, self.setup.feed)
+        same = functools.partial(preflight.check_tokens, self.setup.feed)
         found = self.checkpoints.restore(abstract_state(self.setup), same)
         if found is None:
             state = self.first_state()
@@ -167,7 +167,7 @@ class Run:
     def _describe(self) -> None:
         save(self.config, self.workdir / "config.json")
         text = self.setup.feed.cache.tokenizer.to_str(pretty=True)
-        write_whole(self.workdir / "tokenizer.json", text)
+        write_atomically(self.workdir / "tokenizer.json", text)
 
     # A round of optimizer steps.
 
@@ -230,7 +230,7 @@ class Run:
             self.display.line(f"Compiled: {report.collectives(self.program)}.")
         if done == self._start:
             self.display.start(done, self.config.num_train_steps)
-        profiled = self.program.trace(metrics) or self.profile.stop(done + steps, metrics)
+        profiled = self.program.measure_waiting(metrics) or self.profile.stop(done + steps, metrics)
         if new or profiled:  # This round also compiled or profiled.
             self._log.throughput.start(steps=-steps)
         self._busy = dispatched - self._asked
@@ -274,7 +274,7 @@ class Run:
         """Evaluates on the validation split and each of eval_sets, and logs the results."""
         before = time.perf_counter()
         watch = functools.partial(self.watchdog.each, doing="evaluating", done=done)
-        params = self.program.to_evaluate(state)
+        params = self.program.eval_params(state)
         found = evaluate_all(self._p_eval_step, params, self.setup.feeds, self.replicas, watch)
         self._writer.write(done, figures(found))
         for name, evaluation in found.items():
@@ -298,7 +298,7 @@ class Run:
         every = self.config.sync.check_every
         due = every > 0 and (always or before // every < done // every)
         if due and self.replicas.device_count > 1:
-            own = own_fields(self.setup.method) | {"step"}
+            own = per_device_fields(self.setup.method) | {"step"}
             shared = {name: x for name, x in fields_of(state).items() if name not in own}
             self.watchdog.beat("comparing replicas", done)
             self._replica_check(shared, done)

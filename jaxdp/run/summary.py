@@ -9,11 +9,11 @@ def summarise(run: Run, result: Result) -> None:
     run.watchdog.beat("summarising", result.step, slow=True)
     run.display.stop()
     if result.finished:
-        text = run.sample(result.step, run.program.to_evaluate(result.state))
+        text = run.sample(result.step, run.program.eval_params(result.state))
         if text:
             run.display.text("Sample", text)
     rows = report.summary(run.config, run.workdir, result, run.display.seconds())
-    rows |= report.agreement(run.program, run.drift, run.replicas.device_count)
+    rows |= report.synchronisation(run.program, run.drift, run.replicas.device_count)
     if result.finished and result.step < run.config.num_train_steps:
         rows["stopped early"] = run.stopping.reason()
     if run.judge.skipped or run.judge.rollbacks:

@@ -129,9 +129,9 @@ class Watchdog:
         """Tells the others where this process is; asks where they are only after a long wait."""
         beat = self._beat
         # The time is new in each message: it shows that this process is alive.
-        processes.tell(json.dumps(beat._replace(at=self._clock)))
+        processes.publish(json.dumps(beat._replace(at=self._clock)))
         if self._clock - beat.at > self._limit(beat) / 2:
-            for process, text in processes.told().items():
+            for process, text in processes.published().items():
                 if self._heard.get(process, ("", 0.0))[0] != text:
                     self._heard[process] = text, self._clock
         self._answered = self._clock

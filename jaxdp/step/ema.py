@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 
 
-def keep(limit: float, step: jax.Array | int, steps: int) -> jax.Array:
+def decay_over(limit: float, step: jax.Array | int, steps: int) -> jax.Array:
     """Returns the product of dₜ over several steps: the share of the old average that is kept.
 
     Args:
@@ -35,6 +35,6 @@ def keep(limit: float, step: jax.Array | int, steps: int) -> jax.Array:
     return jnp.prod(jnp.minimum(limit, (1 + t) / (10 + t)))
 
 
-def moved(ema: Any, params: Any, limit: float, step: jax.Array | int, steps: int) -> Any:
-    """Returns the average after several steps with the same parameters; see `keep`."""
-    return optax.incremental_update(params, ema, 1 - keep(limit, step, steps))
+def updated(ema: Any, params: Any, limit: float, step: jax.Array | int, steps: int) -> Any:
+    """Returns the average after several steps with the same parameters; see `decay_over`."""
+    return optax.incremental_update(params, ema, 1 - decay_over(limit, step, steps))

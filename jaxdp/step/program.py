@@ -36,7 +36,7 @@ class Program:
         late = setup.config.sync.after > 0
         self._first_method = Sync(setup.config, AXIS) if late else setup.method
         self._p_whole = replicas.pmap(
-            lambda tree, _: self.method.whole(tree["ema"], tree["params"]),
+            lambda tree, _: self.method.join_slices(tree["ema"], tree["params"]),
             state_axes={"ema": 0, "params": None},
         )
         self._p_steps: dict[tuple[Sync, int], Any] = {}
@@ -81,19 +81,19 @@ class Program:
         here = np.full(len(self._replicas.devices), step, np.int32)
         return move(state, self._replicas.put(here))
 
-    def to_evaluate(self, state: Any) -> Any:
+    def eval_params(self, state: Any) -> Any:
         """Returns the parameters for evaluation and sampling, replicated: their EMA, if kept.
 
         Where each device keeps a slice of the EMA, all processes have to call this.
         """
         if not self.method.ema_decay:
             return state.params
-        if not self.method.own_ema:
+        if not self.method.per_device_ema:
             return state.ema
         unused = self._replicas.shard(np.zeros(len(self._replicas.devices)))
         return self._p_whole({"ema": state.ema, "params": state.params}, unused)
 
-    def trace(self, metrics: dict[str, jax.Array]) -> bool:
+    def measure_waiting(self, metrics: dict[str, jax.Array]) -> bool:
         """Measures `waiting` by the profiler over a few rounds; to be called after each round.
 
         Args:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 import optax
 from ml_collections import ConfigDict
 
-from jaxdp.common.choices import MOST
+from jaxdp.common.choices import MAX_INT32
 from jaxdp.common.config import check_model, check_values
 from jaxdp.common.errors import ConfigError, shown
 from jaxdp.data import tokenizer
@@ -155,7 +155,7 @@ def batch_sizes(config: ConfigDict, process_count: int, device_count: int) -> Ba
     return BatchSizes(total, total // process_count, per_device, per_device // accum)
 
 
-def splits(config: ConfigDict, device_count: int) -> bool:
+def can_split(config: ConfigDict, device_count: int) -> bool:
     """Returns whether the global batch can be split over this number of devices."""
     try:
         batch_sizes(config, 1, device_count)
@@ -166,7 +166,7 @@ def splits(config: ConfigDict, device_count: int) -> bool:
 
 def same_on_two_devices(config: ConfigDict) -> bool:
     """Returns whether two devices can train the run, and as one would, up to rounding."""
-    return METHODS[config.sync.method].same_on_any_devices and splits(config, 2)
+    return METHODS[config.sync.method].same_on_any_devices and can_split(config, 2)
 
 
 def validate(config: ConfigDict) -> None:
@@ -218,7 +218,7 @@ def resolve_steps(config: ConfigDict, feed: Feed, say: Callable[[str], None]) ->
                 "data.path: set num_train_steps"
             )
         steps = feed.epoch_steps()
-        if steps > MOST:
+        if steps > MAX_INT32:
             raise ConfigError(
                 f"num_epochs={config.num_epochs} is {steps} steps, too many: give a smaller "
                 "number, or raise global_batch_size"

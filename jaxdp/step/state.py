@@ -23,7 +23,8 @@ FIELDS = ("step", "params", "opt_state", "outer", "ema")
 class State(TrainState):
     """The state of a run after a step: flax's TrainState, and fields that only some runs have.
 
-    Fields in `own_fields` are [N, ...], one entry per device; all others are equal on all devices.
+    Fields in `per_device_fields` are [N, ...], one entry per device; all others are equal on all
+    devices.
 
     Attributes:
       outer: state of DiLoCo's outer optimizer; () without one.
@@ -69,30 +70,33 @@ def _of_device(setup: Setup, params: Any, unused: Any) -> State:
     """Returns one device's state at step 0; call it under the axis 'batch'."""
     del unused
     opt_state, outer = setup.method.init(setup.optimizer, params)
-    ema = setup.method.part(params) if setup.method.ema_decay else ()
+    ema = setup.method.ema_slice(params) if setup.method.ema_decay else ()
     step = jnp.zeros((), jnp.int32)
     return State(step, setup.model.apply, params, setup.optimizer, opt_state, outer, ema)
 
 
-def own_fields(method: Sync) -> set[str]:
+def per_device_fields(method: Sync) -> set[str]:
     """Returns the names of the fields that differ between devices, [N, ...]."""
-    own = {"opt_state": method.own_opt_state, "ema": method.own_ema and method.ema_decay > 0}
+    own = {
+        "opt_state": method.per_device_opt_state,
+        "ema": method.per_device_ema and method.ema_decay > 0,
+    }
     return {name for name, is_own in own.items() if is_own}
 
 
 def state_axes(state: State, method: Sync) -> State:
     """Returns 0 for fields with a device axis and None for others, as `jax.pmap` takes them."""
-    own = own_fields(method)
+    own = per_device_fields(method)
     return state.replace(**{name: 0 if name in own else None for name in FIELDS})
 
 
-def of_one_device(state: State, method: Sync) -> State:
+def per_device_shapes(state: State, method: Sync) -> State:
     """Returns the shapes that one device sees of an abstract state: without the device axis."""
 
     def without_devices(x):
         return jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
 
-    own = {name: getattr(state, name) for name in own_fields(method)}
+    own = {name: getattr(state, name) for name in per_device_fields(method)}
     return state.replace(**jax.tree.map(without_devices, own))
 
 
@@ -102,8 +106,8 @@ def fields_of(state: State) -> dict[str, Any]:
     return {name: tree for name, tree in fields.items() if jax.tree.leaves(tree)}
 
 
-def whole_fields(state: State, method: Sync) -> dict[str, Any]:
-    """Returns the fields in `own_fields` with the shapes they have on a single device, unsliced.
+def unsliced_shapes(state: State, method: Sync) -> dict[str, Any]:
+    """Returns the fields in `per_device_fields` with the shapes that a single device would have.
 
     Args:
       state: a state of arrays or of shapes; only shapes are used.
@@ -113,7 +117,7 @@ def whole_fields(state: State, method: Sync) -> dict[str, Any]:
         "opt_state": lambda: jax.eval_shape(state.tx.init, state.params),
         "ema": lambda: state.params,
     }
-    return {name: shapes[name]() for name in own_fields(method)}
+    return {name: shapes[name]() for name in per_device_fields(method)}
 
 
 def saved_shapes(state: State, method: Sync, device_count: int) -> dict[str, Any]:
@@ -124,7 +128,7 @@ def saved_shapes(state: State, method: Sync, device_count: int) -> dict[str, Any
       method: the sync method of the run that wrote the checkpoint.
       device_count: number of devices of that run.
     """
-    own = whole_fields(state, method)
+    own = unsliced_shapes(state, method)
     return fields_of(state) | {
         name: method.saved_shapes(like, device_count) for name, like in own.items()
     }

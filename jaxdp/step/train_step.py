@@ -13,7 +13,7 @@ import optax
 from jax import lax
 
 from jaxdp.parallel.replicas import AXIS
-from jaxdp.step.ema import moved
+from jaxdp.step.ema import updated
 from jaxdp.step.objective import Batch, Objective
 from jaxdp.step.setup import Setup
 from jaxdp.step.state import State
@@ -53,7 +53,7 @@ def train_step(
     number of devices and micro-batches.
 
     Args:
-      state: equal on all devices, except for `state.own_fields`.
+      state: equal on all devices, except for `state.per_device_fields`.
       batch: this device's inputs and targets [steps, b, L] int32, weights [steps, b, L] float32;
         segments and positions [steps, b, L] int32 where documents are kept apart; stop and busy
         [steps, b] float32: whether this process was asked to stop, and for how many seconds it
@@ -97,10 +97,10 @@ def train_step(
     else:
         after, figures = lax.scan(step, state, batch)
     rates = figures.pop("learning_rate")
-    after, figures = method.agree(state, after, figures)
+    after, figures = method.synchronise(state, after, figures)
     if method.ema_decay:
-        part = method.part(after.params)
-        after = after.replace(ema=moved(ema, part, method.ema_decay, state.step, steps))
+        part = method.ema_slice(after.params)
+        after = after.replace(ema=updated(ema, part, method.ema_decay, state.step, steps))
     figures["loss"] /= jnp.maximum(figures["tokens"].sum(1), 1)
     return after, figures | {"learning_rate": rates}
 

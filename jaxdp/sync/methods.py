@@ -16,7 +16,7 @@ import optax
 from jax import lax
 from ml_collections import ConfigDict
 
-from jaxdp.common.choices import MOST, WHOLE_MATRICES
+from jaxdp.common.choices import MAX_INT32, NEEDS_FULL_MATRICES
 from jaxdp.common.errors import ConfigError
 from jaxdp.sync import reductions
 from jaxdp.sync.reductions import Figures, Tree
@@ -26,13 +26,13 @@ from jaxdp.sync.traffic import Collective, num_bytes
 class Sync:
     """gradient_mean: all devices make the same update, with the mean gradient.
 
-    A step is accumulate -> mean -> norm -> update; a round is `every` steps, then agree. Between
-    rounds the state is equal on all devices, except for opt_state with `own_opt_state` and ema with
-    `own_ema`: these are [N, ...], one entry per device.
+    A step is accumulate -> mean -> norm -> update; a round is `every` steps, then synchronise.
+    Between rounds the state is equal on all devices, except for opt_state with
+    `per_device_opt_state` and ema with `per_device_ema`: these are [N, ...], one entry per device.
     """
 
-    own_opt_state = False  # Each device has its own optimizer state.
-    own_ema = False  # Each device has its own slice of the parameters' EMA.
+    per_device_opt_state = False  # Each device has its own optimizer state.
+    per_device_ema = False  # Each device has its own slice of the parameters' EMA.
     has_outer = False  # An outer optimizer has state, so other methods can't resume from it.
     elementwise_only = False  # Each device updates slices of arrays, so no optimizer sees a matrix.
     same_on_any_devices = True  # On other numbers of devices only rounding differs.
@@ -50,7 +50,7 @@ class Sync:
     def check(cls, config: ConfigDict) -> None:
         """Raises ConfigError if other keys of a config don't go with this method."""
         c = config.sync
-        if cls.elementwise_only and config.optimizer.name in WHOLE_MATRICES:
+        if cls.elementwise_only and config.optimizer.name in NEEDS_FULL_MATRICES:
             raise ConfigError(
                 f"optimizer.name={config.optimizer.name!r} needs whole matrices, and "
                 f"sync.method={c.method!r} gives each device a slice of them: change one of the two"
@@ -82,7 +82,7 @@ class Sync:
     def max_devices(cls, config: ConfigDict) -> int:
         """Returns the largest number of devices that a config allows."""
         del config
-        return MOST
+        return MAX_INT32
 
     def init(self, tx: optax.GradientTransformation, params: Tree) -> tuple[Tree, Tree]:
         """Returns this device's opt_state, and the outer optimizer's state or ()."""
@@ -104,7 +104,7 @@ class Sync:
         """Returns the state after an optimizer step with this gradient."""
         return state.apply_gradients(grads=grads)
 
-    def agree(self, before: Any, after: Any, figures: Figures) -> tuple[Any, Figures]:
+    def synchronise(self, before: Any, after: Any, figures: Figures) -> tuple[Any, Figures]:
         """Ends a round: returns its synchronised state, and its figures summed over devices.
 
         `before` and `after` are the states at its start and end, figures are [steps, ...] each.
@@ -112,12 +112,12 @@ class Sync:
         del before
         return after, figures
 
-    def part(self, params: Tree) -> Tree:
+    def ema_slice(self, params: Tree) -> Tree:
         """Returns the slice of the parameters whose EMA this device keeps: here all of them."""
         return params
 
-    def whole(self, part: Tree, like: Tree) -> Tree:
-        """Puts the devices' slices together, the inverse of `part`; like: parameter shapes."""
+    def join_slices(self, part: Tree, like: Tree) -> Tree:
+        """Puts the devices' slices together, the inverse of `ema_slice`; like: parameter shapes."""
         del like
         return part
 
@@ -146,12 +146,12 @@ class Sync:
 class Sharded(Sync):
     """sharded: ZeRO stage 1 (Rajbhandari et al. 2020), for elementwise optimizers."""
 
-    own_opt_state = True
-    own_ema = True
+    per_device_opt_state = True
+    per_device_ema = True
     elementwise_only = True
 
     def init(self, tx, params):
-        return tx.init(self.part(params)), ()
+        return tx.init(self.ema_slice(params)), ()
 
     def mean(self, sums, figures):
         return reductions.scatter_mean(sums, figures, self.axis, self.config.dtype)
@@ -160,16 +160,16 @@ class Sharded(Sync):
         return jnp.sqrt(lax.psum(optax.tree.norm(grads, squared=True), self.axis))
 
     def update(self, state, grads):
-        mine = self.part(state.params)
+        mine = self.ema_slice(state.params)
         updates, opt_state = state.tx.update(grads, state.opt_state, mine)
         params = reductions.all_gather(optax.apply_updates(mine, updates), state.params, self.axis)
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state)
 
-    def part(self, params):
+    def ema_slice(self, params):
         cut = reductions.slices(params, lax.axis_size(self.axis))
         return jax.tree.map(lambda x: x[lax.axis_index(self.axis)], cut)
 
-    def whole(self, part, like):
+    def join_slices(self, part, like):
         return reductions.all_gather(part, like, self.axis)
 
     def save(self, own, like):
@@ -275,7 +275,7 @@ class ParameterMean(Sync):
     def mean(self, sums, figures):
         return reductions.divide(sums, figures), figures
 
-    def agree(self, before, after, figures):
+    def synchronise(self, before, after, figures):
         figures = lax.psum(figures, self.axis)
         figures["grad_norm"] /= lax.axis_size(self.axis)
         tokens = figures["tokens"].sum(0)
@@ -300,7 +300,7 @@ class ParameterMean(Sync):
 class DiLoCo(ParameterMean):
     """diloco: DiLoCo (Douillard et al. 2023); each device keeps its inner optimizer's moments."""
 
-    own_opt_state = True
+    per_device_opt_state = True
     has_outer = True
     starts_late = False
 

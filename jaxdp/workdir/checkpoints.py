@@ -13,7 +13,7 @@ from jaxdp.common.errors import ConfigError, RunError
 from jaxdp.common.files import first_line
 from jaxdp.parallel import processes
 from jaxdp.parallel.replicas import Replicas, to_local
-from jaxdp.step.state import State, fields_of, own_fields, saved_shapes, whole_fields
+from jaxdp.step.state import State, fields_of, per_device_fields, saved_shapes, unsliced_shapes
 from jaxdp.sync.methods import Sync
 from jaxdp.workdir import integrity
 from jaxdp.workdir.saver import Saver
@@ -80,7 +80,7 @@ class Checkpoints:
         if processes.is_main():
             extra = extra | {
                 "devices": self._replicas.device_count,
-                integrity.MARKS: integrity.marks(tree),
+                integrity.FINGERPRINTS: integrity.fingerprints_by_path(tree),
             }
             # With several processes, Orbax refuses arrays on the devices of one.
             tree = tree if jax.process_count() == 1 else jax.device_get(tree)
@@ -100,11 +100,11 @@ class Checkpoints:
           An empty string, or, in process 0, why it could not be saved and which checkpoint is the
           newest.
         """
-        self._saver.settle("trying once more")
+        self._saver.wait_for_save("trying once more")
         if self._last is not None and processes.from_main(self._saver.failure):
             step, extra, eval_loss = self._last
             self.save(step, state, extra, eval_loss)
-            self._saver.settle("")
+            self._saver.wait_for_save("")
         if self._last is None or not self._saver.failure:
             return ""
         newest = self.manager.latest_step()
@@ -184,7 +184,7 @@ class Checkpoints:
         has = "ema" in integrity.check_shapes(self._folder / str(step), like.params)
         if has != ("ema" in target):
             raise integrity.OtherModelError(f"the checkpoint has {'an' if has else 'no'} ema")
-        own = own_fields(self._method)
+        own = per_device_fields(self._method)
         target = {
             name: _on_host(tree) if name in own else self._replicas.global_shapes(tree)
             for name, tree in target.items()
@@ -193,20 +193,21 @@ class Checkpoints:
         with integrity.ending_reads():
             found = dict(self.manager.restore(step, args=args).state)
         shared = to_local({name: tree for name, tree in found.items() if name not in own})
-        integrity.check_marks(found | shared, extra[integrity.MARKS])
+        integrity.check_fingerprints(found | shared, extra[integrity.FINGERPRINTS])
         if int(shared["step"]) != step:
             raise ValueError(f"it was saved after step {int(shared['step'])}")
         count = self._replicas.device_count
         placed = {
-            name: self._replicas.put_own(self._method.load(found[name], count)) for name in own
+            name: self._replicas.put_per_device(self._method.load(found[name], count))
+            for name in own
         }
         return like.replace(**self._replicas.replicate(shared), **placed)
 
     def saved(self, state: State) -> dict[str, Any]:
         """Returns the arrays to save; if possible they don't depend on the number of devices."""
         tree = fields_of(state)
-        for name, like in whole_fields(state, self._method).items():
-            tree[name] = self._method.save(self._replicas.gather_own(tree[name]), like)
+        for name, like in unsliced_shapes(state, self._method).items():
+            tree[name] = self._method.save(self._replicas.gather_per_device(tree[name]), like)
         return tree
 
     def _set_aside(self, steps: list[int]) -> None:
@@ -234,7 +235,7 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Waits until everything is on disk, or reports why it can't be."""
-        self._saver.settle()
+        self._saver.wait_for_save()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -279,7 +280,7 @@ def load_params(
     if not steps:
         raise ConfigError(f"{folder} holds no checkpoint: train first, with the same --workdir")
     if which != "newest":
-        steps = [integrity.chosen(folder, steps, which)]
+        steps = [integrity.step_of(folder, steps, which)]
     other, damage = None, []
     for step in steps:
         try:
@@ -327,7 +328,7 @@ def _read_params(folder: Path, params: Any) -> tuple[Any, dict]:
         found = checkpointer.restore(
             folder, args=ocp.args.Composite(state=restore, extra=ocp.args.JsonRestore())
         )
-    integrity.check_marks({name: found.state[name]}, found.extra[integrity.MARKS])
+    integrity.check_fingerprints({name: found.state[name]}, found.extra[integrity.FINGERPRINTS])
     return found.state[name], found.extra
 
 

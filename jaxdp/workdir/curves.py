@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from jaxdp.common import png
-from jaxdp.common.choices import MOST
+from jaxdp.common.choices import MAX_INT32
 from jaxdp.common.errors import ConfigError, check_text, shown
 from jaxdp.common.terminal import quantity
 from jaxdp.data.eval_sets import NAME
@@ -91,7 +91,7 @@ def _curve(records: list[dict[str, Any]], name: str) -> Curve:
 
 
 def _plottable(step: int) -> bool:
-    return 0 <= step <= MOST
+    return 0 <= step <= MAX_INT32
 
 
 def _number(value: Any) -> bool:

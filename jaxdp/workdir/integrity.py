@@ -17,7 +17,7 @@ from jaxdp.common.errors import ConfigError, RunError
 from jaxdp.sync.fingerprints import fingerprints
 
 METRIC = "eval/loss"
-MARKS = "fingerprints"
+FINGERPRINTS = "fingerprints"
 
 
 @contextlib.contextmanager
@@ -82,7 +82,7 @@ def steps(folder: Path) -> list[Path]:
     return [path for path in folder.glob("*") if re.fullmatch("0|[1-9][0-9]*", path.name)]
 
 
-def marks(tree: Any) -> dict[str, int]:
+def fingerprints_by_path(tree: Any) -> dict[str, int]:
     """Computes a fingerprint of each array in a tree, by path."""
     leaves = jax.tree.leaves_with_path(tree)
     on_devices = [x for _, x in leaves if isinstance(x, jax.Array)]
@@ -93,9 +93,9 @@ def marks(tree: Any) -> dict[str, int]:
     return {name: int(mark) for name, mark in zip(names, found, strict=True)}
 
 
-def check_marks(tree: Any, expected: dict[str, int]) -> None:
+def check_fingerprints(tree: Any, expected: dict[str, int]) -> None:
     """Raises ValueError if an array's fingerprint is not the saved one."""
-    for name, mark in marks(tree).items():
+    for name, mark in fingerprints_by_path(tree).items():
         if expected[name] != mark:
             raise ValueError(f"{name} is not what was saved")
 
@@ -130,7 +130,7 @@ def _metric(checkpoint: Path) -> float | None:
         return None
 
 
-def chosen(folder: Path, steps: list[int], which: str) -> int:
+def step_of(folder: Path, steps: list[int], which: str) -> int:
     """Returns the step that `which` means: "best" by validation loss, or a number of steps.
 
     Raises:

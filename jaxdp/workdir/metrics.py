@@ -11,7 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from jaxdp.common.files import PatientFile, reason, write_whole
+from jaxdp.common.files import PatientFile, reason, write_atomically
 
 # tensorboardX imports PyTorch if it is installed, which takes seconds, and isn't needed here.
 _hidden = "torch" not in sys.modules
@@ -27,7 +27,7 @@ finally:
 JSONL = "metrics.jsonl"
 
 # Every metric that a run logs, and its meaning; docs/metrics.md shows this table.
-FIGURES = {
+METRICS = {
     "step": "optimizer steps done",
     "train/loss": "mean over all tokens since the last line, nats; steps whose loss isn't finite "
     "are left out",
@@ -81,8 +81,8 @@ class MetricsWriter:
         """Logs values at a step; all values of one step become one line of the file."""
         if not self._active:
             return
-        unknown = {re.sub("^eval/[^/]+/", "eval/", name) for name in values} - FIGURES.keys()
-        assert not unknown, f"not in FIGURES: {unknown}"
+        unknown = {re.sub("^eval/[^/]+/", "eval/", name) for name in values} - METRICS.keys()
+        assert not unknown, f"not in METRICS: {unknown}"
         if step != self._record.get("step"):
             self.flush()
         self._record |= {"step": step, **values}
@@ -176,7 +176,7 @@ def _drop_after(path: Path, step: int) -> None:
     if kept == lines[: len(kept)]:
         os.truncate(path, sum(map(len, kept)))  # Needs no room on a full disk.
     else:
-        write_whole(path, b"".join(kept).decode())
+        write_atomically(path, b"".join(kept).decode())
 
 
 def _finite(value: float | None) -> float | None:

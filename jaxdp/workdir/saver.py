@@ -45,15 +45,15 @@ class Saver:
         self.manager = self._open()
 
     def start(self, step: int, tree: Any, extra: dict, eval_loss: float | None) -> None:
-        """Starts to save, in process 0; `check` and `settle` report a failure."""
-        self.settle()
+        """Starts to save, in process 0; `check` and `wait_for_save` report a failure."""
+        self.wait_for_save()
         self._step, self.failure, self._under_way = step, "", True
         args = ocp.args.Composite(state=ocp.args.StandardSave(tree), extra=ocp.args.JsonSave(extra))
         # Infinity ranks worst: a checkpoint without a finite loss is kept only while it is new.
         finite = eval_loss is not None and math.isfinite(eval_loss)
         metrics = {METRIC: eval_loss if finite else math.inf}
         try:
-            files.require(self._folder, files.num_bytes(tree))
+            files.require_space(self._folder, files.num_bytes(tree))
             self.manager.save(step, args=args, metrics=metrics, force=True)
         except Exception as error:  # Orbax and TensorStore raise whatever they like.
             self._error = error
@@ -61,9 +61,9 @@ class Saver:
     def check(self) -> None:
         """Reports a save that has failed, without waiting for one in progress."""
         if self._under_way and (self._error or not self.manager.is_saving_in_progress()):
-            self.settle()
+            self.wait_for_save()
 
-    def settle(self, then: str | None = None) -> None:
+    def wait_for_save(self, then: str | None = None) -> None:
         """Waits for a save to end; if it failed, removes its files and reports it.
 
         Args:
@@ -91,7 +91,7 @@ class Saver:
 
     def close(self) -> None:
         """Waits for a save in progress, and ends Orbax's threads."""
-        self.settle("the run ends without it")
+        self.wait_for_save("the run ends without it")
         self._close()
 
     def _open(self) -> ocp.CheckpointManager:

@@ -101,9 +101,11 @@ def test_the_best_checkpoint_has_the_lowest_finite_loss(tmp_path):
             json.dumps({integrity.METRIC: loss})
         )
     (tmp_path / "9").mkdir()
-    assert integrity.chosen(tmp_path, [9, 8, 7, 6, 5, 4, 3, 2, 1], "best") == 5  # The newer of two.
+    assert (
+        integrity.step_of(tmp_path, [9, 8, 7, 6, 5, 4, 3, 2, 1], "best") == 5
+    )  # The newer of two.
     with pytest.raises(ConfigError, match=r"no checkpoint in .* has been evaluated"):
-        integrity.chosen(tmp_path, [9, 8, 7, 3, 1], "best")
+        integrity.step_of(tmp_path, [9, 8, 7, 3, 1], "best")
 
 
 @pytest.mark.parametrize("objective", ["causal", "masked"])

@@ -6,13 +6,13 @@ import pytest
 
 from jaxdp.common.errors import ConfigError
 from jaxdp.estimate import plan
-from jaxdp.step.setup import batch_sizes, splits
+from jaxdp.step.setup import batch_sizes, can_split
 from support.texts import REPOSITORY
 
 
 def test_device_counts_that_do_not_divide_are_those_that_are_refused(config):
     config.global_batch_size, config.grad_accum_steps = 24, 3
-    assert [n for n in plan.COUNTS if splits(config, n)] == [1, 2, 4, 8]
+    assert [n for n in plan.COUNTS if can_split(config, n)] == [1, 2, 4, 8]
     with pytest.raises(ConfigError):
         batch_sizes(config, 1, 16)
 

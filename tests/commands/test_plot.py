@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxdp.common import cli, png
-from jaxdp.common.choices import MOST
+from jaxdp.common.choices import MAX_INT32
 from jaxdp.common.errors import ConfigError
 from jaxdp.workdir import curves as plot
 from jaxdp.workdir.metrics import MetricsWriter
@@ -109,9 +109,9 @@ def test_many_points_are_drawn_behind_their_mean(tmp_path):
     assert mean.get_ydata().std() < raw.get_ydata().std() / 2
 
 
-@pytest.mark.parametrize("value", [0.0, -plot.MOST_FLOAT, plot.MOST_FLOAT, 5e-324, MOST])
+@pytest.mark.parametrize("value", [0.0, -plot.MOST_FLOAT, plot.MOST_FLOAT, 5e-324, MAX_INT32])
 def test_every_number_can_be_drawn(tmp_path, value):
-    records = [{"step": step, **dict.fromkeys(FIGURES, value)} for step in (0, MOST)]
+    records = [{"step": step, **dict.fromkeys(FIGURES, value)} for step in (0, MAX_INT32)]
     figure = plot.draw({"$x_{$": plot.curves(log(tmp_path, *records))})
     png.save(figure, "output", str(tmp_path / "plot.png"))
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")

@@ -7,7 +7,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from jaxdp.common import config as configs
-from jaxdp.common.choices import ADDED, CHOICES, RANGES
+from jaxdp.common.choices import CHOICES, NEW_KEYS, RANGES
 from jaxdp.common.errors import ConfigError
 from jaxdp.run import preflight
 from jaxdp.step import setup
@@ -140,7 +140,7 @@ def test_every_number_has_a_range():
 
 
 def test_every_check_is_of_a_key_that_exists():
-    assert set(CHOICES) | set(RANGES) | set(configs.NOT_IDENTITY) | set(ADDED) <= set(KEYS)
+    assert set(CHOICES) | set(RANGES) | set(configs.NOT_IDENTITY) | set(NEW_KEYS) <= set(KEYS)
     groups = {key.split(".")[0] for key in KEYS}
     assert set(configs.IDENTITY) <= set(KEYS) | groups
 
@@ -172,7 +172,7 @@ def test_a_saved_config_is_loaded_as_it_was(config, tmp_path):
 
 def test_a_config_of_before_keys_were_added_has_their_defaults(config, tmp_path):
     values = config.to_dict()
-    for key in ADDED:
+    for key in NEW_KEYS:
         group, _, name = key.rpartition(".")
         del (values[group] if group else values)[name]
     (tmp_path / "config.json").write_text(json.dumps(values))

@@ -4,7 +4,7 @@ import os
 import pytest
 
 from jaxdp.common.errors import ConfigError
-from jaxdp.common.files import PatientFile, reason, write_whole
+from jaxdp.common.files import PatientFile, reason, write_atomically
 from support.processes import limited
 
 
@@ -66,7 +66,7 @@ def test_reasons_are_the_systems():
 
 def test_a_file_that_has_no_room_stays_as_it_was(tmp_path):
     path = tmp_path / "config.json"
-    write_whole(path, "old")
+    write_atomically(path, "old")
     with limited(0, 2), pytest.raises(ConfigError, match=r"config.json can't be written \(File "):
-        write_whole(path, "new and longer")
+        write_atomically(path, "new and longer")
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]

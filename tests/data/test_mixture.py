@@ -39,7 +39,7 @@ def test_each_source_is_within_one_of_its_share_after_any_number_of_turns(shares
         for count, share in zip(row, shares, strict=True):
             assert abs(count * sum(shares) - share * now) < sum(shares)
     for source, share in enumerate(shares):
-        assert turns.ranks[turns.turns == source].tolist() == list(range(share))
+        assert turns.earlier_turns[turns.turns == source].tolist() == list(range(share))
 
 
 @pytest.mark.parametrize(

@@ -59,8 +59,8 @@ def test_steps_of_a_round_stay_in_order():
 
 def test_each_device_gets_its_own_and_gives_it_back():
     replicas = Replicas(jax.local_devices()[:4])
-    own = replicas.put_own({"x": np.arange(12).reshape(4, 3)})
+    own = replicas.put_per_device({"x": np.arange(12).reshape(4, 3)})
     assert [int(s.data[0, 0]) for s in own["x"].addressable_shards] == [0, 3, 6, 9]
     step = replicas.pmap(lambda s, _: s + 1, state_axes=0, out_axes=0)
-    back = replicas.gather_own(step(own["x"], replicas.shard(np.zeros(4))))
+    back = replicas.gather_per_device(step(own["x"], replicas.shard(np.zeros(4))))
     assert (back == np.arange(12).reshape(4, 3) + 1).all()

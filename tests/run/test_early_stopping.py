@@ -8,14 +8,14 @@ from hypothesis import strategies as st
 
 from jaxdp.run import loop
 from jaxdp.run.divergence import Divergence
-from jaxdp.run.early_stopping import Stopping
+from jaxdp.run.early_stopping import EarlyStopping
 from support.bad_input import tries
 from support.runs import figures, params_of, train_in_parts
 
 
 def judged(config, losses, patience=3, min_delta=0.0):
     config.stop.update({"patience": patience, "min_delta": min_delta})
-    stopping = Stopping(config)
+    stopping = EarlyStopping(config)
     for step, loss in enumerate(losses, 1):
         stopping.add(step, loss)
     return stopping
@@ -60,7 +60,7 @@ def test_small_improvements_count_together_but_not_each(config):
 def test_it_goes_on_as_if_it_had_not_been_interrupted(config, losses, cut, patience, min_delta):
     whole = judged(config, losses, patience, min_delta)
     saved = json.loads(json.dumps(judged(config, losses[:cut], patience, min_delta).to_json()))
-    parts = Stopping(config)
+    parts = EarlyStopping(config)
     parts.load(saved)
     for step, loss in list(enumerate(losses, 1))[cut:]:
         parts.add(step, loss)
@@ -101,13 +101,15 @@ def test_what_is_taken_back_is_not_waited_for(overfitting, tmp_path, monkeypatch
     config.divergence.max_bad_steps = 1
     config.optimizer.learning_rate = 0.0  # So that no evaluation is better than the first.
     config.stop.patience = 6
-    add, judge = Stopping.add, Divergence.add
+    add, judge = EarlyStopping.add, Divergence.add
 
     def spoiled(self, end, losses, skipped):
         judge(self, end, losses, [float(self.rollbacks == 0 and end == 14)] * len(losses))
 
     monkeypatch.setattr(Divergence, "add", spoiled)
-    monkeypatch.setattr(Stopping, "add", lambda self, *a: add(self, *a) or seen.append(self.waited))
+    monkeypatch.setattr(
+        EarlyStopping, "add", lambda self, *a: add(self, *a) or seen.append(self.waited)
+    )
     result = loop.train(config, tmp_path, devices=jax.local_devices()[:1])
     # Up to step 12, then back to step 10, with the evaluation of step 14.
     assert seen == [0, 1, 2, 3, 4, 5, 5] and result.finished

@@ -8,7 +8,7 @@ import pytest
 
 from jaxdp.common.errors import ConfigError
 from jaxdp.run import evaluation, loop
-from jaxdp.step.ema import keep, moved
+from jaxdp.step.ema import decay_over, updated
 from jaxdp.sync.methods import METHODS
 from jaxdp.workdir.checkpoints import load_params
 from support.runs import after, figures
@@ -27,7 +27,7 @@ def train(config, devices, steps=6):
         part = list(itertools.islice(waiting, program.round_length(done)))
         state, _ = program(done, state, replicas.shard_steps(part))
         after.append((done + len(part), jax.device_get(state.params)))
-    return after, jax.device_get(program.to_evaluate(state))
+    return after, jax.device_get(program.eval_params(state))
 
 
 def by_hand(after, decay):
@@ -60,12 +60,12 @@ def test_it_is_what_its_definition_says(config, method):
 @pytest.mark.parametrize("steps", [1, 7])
 def test_a_round_is_its_steps_with_the_same_parameters(steps):
     ema, params = {"a": np.float32(1)}, {"a": np.float32(3)}
-    once = moved(ema, params, 0.9, np.int32(4), steps)
+    once = updated(ema, params, 0.9, np.int32(4), steps)
     for step in range(steps):
-        ema = moved(ema, params, 0.9, np.int32(4 + step), 1)
+        ema = updated(ema, params, 0.9, np.int32(4 + step), 1)
     assert_close(once, ema)
-    assert keep(0.9, np.int32(10**9), 1) == np.float32(0.9)
-    assert keep(0.9, np.int32(0), 1) == pytest.approx(2 / 11)
+    assert decay_over(0.9, np.int32(10**9), 1) == np.float32(0.9)
+    assert decay_over(0.9, np.int32(0), 1) == pytest.approx(2 / 11)
 
 
 @pytest.mark.parametrize("method", ["gradient_mean", "sharded"])
@@ -92,7 +92,7 @@ def test_each_device_holds_its_part_where_it_holds_that_of_the_moments(config):
 def test_without_it_nothing_is_kept(config):
     program, _, state = start(config, 2)
     assert not jax.tree.leaves(state.ema)
-    assert program.to_evaluate(state) is state.params
+    assert program.eval_params(state) is state.params
 
 
 def test_a_skipped_update_leaves_it_finite(config):
