@@ -22,7 +22,7 @@ from jaxdp.parallel.replicas import Replicas, prefetch
 from jaxdp.run import preflight
 from jaxdp.step.objective import Objective
 from jaxdp.step.setup import batch_sizes, setup_of_feeds, validate
-from jaxdp.workdir import checkpoints
+from jaxdp.workdir import parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +165,7 @@ def evaluate_checkpoint(
             preflight.check_tokens(feed, step, extra)
 
     said = {"tokenizer": tokenizer.digest(feed.cache.tokenizer)}
-    params, step = checkpoints.load_params(
+    params, step = parameters.load_params(
         workdir, parameter_shapes(setup.model), said, say, which=which, check=fits
     )
     p_eval_step = compiled(setup.model, setup.objective, replicas)

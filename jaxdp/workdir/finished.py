@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from jaxdp.common import config as configs
 from jaxdp.data import tokenizer
 from jaxdp.model.transformer import ModelConfig, Transformer, parameter_shapes
-from jaxdp.workdir import checkpoints
+from jaxdp.workdir import parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,10 +31,10 @@ class Trained:
     model: Transformer = dataclasses.field(repr=False)
 
     def params(self, which: str, report: Callable[[str], None]) -> tuple[Any, int]:
-        """Reads a checkpoint's parameters; also returns its step. See `checkpoints.load_params`."""
-        said = {"tokenizer": tokenizer.digest(self.words)}
+        """Reads a checkpoint's parameters; also returns its step. See `parameters.load_params`."""
+        expected = {"tokenizer": tokenizer.digest(self.words)}
         shapes = parameter_shapes(self.model)
-        return checkpoints.load_params(self.workdir, shapes, said, report, which=which)
+        return parameters.load_params(self.workdir, shapes, expected, report, which=which)
 
 
 def open_workdir(workdir: Path) -> Trained:

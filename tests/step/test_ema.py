@@ -10,7 +10,7 @@ from jaxdp.common.errors import ConfigError
 from jaxdp.run import evaluation, loop
 from jaxdp.step.ema import decay_over, updated
 from jaxdp.sync.methods import METHODS
-from jaxdp.workdir.checkpoints import load_params
+from jaxdp.workdir.parameters import load_params
 from support.runs import after, figures
 from support.steps import batches, bits, choose, start
 

@@ -20,7 +20,7 @@ from jaxdp.common import config as configs
 from jaxdp.common.errors import ConfigError, RunError
 from jaxdp.data.cache import open_cache
 from jaxdp.run import preflight
-from jaxdp.workdir import checkpoints, metrics
+from jaxdp.workdir import metrics, parameters
 from jaxdp.workdir.generation import generate
 from support.bad_input import (
     ARGUMENTS,
@@ -191,7 +191,7 @@ def check_checkpoints(kind: str, workdir: Path, config) -> list[str]:
     TRIED[kind] += 2
     before, reports = contents(workdir), []
     try:
-        params, step = checkpoints.load_params(workdir, state_of(0).params, report=reports.append)
+        params, step = parameters.load_params(workdir, state_of(0).params, report=reports.append)
     except (ConfigError, RunError) as error:
         assert_clear(str(error))
     else:
@@ -263,7 +263,7 @@ def test_a_checkpoint_of_other_shapes_is_refused_by_name(two, config):
     with open_checkpoints(two, config) as opened, pytest.raises(ConfigError, match=message):
         opened.restore(other)
     with pytest.raises(ConfigError, match=message):
-        checkpoints.load_params(two, other.params)
+        parameters.load_params(two, other.params)
     assert contents(two) == before
 
 

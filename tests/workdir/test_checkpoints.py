@@ -10,7 +10,8 @@ from jaxdp.parallel.replicas import AXIS, Replicas
 from jaxdp.step.setup import make_setup
 from jaxdp.step.state import abstract_state, saved_shapes, state_axes
 from jaxdp.sync.methods import METHODS
-from jaxdp.workdir.checkpoints import Checkpoints, load_params
+from jaxdp.workdir.checkpoints import Checkpoints
+from jaxdp.workdir.parameters import load_params
 from support.checkpoints import open_checkpoints, state_of, two_checkpoints
 from support.steps import VOCAB
 from support.steps import start as begin
