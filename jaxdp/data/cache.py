@@ -30,9 +30,8 @@ from jaxdp.data.layout import SPLITS, DamagedError
 from jaxdp.data.sources import Source, ValidationOnly, get_sources
 
 FORMAT = 2  # Raise it when the same config would give other tokens than before.
-VERIFY_UP_TO = (
-    2**30
-)  # The largest cache whose content is checked: reading it takes a second or two.
+# The largest cache whose content is checked: reading it takes a second or two.
+VERIFY_UP_TO = 2**30
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,7 +27,7 @@ def load_params(
     Args:
       workdir: the folder of a run.
       params: a pytree of arrays, or of their shapes and dtypes.
-      expected: {key: value} that the JSON saved with them must hold; keys missing there are accepted.
+      expected: {key: value} that the JSON saved with them must hold, unless it lacks the key.
       report: called with a line of text about a damaged checkpoint.
       which: "newest" that is intact, "best" by validation loss, or a number of steps.
       check: called with (step, JSON saved with it); raises ConfigError if it is of another run.
