@@ -1,14 +1,14 @@
-"""Speed of the data pipeline alone, side by side with grain where it is installed.
+"""Compares the speed of the data pipeline alone with grain, where grain is installed.
 
     pip install grain
     python benchmarks/data.py --config=configs/quickstart.py
 
-All read the same token cache and make the same shapes, in shuffled order: inputs, targets and
-weights [batch, seq_len] for one process. Each contestant is a process of its own, with its default
-threads and buffers. They take turns, some batches each (more than the 500 that grain buffers), so
-that what else the machine does hits all of them alike, and who is not in turn is stopped, lest
-buffers fill on another's time. A ratio is the median over turns of the speeds within one; a core is
-a second of CPU time, of all of its threads.
+All read the same token cache and make batches of the same shapes, in shuffled order: inputs,
+targets and weights [batch, seq_len] for one process. Each contestant is a process of its own, with
+its default threads and buffers. They take turns of more batches than the 500 that grain buffers, so
+that other load on the machine affects all of them alike. Between its turns a contestant is stopped,
+so that it can't fill buffers in another's time. A ratio is the median over turns of the ratios
+within a turn; "per core" is per second of CPU time, summed over threads.
 """
 
 import importlib.util
@@ -28,16 +28,16 @@ from jaxdp.data.cache import TokenCache, open_cache
 from jaxdp.data.feed import Feed
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config().")
-TURN = flags.DEFINE_integer("batches", 2000, "Batches in a turn.")
-TURNS = flags.DEFINE_integer("turns", 15, "Turns.")
+TURN = flags.DEFINE_integer("batches", 2000, "Number of batches in a turn.")
+TURNS = flags.DEFINE_integer("turns", 15, "Number of turns.")
 SERVE = flags.DEFINE_string("serve", "", "Be this contestant (internal).")
 
 
 class Contestant:
-    """A process that makes batches when it is told to, and is stopped otherwise."""
+    """A process that makes batches in its turn, and is stopped otherwise."""
 
     def __init__(self, name: str):
-        """Starts it and waits until it is warm."""
+        """Starts the process, and waits until it is warm."""
         arguments = [sys.executable, *sys.argv, f"--serve={name}"]
         self._process = subprocess.Popen(
             arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -48,7 +48,7 @@ class Contestant:
         self._process.send_signal(signal.SIGSTOP)
 
     def __call__(self) -> tuple[float, float]:
-        """Seconds, and CPU seconds, of one turn."""
+        """Runs one turn; returns its seconds and CPU seconds."""
         self._process.send_signal(signal.SIGCONT)
         self._process.stdin.write("\n")
         self._process.stdin.flush()
@@ -57,13 +57,13 @@ class Contestant:
         return seconds, cpu
 
     def end(self) -> None:
-        """Ends it."""
+        """Ends the process."""
         self._process.kill()
         self._process.wait()
 
 
 def main() -> int:
-    """Times, prints a table."""
+    """Times all contestants, and prints a table."""
     config = cli.given_config(CONFIG)
     config.num_train_steps = 10**9
     if SERVE.value:
@@ -95,7 +95,7 @@ def main() -> int:
 
 
 def serve(config, name: str) -> int:
-    """Makes batches for each line of stdin, and prints the seconds and CPU seconds."""
+    """Runs a turn for each line of stdin, and prints its seconds and CPU seconds."""
     batches = grains(config) if name == "grain" else ours(config, name)
     take(batches, 2 * TURN.value)
     print("ready", flush=True)
@@ -105,7 +105,7 @@ def serve(config, name: str) -> int:
 
 
 def take(batches: Iterator, count: int) -> tuple[float, float]:
-    """Seconds, and CPU seconds of all threads, that so many batches take."""
+    """Takes `count` batches; returns seconds, and CPU seconds of all threads."""
     began, cpu = time.perf_counter(), time.process_time()
     for batch in itertools.islice(batches, count):
         assert batch["weights"].dtype == np.float32
@@ -113,14 +113,14 @@ def take(batches: Iterator, count: int) -> tuple[float, float]:
 
 
 def ours(config, packing: str) -> Iterator:
-    """The batches of a run."""
+    """Returns the batches of a run with the given data.packing."""
     config = config.copy_and_resolve_references()
     config.data.packing = packing
     return Feed(config, open_cache(config)).train(0)
 
 
 def grains(config) -> Iterator:
-    """The same windows by grain: a map over a shuffled, repeated source, batched."""
+    """Returns the same windows from grain: a shuffled, repeated source, mapped and batched."""
     import grain
 
     cache: TokenCache = open_cache(config)

@@ -1,9 +1,9 @@
-"""Does memory stay flat over a long run, and do its files stay few?
+"""Shows whether memory stays flat over a long run, and files stay few.
 
     python benchmarks/endurance.py --steps=20000 --devices=2 --workdir=runs/endurance
 
-A small model, many steps, with evaluations and checkpoints: the host's memory (resident), that of
-the devices (the bytes of all live arrays) and threads, 20 times on the way; at the end the files.
+Trains a small model for many steps, with evaluations and checkpoints. Prints 20 times the host's
+resident memory, the devices' memory (bytes of all live arrays) and the threads; then the files.
 """
 
 import argparse
@@ -18,13 +18,13 @@ from jaxdp.run import loop
 
 
 def resident_mb() -> float:
-    """This process's memory that is in use."""
+    """Returns the resident memory of this process in MB."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 def main() -> None:
-    """Trains, and prints what it sees."""
+    """Trains, and prints memory, threads, and files."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=20_000)
     parser.add_argument("--devices", type=int, default=2, help="forced CPU devices, without a GPU")

@@ -1,16 +1,16 @@
-"""Correctness, speed and limits on one GPU, side by side with nanoGPT compiled, in one command.
+"""Measures correctness, speed and limits on one GPU, and compares them with compiled nanoGPT.
 
     git clone https://github.com/karpathy/nanoGPT
     python -m venv torch-venv && torch-venv/bin/pip install torch numpy
     python benchmarks/gpu.py --nanogpt=nanoGPT --torch_python=torch-venv/bin/python > gpu.md
-    python benchmarks/gpu.py --rehearse     # all of it on a CPU, tiny: no figure means anything
+    python benchmarks/gpu.py --rehearse     # all of it on a CPU, tiny: the figures mean nothing
 
-First whether what is fast is right: attention by the GPU's kernel against XLA's in float32, and a
-run's losses in bfloat16 against float32; if they are not, it ends there. Then GPT-2 in three sizes,
-in bfloat16, on random tokens: each contestant is a process of its own, warm, and they train in
-turns; a ratio is the median over turns. Then sweeps over batch and remat, width of heads, chunks of
-the loss and XLA's flags, and what just fits. Our steps are those of a real run but for the input
-pipeline: batches lie in the host's memory. Where time is short, --parts does some of it.
+First it checks results: attention by the GPU's kernel against XLA's in float32, and a run's losses
+in bfloat16 against float32; if they are wrong, it ends. Then it trains GPT-2 in three sizes, in
+bfloat16, on random tokens. Each contestant is a warm process of its own, and they train in turns; a
+ratio is the median over turns. Then it sweeps over batch size and remat, head width, loss chunks
+and XLA flags, and looks for the largest sizes that fit. Our steps are those of a real run without
+the input pipeline: batches are in the host's memory. If time is short, choose some of --parts.
 """
 
 import datetime
@@ -52,21 +52,23 @@ from jaxdp.estimate import scaling
 from jaxdp.parallel.replicas import Replicas
 from jaxdp.run import figures
 
-NANOGPT = flags.DEFINE_string("nanogpt", None, "A checkout of nanoGPT; None: no comparison.")
+NANOGPT = flags.DEFINE_string("nanogpt", None, "A checkout of nanoGPT; without it, no comparison.")
 TORCH_PYTHON = flags.DEFINE_string("torch_python", None, "A Python that has PyTorch.")
-STEPS = flags.DEFINE_integer("steps", 20, "Steps in a turn.")
-TURNS = flags.DEFINE_integer("turns", 7, "Turns.")
+STEPS = flags.DEFINE_integer("steps", 20, "Number of steps in a turn.")
+TURNS = flags.DEFINE_integer("turns", 7, "Number of turns.")
 SERVE = flags.DEFINE_string("serve", None, "Be a contestant with these keys, JSON (internal).")
 PARTS = flags.DEFINE_list(
     "parts",
     ["checks", *(x for name in MODELS for x in (name, f"{name} sweep")), "limits"],
-    "What to do of it, by the names that are the default.",
+    "The parts to run; all of them by default.",
 )
-ASK = flags.DEFINE_bool("ask", False, "Print what the parent wants to know, JSON (internal).")
+ASK = flags.DEFINE_bool(
+    "ask", False, "Print kind, peak and attention errors of the GPU, JSON (internal)."
+)
 
 
 def main() -> int:
-    """Prints the document, or serves."""
+    """Prints the document, or answers its parent process."""
     if SERVE.value:
         turns.run(serve)
         return 0
@@ -75,7 +77,7 @@ def main() -> int:
         peak = figures.peak_flops(gpu)
         print(json.dumps({"kind": gpu.device_kind, "peak": peak, "errors": errors}))
         return 0
-    jax.config.update("jax_platforms", "cpu")  # The GPU is for the others.
+    jax.config.update("jax_platforms", "cpu")  # Child processes use the GPU.
     print(introduction())
     for line in itertools.chain.from_iterable(parts()):
         print(line, flush=True)
@@ -84,13 +86,13 @@ def main() -> int:
 
 @functools.cache
 def device() -> dict[str, Any]:
-    """Of the GPU: kind, peak (FLOP/s) and errors (of attention)."""
+    """Returns the GPU's kind, peak (FLOP/s), and errors of attention, from a child process."""
     answer = subprocess.check_output([*this(), "--ask"], text=True, env=environment())
     return json.loads(answer)
 
 
 def introduction() -> str:
-    """How the document came about."""
+    """Returns the head of the document: how it was made."""
     unmeasured = "\n**A rehearsal on a CPU: no figure here means anything.**\n"
     return f"""# On a GPU
 {unmeasured * REHEARSE.value}
@@ -99,7 +101,7 @@ Made by `python benchmarks/gpu.py {" ".join(sys.argv[1:])}` on {datetime.date.to
 
 
 def serve() -> None:
-    """Our contestant: trains so many steps as each line of stdin says."""
+    """Runs our contestant: trains as many steps as each line of stdin says."""
     cli.prepare_jax()
     keys = json.loads(SERVE.value)
     batch = keys.pop("batch")
@@ -118,13 +120,13 @@ def serve() -> None:
 
 
 def ours(keys: dict, batch: int, xla_flags: str = "") -> Contestant:
-    """Starts it."""
+    """Starts our contestant."""
     served = f"--serve={json.dumps(keys | {'batch': batch})}"
     return Contestant(*this(), served, **environment(xla_flags))
 
 
 def theirs(keys: dict, batch: int, tokens: Path) -> Contestant:
-    """Starts nanoGPT, compiled."""
+    """Starts nanoGPT's contestant, compiled."""
     settings = steps.peer_settings(model_config(keys, batch), vocab()) | {
         "nanogpt": NANOGPT.value,
         "tokens": str(tokens),
@@ -136,7 +138,7 @@ def theirs(keys: dict, batch: int, tokens: Path) -> Contestant:
 
 
 def measured(start: dict[str, Callable[[], Contestant]]) -> dict[str, tuple[np.ndarray, float]]:
-    """Seconds per step in each turn, and peak bytes, of those whose memory suffices."""
+    """Runs contestants in turns; returns seconds per step and peak bytes of those that fit."""
     running, seconds = {}, {}
     try:
         for name, begin in start.items():
@@ -154,7 +156,7 @@ def measured(start: dict[str, Callable[[], Contestant]]) -> dict[str, tuple[np.n
 
 
 def cells(config: ConfigDict, seconds: np.ndarray, peak: float) -> str:
-    """Tokens per second, MFU, memory."""
+    """Formats the cells of a table: tokens per second, MFU, memory."""
     rate = config.global_batch_size * config.seq_len / np.median(seconds)
     flops = rate * scaling.step_flops(config, vocab(), 1)[0]
     used = f"{flops / device()['peak']:.1%}" if device()["peak"] else "unknown"
@@ -162,7 +164,7 @@ def cells(config: ConfigDict, seconds: np.ndarray, peak: float) -> str:
 
 
 def parts() -> Iterator[Iterator[str]]:
-    """Those that are asked for."""
+    """Yields the lines of each part in --parts."""
     if "checks" in PARTS.value:
         yield from (attention_rows(device()["errors"]), loss_rows())
     for name, (keys, batches) in some(MODELS):
@@ -175,7 +177,7 @@ def parts() -> Iterator[Iterator[str]]:
 
 
 def peer_rows(name: str, keys: dict, batch: int) -> Iterator[str]:
-    """Both at one batch, in turns."""
+    """Yields a table of both contestants at one batch size, in turns."""
     config = model_config(keys, batch)
     yield f"\n## {name}, context {config.seq_len}\n\nIn turns, {batch} sequences a step:\n"
     yield "| | tokens/s | MFU | GiB | speed / nanoGPT |\n|---|---|---|---|---|"
@@ -196,7 +198,7 @@ def peer_rows(name: str, keys: dict, batch: int) -> Iterator[str]:
 
 
 def sweep_rows(name: str, keys: dict, batches: tuple[int, ...]) -> Iterator[str]:
-    """Ours alone: by batch and remat, and what else may be faster."""
+    """Yields a table of ours alone, by batch size and remat, and with other settings."""
     yield f"\n## {name}, other settings\n"
     yield "| sequences | | tokens/s | MFU | GiB |\n|---|---|---|---|---|"
     tried = [
@@ -213,7 +215,7 @@ def sweep_rows(name: str, keys: dict, batches: tuple[int, ...]) -> Iterator[str]
 
 
 def limits() -> Iterator[Iterator[str]]:
-    """The longest sequence and the largest model, one at a time, with what saves memory."""
+    """Yields tables up to the longest sequence and the largest model that fit."""
     saving = {"remat": True, "loss_chunks": 8}
     longer = {f"{n:,} tokens": saving | {"seq_len": n} for n in SEQUENCES}
     larger = {name: saving | keys for name, keys in LARGER.items()}
@@ -222,7 +224,7 @@ def limits() -> Iterator[Iterator[str]]:
 
 
 def fitting_rows(title: str, tried: dict[str, dict]) -> Iterator[str]:
-    """From the smallest on, until the memory does not suffice."""
+    """Yields a table from the smallest size on, until memory runs out."""
     yield f"\n## {title}\n\nOne sequence a step, model.remat, loss_chunks=8.\n"
     yield "| | tokens/s | MFU | GiB |\n|---|---|---|---|"
     for name, keys in some(tried):

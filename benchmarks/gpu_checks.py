@@ -1,4 +1,4 @@
-"""Whether what is fast on a GPU is right; `gpu.py` goes no further if it isn't."""
+"""Checks that fast code gives right results on a GPU; `gpu.py` ends if it doesn't."""
 
 import subprocess
 import sys
@@ -15,7 +15,7 @@ from jaxdp.workdir.metrics import read_jsonl
 
 
 def attention_errors() -> dict[str, float]:
-    """By model: the worst relative error of bfloat16 attention or one of its gradients."""
+    """Returns, by model, the largest relative error of bfloat16 attention and its gradients."""
     found = {}
     for name, (keys, batches) in MODELS.items():
         config = model_config(keys, batches[0])
@@ -24,7 +24,7 @@ def attention_errors() -> dict[str, float]:
         exact = [jax.random.normal(key, shape) for key in jax.random.split(jax.random.key(0), 4)]
         rounded = [x.astype("bfloat16") for x in exact]
         kernel = attention.kernel("bfloat16", shape[-1], masked=False)
-        with jax.default_matmul_precision("highest"):  # A GPU's float32 can be TF32 otherwise.
+        with jax.default_matmul_precision("highest"):  # Else a GPU may use TF32 for float32.
             expected = attended(*[x.astype("float32") for x in rounded])
         pairs = zip(attended(*rounded), expected, strict=True)
         errors = (np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in pairs)
@@ -43,22 +43,22 @@ def _attended(query, key, value, weights):
 
 
 def attended(*arrays: jax.Array) -> list[np.ndarray]:
-    """Attention, and the gradients of a weighted sum of it, as float32."""
+    """Computes attention, and the gradients of a weighted sum of it, as float32."""
     return [np.asarray(x, np.float32) for x in _attended(*arrays)]
 
 
 def attention_rows(errors: dict[str, float]) -> Iterator[str]:
-    """Ends the benchmark where an error is more than rounding to 8 bits makes it."""
+    """Yields a table of errors; ends the benchmark if one exceeds the rounding to bfloat16."""
     yield "\n## Attention in bfloat16 against XLA's in float32\n"
-    yield "| model (kernel) | relative error of results and gradients, the worst |\n|---|---|"
+    yield "| model (kernel) | largest relative error of results and gradients |\n|---|---|"
     for name, error in errors.items():
         yield f"| {name} | {error:.4f} |"
-        if not error < 0.02:  # bfloat16 rounds to 2^-9; a handful of such roundings meet.
+        if not error < 0.02:  # bfloat16 rounds to 2^-9; a few such errors add up.
             raise SystemExit(f"attention is wrong: {name}, relative error {error}")
 
 
 def loss_rows() -> Iterator[str]:
-    """Trains the quickstart in both types; ends the benchmark where losses go apart."""
+    """Yields a table of losses in float32 and bfloat16; ends the benchmark if they differ."""
     count = 60 if REHEARSE.value else 400
     keys = [f"--config.num_train_steps={count}", f"--config.eval_every={count}"]
     keys += [f"--config.log_every={count // 20}", f"--config.checkpoint.every={count}"]
@@ -82,4 +82,4 @@ def loss_rows() -> Iterator[str]:
         yield f"| {step} | {curves[0][step]:.4f} | {curves[1][step]:.4f} |"
     ends = [np.mean(list(curve.values())[-5:]) for curve in curves]
     if not abs(ends[1] - ends[0]) < 0.05:
-        raise SystemExit(f"bfloat16 learns something else: {ends[0]:.3f}, {ends[1]:.3f}")
+        raise SystemExit(f"losses differ: float32 {ends[0]:.3f}, bfloat16 {ends[1]:.3f}")

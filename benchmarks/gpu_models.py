@@ -1,4 +1,4 @@
-"""What `gpu.py` trains, and in what kind of process; in a rehearsal, on a CPU and tiny."""
+"""The models and settings that `gpu.py` measures, and the environment of its processes."""
 
 import functools
 import os
@@ -11,10 +11,10 @@ from ml_collections import ConfigDict
 
 from jaxdp.configs import gpt2_124m
 
-REHEARSE = flags.DEFINE_bool("rehearse", False, "On a CPU, with tiny models.")
+REHEARSE = flags.DEFINE_bool("rehearse", False, "Run on a CPU, with tiny models.")
 
 VOCAB = 50304  # GPT-2's, padded as in nanoGPT.
-# What replaces the keys of configs/gpt2_124m.py, and sequences per batch.
+# Values that replace keys of configs/gpt2_124m.py, and sequences per batch.
 MODELS = {
     "GPT-2 124M": ({}, (8, 16, 32, 64)),
     "GPT-2 350M": ({"num_layers": 24, "num_heads": 16, "embed_dim": 1024}, (4, 8, 16, 32)),
@@ -28,7 +28,7 @@ REMAT = {
     "remat": {"remat": True},
     "remat, scan": {"remat": True, "scan_layers": True},
 }
-# Tried one by one at the batch of the comparison, where the installed XLA knows them.
+# Tried one by one at the comparison's batch size, if the installed XLA knows them.
 XLA_FLAGS = (
     "--xla_gpu_enable_latency_hiding_scheduler=true",
     "--xla_gpu_triton_gemm_any=true",
@@ -40,20 +40,20 @@ LARGER = {
     f"{layers} x {width}": {"num_layers": layers, "num_heads": width // 64, "embed_dim": width}
     for layers, width in ((36, 1280), (48, 1600), (32, 2560), (32, 3200), (32, 4096), (40, 5120))
 }
-# In place of all of these, where only the way through is tried.
+# Replaces every model in a rehearsal, which only tries the code.
 TINY = {"num_layers": 1, "num_heads": 2, "embed_dim": 16, "seq_len": 32}
 
 
 def this() -> list[str]:
-    """The command that this is, for a process that has the GPU to itself."""
+    """Returns the command line of this process, to start a child that uses the GPU."""
     return [sys.executable, *sys.argv]
 
 
 def environment(xla_flags: str = "") -> dict[str, str]:
-    """Of all processes: they share the device's memory as they need it, and one device.
+    """Returns the environment of child processes: one device, memory allocated on demand.
 
     Args:
-      xla_flags: beside those of the environment.
+      xla_flags: XLA flags to add to those in the environment.
     """
     given = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags}".strip()
     own = {"XLA_FLAGS": given} if given else {}
@@ -63,7 +63,7 @@ def environment(xla_flags: str = "") -> dict[str, str]:
 
 
 def model_config(keys: dict, batch: int) -> ConfigDict:
-    """GPT-2's config with other keys, in steps of one micro-batch."""
+    """Returns GPT-2's config with some keys replaced, and one micro-batch per step."""
     config = gpt2_124m.get_config()
     keys = keys | (TINY if REHEARSE.value else {})
     for key in ("seq_len", "loss_chunks"):
@@ -74,7 +74,7 @@ def model_config(keys: dict, batch: int) -> ConfigDict:
 
 
 def variants(keys: dict) -> dict[str, tuple[dict, str]]:
-    """What else may be faster: other keys, and flags of XLA."""
+    """Returns settings that may be faster, by name: keys to replace, and XLA flags."""
     width = model_config(keys, 1).model.embed_dim
     known = [flag for flag in some(XLA_FLAGS) if _known(flag)]
     return {
@@ -85,17 +85,17 @@ def variants(keys: dict) -> dict[str, tuple[dict, str]]:
 
 @functools.cache
 def _known(flag: str) -> bool:
-    """Whether the installed XLA has a flag: one that it hasn't ends the process."""
+    """Returns whether the installed XLA knows a flag; an unknown one ends the process."""
     start = [sys.executable, "-c", "import jax; jax.devices('cpu')"]
     return subprocess.run(start, env=environment(flag), capture_output=True).returncode == 0
 
 
 def some(things: Any) -> list[Any]:
-    """Those of a tuple, or the items of a dict; for a rehearsal the first only."""
+    """Returns the elements of a tuple, or items of a dict; in a rehearsal only the first."""
     found = list(things.items() if isinstance(things, dict) else things)
     return found[:1] if REHEARSE.value else found
 
 
 def vocab() -> int:
-    """The models' vocabulary size."""
+    """Returns the vocabulary size of the models."""
     return 256 if REHEARSE.value else VOCAB

@@ -1,9 +1,9 @@
-"""Logits of Hugging Face's transformers and of jaxdp, from the same weights, at published sizes.
+"""Compares logits of Hugging Face's transformers and jaxdp from the same weights, in full size.
 
     python benchmarks/logits.py      # float32 on a CPU; about 3 GB of memory, minutes
 
-The weights are drawn by transformers and go through a folder, as a user's do; the tokens are random
-and fill the context.
+transformers draws the weights and saves them, and jaxdp loads them from that folder, as a user
+does. The tokens are random and fill the context.
 """
 
 import runpy
@@ -23,11 +23,11 @@ from jaxdp.model.transformer import ModelConfig, Transformer
 CONFIGS = Path(__file__).parent.parent / "configs"
 SIZES = (("gpt2", 50257, "gpt2"), ("llama_135m", 49152, "llama"))
 SIZES += (("bert_base", 30522, "bert"), ("bert_base", 50265, "roberta"))
-PAD = 1  # Not among the tokens.
+PAD = 1  # The drawn tokens are larger.
 
 
 def main() -> None:
-    """Prints a row for each family."""
+    """Prints a row of a table for each family."""
     for file, vocab_size, name in SIZES:
         config = runpy.run_path(str(CONFIGS / f"{file}.py"))["get_config"]()
         config.model.vocab_multiple, config.model.dtype = 1, "float32"

@@ -1,9 +1,9 @@
 """nanodo's step, timed on demand; `nanogpt.py` starts this with a Python that can run nanodo.
 
-Takes one JSON argument: nanodo (its checkout), tokens (a file of uint16), devices, and what
-`steps.peer_settings` gives. For what it prints see `turns.serve`. The step is that of nanodo's own
-`Trainer`, which reads metrics a step behind, in float32 and without its internal metrics; batches
-are cut from memory. It has no dropout.
+Takes one JSON argument: nanodo (its checkout), tokens (a file of uint16), devices, and the settings
+of `steps.peer_settings`. `turns.serve` describes what it prints. nanodo's own `Trainer` does the
+step and fetches metrics a step behind, in float32 and without its internal metrics. Batches are cut
+from an array in memory. nanodo has no dropout.
 """
 
 import json
@@ -22,7 +22,7 @@ from nanodo.configs import default  # noqa: E402
 
 
 def config():
-    """The config of nanodo for the model and optimizer that the others have."""
+    """Returns nanodo's config for the same model and optimizer as the other contestants."""
     c, model = default.get_config(), settings["model"]
     c.batch_size = settings["batch_size"]
     c.model.update({"D": model["n_embd"], "H": model["n_head"], "L": model["block_size"]})
@@ -35,9 +35,11 @@ def config():
 
 
 def main():
-    """Trains as it is told to."""
+    """Trains as many steps as each line of stdin says."""
     c, draw = config(), np.random.default_rng(0)
-    tokens = np.fromfile(settings["tokens"], np.uint16).astype(np.int32) + 1  # 0 is padding there.
+    tokens = (
+        np.fromfile(settings["tokens"], np.uint16).astype(np.int32) + 1
+    )  # nanodo's padding is 0.
     model, get_loss = model_factory.get_model_and_loss(c, settings["model"]["vocab_size"] + 1)
     mesh = Mesh(np.array(jax.devices()), ("data",))
     shardings, state = train._init_train_state(c, model, rng=jax.random.PRNGKey(0), mesh=mesh)

@@ -1,15 +1,15 @@
-"""Training speed on CPUs, side by side with nanoGPT (PyTorch, eager and compiled), and nanodo.
+"""Compares training speed on CPUs with nanoGPT (PyTorch, eager and compiled) and nanodo.
 
     git clone https://github.com/karpathy/nanoGPT
     python -m venv torch-venv && torch-venv/bin/pip install torch==2.13.0 numpy
     python benchmarks/nanogpt.py --config=configs/shakespeare_char_cpu.py --nanogpt=nanoGPT \
         --torch_python=torch-venv/bin/python --config.data.path=tinyshakespeare.txt
 
-With --nanodo=CHECKOUT --nanodo_python=PYTHON, which has its requirements, against nanodo, too. The
-same model, batch, optimizer and text for all, in float32. Each contestant is a process of its
-own, and they train in turns, a few steps each, so that what else the machine does hits all of them
-alike; a ratio is the median over turns of the times within one. Ours are the steps of a real
-run: fed by its data pipeline, metrics read a step behind.
+--nanodo=CHECKOUT --nanodo_python=PYTHON adds nanodo; that Python needs nanodo's requirements. All
+train the same model with the same batch size, optimizer and text, in float32. Each contestant is a
+process of its own, and they train in turns of a few steps, so that other load on the machine
+affects all of them alike. A ratio is the median over turns of the ratios within a turn. Our steps
+are those of a real run: fed by its data pipeline, metrics fetched a step behind.
 """
 
 import json
@@ -30,15 +30,17 @@ from jaxdp.data.cache import open_cache
 CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config().")
 NANOGPT = flags.DEFINE_string("nanogpt", None, "A checkout of nanoGPT.")
 TORCH_PYTHON = flags.DEFINE_string("torch_python", None, "A Python that has PyTorch.")
-NANODO = flags.DEFINE_string("nanodo", None, "A checkout of nanodo; without, it has no part.")
-NANODO_PYTHON = flags.DEFINE_string("nanodo_python", None, "A Python that has its requirements.")
-STEPS = flags.DEFINE_integer("steps", 10, "Steps in a turn.")
-TURNS = flags.DEFINE_integer("turns", 15, "Turns.")
-SERVE = flags.DEFINE_integer("serve", 0, "Be a contestant with so many devices (internal).")
+NANODO = flags.DEFINE_string(
+    "nanodo", None, "A checkout of nanodo; without it, nanodo is left out."
+)
+NANODO_PYTHON = flags.DEFINE_string("nanodo_python", None, "A Python with its requirements.")
+STEPS = flags.DEFINE_integer("steps", 10, "Number of steps in a turn.")
+TURNS = flags.DEFINE_integer("turns", 15, "Number of turns.")
+SERVE = flags.DEFINE_integer("serve", 0, "Be a contestant with this many devices (internal).")
 
 
 def main() -> int:
-    """Times, prints a table."""
+    """Times all contestants, and prints a table."""
     if SERVE.value:
         return serve(CONFIG.value, SERVE.value)
     with tempfile.TemporaryDirectory() as folder:
@@ -60,7 +62,7 @@ def main() -> int:
 
 
 def start(config, folder: Path) -> dict[str, Contestant]:
-    """All contestants, by name."""
+    """Starts all contestants; returns them by name."""
     cache, tokens = open_cache(config), folder / "tokens.bin"
     np.asarray(cache.train, np.uint16).tofile(tokens)
     settings = steps.peer_settings(config, cache.vocab_size) | {
@@ -95,7 +97,7 @@ def start(config, folder: Path) -> dict[str, Contestant]:
 
 
 def serve(config, devices: int) -> int:
-    """Trains as many steps as each line of stdin says, and prints the seconds."""
+    """Runs our contestant: trains as many steps as each line of stdin says."""
     import jax
 
     from jaxdp.data.feed import Feed

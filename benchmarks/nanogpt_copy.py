@@ -1,4 +1,4 @@
-"""A copy of nanoGPT that trains as its users start it, on our text and our model's sizes."""
+"""Makes a copy of nanoGPT that trains with our text and our model's sizes."""
 
 import pickle
 import shutil
@@ -13,15 +13,15 @@ COMMAND = ("train.py", "config/train_shakespeare_char.py")
 
 
 def make(checkout: str, copy: Path, config: ConfigDict) -> list[str]:
-    """Copies it, with the tokens of a config as its character data set.
+    """Copies nanoGPT, with the tokens of a config as its character data set.
 
     Args:
-      checkout: of nanoGPT; it is not changed.
-      copy: a folder that isn't there yet.
-      config: a character model's.
+      checkout: a checkout of nanoGPT; it is not changed.
+      copy: the folder to create.
+      config: the config of a character model.
 
     Returns:
-      What to give to its train.py, run in the copy, for the same model on a CPU.
+      train.py and the arguments that make it train the same model on a CPU, from the copy.
     """
     shutil.copytree(checkout, copy, ignore=shutil.ignore_patterns(".git"))
     cache, data = open_cache(config), copy / "data" / "shakespeare_char"

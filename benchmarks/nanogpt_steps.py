@@ -2,9 +2,9 @@
 
 Takes one JSON argument: nanogpt (the folder of its model.py), tokens (a file of uint16), compile,
 device ("cpu" or "cuda", where it computes in bfloat16), batch_size, learning_rate, weight_decay,
-betas, grad_clip, and model (fields of GPTConfig). For what it prints see `turns.serve`. The step is
-that of nanoGPT's train.py: batch, forward, backward, clip, AdamW; the loss is read every 10 steps,
-its log_interval. On a GPU it takes PyTorch's flash attention, and TF32 where that is float32.
+betas, grad_clip, and model (fields of GPTConfig). `turns.serve` describes what it prints. A step is
+as in nanoGPT's train.py: batch, forward, backward, clip, AdamW; the loss is read every 10 steps,
+its log_interval. On a GPU it uses PyTorch's flash attention, and TF32 for float32.
 """
 
 import json
@@ -23,7 +23,7 @@ device, cuda = settings["device"], settings["device"] == "cuda"
 
 
 def batch():
-    """As train.py's get_batch: it opens the file anew each time, against a leak of memmap."""
+    """Makes a batch as train.py does: opens the file each time, against a leak of memmap."""
     data = np.memmap(settings["tokens"], dtype=np.uint16, mode="r")
     starts = torch.randint(len(data) - block, (batch_size,))
     parts = [torch.from_numpy(data[i : i + block + 1].astype(np.int64)) for i in starts]
@@ -33,7 +33,7 @@ def batch():
 
 
 def main():
-    """Trains as it is told to."""
+    """Trains as many steps as each line of stdin says."""
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     model = GPT(GPTConfig(**settings["model"])).to(device)

@@ -1,16 +1,15 @@
-"""What a run costs beyond its compiled step: data, figures, checkpoints, checks, dispatch.
+"""Measures what a run costs beyond its compiled step: data, metrics, checkpoints, dispatch.
 
     python benchmarks/overheads.py --config=configs/shakespeare_char.py --workdir=runs/overheads \
         --config.data.path=tinyshakespeare.txt --config.global_batch_size=8
 
-A real run, set up by `loop.train`, whose parts are called here one by one. Those that work on this
-thread (figures, the check of the replicas, dispatch) are timed while the devices have nothing to
-do, which is more than what they cost in a run, where a step is under way meanwhile. What works in
-the background, too, and takes time from the step by that, is timed by the steps beside it: in
-turns with steps that have nothing beside them, the figure being the median over turns of the
-difference within one (below 0 where it drowns in noise). A checkpoint's turn is a save, and as many
-steps as go by until it is on disk. Figures for each step are spread: a checkpoint's over 100 steps,
-the check's over sync.check_every.
+`loop.train` sets up a real run, and its parts are called here one by one. Parts on this thread
+(metrics, the check of the replicas, dispatch) are timed while the devices are idle. That is more
+than they cost in a run, where the devices compute meanwhile. Parts that also work in the background
+slow the steps beside them, so these are timed in turns with bare steps. The figure is the median
+over turns of the difference (below 0 if noise is larger). A checkpoint's turn is a save, and as
+many steps as pass until it is on disk. Costs are spread over steps: a checkpoint's over 100, a
+check's over sync.check_every.
 """
 
 import statistics
@@ -34,16 +33,16 @@ from jaxdp.step.setup import same_on_two_devices
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config().")
 WORKDIR = flags.DEFINE_string("workdir", None, "A new folder for the run.")
-TURNS = flags.DEFINE_integer("turns", 8, "Turns.")
+TURNS = flags.DEFINE_integer("turns", 8, "Number of turns.")
 STEPS = 10  # In a turn; a multiple of log_every.
 SAVE_EVERY = 100  # Steps over which a checkpoint's time is spread.
 
 
 class Overheads:
-    """A run in place of whose loop its parts are measured."""
+    """A run whose parts are measured one by one, in place of its loop."""
 
     def __init__(self, run: Run, state: Any, start: int):
-        """Compiles the step, and everything else that is compiled when it is first used."""
+        """Compiles the step, and what else is compiled on its first use."""
         self.run, self.state, self.done = run, state, start
         run.begin(start)
         run.display.start(start, run.config.num_train_steps)
@@ -58,7 +57,7 @@ class Overheads:
     def steps(
         self, count: int, fed: bool = False, log: bool = False, until: Callable = lambda: False
     ) -> list[float]:
-        """Trains, as the loop does with its metrics read a step behind; seconds of each step."""
+        """Trains, fetching metrics a step behind as the loop does; returns seconds of each step."""
         pending, seconds = None, []
         for _ in range(count):
             began = time.perf_counter()
@@ -81,13 +80,13 @@ class Overheads:
         return seconds
 
     def save_until_done(self) -> int:
-        """Saves; the steps that go by until it is on disk."""
+        """Saves a checkpoint; returns the number of steps until it is on disk."""
         self.run.save(self.done, self.state, {})
         manager = self.run.checkpoints.manager
         return len(self.steps(1000, until=lambda: not manager.is_saving_in_progress()))
 
     def alone(self, count: int) -> None:
-        """Steps one at a time: seconds until the call returns, and for the figures of each."""
+        """Trains one step at a time; records seconds to dispatch each, and to log its metrics."""
         for _ in range(count):
             before = self.done
             began = time.perf_counter()
@@ -103,13 +102,13 @@ class Overheads:
         self.run.check_replicas(self.done, self.done, self.state, always=True)
 
     def checked(self) -> float:
-        """Seconds of a check of the replicas."""
+        """Checks the replicas; returns the seconds."""
         return _seconds(self._check)
 
     def saved(self) -> tuple[float, float, float]:
-        """Seconds that a save takes in all, until it returns, and that it holds a step up at most.
+        """Saves; returns seconds it costs in all, until it returns, and at most in one step.
 
-        The former by the same number of steps without it, half before and half after.
+        The first compares with as many steps without a save, the mean of before and after.
         """
         count = self.save_steps
         without = self.steps(count)
@@ -129,7 +128,7 @@ def _seconds(function: Callable[[], Any]) -> float:
 
 
 def measure(run: Run, state: Any, start: int) -> Result:
-    """Takes the place of the run's loop: measures, and prints a table."""
+    """Measures a run in place of its loop, and prints a table."""
     o = Overheads(run, state, start)
     bare, fed, logged, checks, saves = [], [], [], [], []
     for _ in range(TURNS.value):
@@ -146,8 +145,8 @@ def measure(run: Run, state: Any, start: int) -> Result:
     rows = {
         "waiting for a batch (this thread)": statistics.median(waits),
         "data, beside the step": _difference(fed, bare),
-        "data, figures and progress, beside the step": _difference(logged, bare),
-        "figures and progress (this thread)": statistics.mean(o.logged),
+        "data, metrics and progress, beside the step": _difference(logged, bare),
+        "metrics and progress (this thread)": statistics.mean(o.logged),
         f"a checkpoint, over {SAVE_EVERY} steps": extra / SAVE_EVERY,
         f"a check of the replicas, over {every} steps": statistics.median(checks) / every,
         "dispatch of the step (this thread)": statistics.median(o.dispatched),
@@ -176,7 +175,7 @@ def _difference(some: list[float], bare: list[float]) -> float:
 
 
 def merged(run: Run, state: Any) -> tuple[float, float]:
-    """Seconds until a call returns that adds 1 to each array of a state, and to one as large."""
+    """Times the dispatch of a program that adds 1 to all arrays of a state, or to one as large."""
     add = run.replicas.pmap(lambda tree, _: jax.tree.map(lambda x: x + 1, tree), donate=True)
     nothing = run.replicas.put(np.zeros(len(run.replicas.devices)))
     many = jax.device_get(jax.tree.leaves(state))
@@ -194,7 +193,7 @@ def merged(run: Run, state: Any) -> tuple[float, float]:
 
 
 def main() -> int:
-    """Starts a run whose loop is `measure`."""
+    """Starts a run with `measure` as its loop."""
     if not (CONFIG.value and WORKDIR.value):
         raise ConfigError("--config or --workdir is missing: give a config and a new folder")
     cli.prepare_jax()

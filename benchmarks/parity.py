@@ -1,11 +1,11 @@
-"""Validation loss of nanoGPT's character model for CPUs, ours and its own, with the same recipe.
+"""Compares validation loss with nanoGPT's: its character model for CPUs, the same recipe.
 
     python benchmarks/parity.py --nanogpt=nanoGPT --torch_python=torch-venv/bin/python \
         --config.data.path=tinyshakespeare.txt
 
-nanoGPT as its README says: 2,000 steps of 12 x 64 tokens, AdamW, cosine from 1e-3 to 1e-4. Ours
-with that learning rate. Both are evaluated on the whole validation split, in windows of the
-context's length, one after the other; nanoGPT itself estimates its loss on random ones.
+nanoGPT trains as its README says: 2,000 steps of 12 x 64 tokens, AdamW, cosine from 1e-3 to 1e-4.
+jaxdp uses the same learning rate. Both are evaluated on the full validation split, in consecutive
+windows of the context's length; nanoGPT itself estimates its loss on random windows.
 """
 
 import statistics
@@ -25,7 +25,7 @@ from jaxdp.workdir.metrics import read_jsonl
 CONFIG = config_flags.DEFINE_config_dict("config", shakespeare_char_cpu.get_config())
 NANOGPT = flags.DEFINE_string("nanogpt", None, "A checkout of nanoGPT; it is not changed.")
 TORCH_PYTHON = flags.DEFINE_string("torch_python", None, "A Python that has PyTorch.")
-SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds 0, 1, ... of each.")
+SEEDS = flags.DEFINE_integer("seeds", 3, "Number of seeds: 0, 1, ...")
 LEARNING_RATE = 1e-3
 
 EVALUATE = """
@@ -46,7 +46,7 @@ print("loss", total / (len(tokens) - 1))
 
 
 def ours(folder: Path, seed: int) -> float:
-    """Trains with `python -m jaxdp.train`; nats per token."""
+    """Trains with `python -m jaxdp.train`; returns the validation loss, nats per token."""
     given = [x for x in sys.argv[1:] if x.startswith("--config.")]
     changes = (f"--config.seed={seed}", f"--config.optimizer.learning_rate={LEARNING_RATE}")
     config = "--config=" + shakespeare_char_cpu.__file__
@@ -57,7 +57,7 @@ def ours(folder: Path, seed: int) -> float:
 
 
 def theirs(folder: Path, seed: int) -> float:
-    """Trains with nanoGPT's train.py; nats per token."""
+    """Trains with nanoGPT's train.py; returns the validation loss, nats per token."""
     config, copy = CONFIG.value, folder / f"nanoGPT{seed}"
     arguments = nanogpt_copy.make(NANOGPT.value, copy, config)
     script = copy / "train.py"
@@ -65,7 +65,7 @@ def theirs(folder: Path, seed: int) -> float:
     assert "manual_seed(1337" in text
     script.write_text(text.replace("manual_seed(1337", f"manual_seed({1337 + seed}"))
     steps = config.num_train_steps
-    # After as many steps it evaluates and saves.
+    # It evaluates and saves once, at the end.
     settings = {
         "compile": False,
         "max_iters": steps,
@@ -89,7 +89,7 @@ def theirs(folder: Path, seed: int) -> float:
 
 
 def main() -> int:
-    """Trains, prints a table."""
+    """Trains both with each seed, and prints a table."""
     with tempfile.TemporaryDirectory() as name:
         found = {
             title: [train(Path(name), seed) for seed in range(SEEDS.value)]

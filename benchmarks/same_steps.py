@@ -1,11 +1,11 @@
-"""The loss of every step, ours and nanoGPT's, from the same weights on the same batches.
+"""Compares the loss of every step with nanoGPT's, from the same weights on the same batches.
 
     python benchmarks/same_steps.py --nanogpt=nanoGPT --torch_python=torch-venv/bin/python \
         --config.data.path=tinyshakespeare.txt --config.optimizer.learning_rate=1e-3
 
-nanoGPT's character model for CPUs: its own model and optimizer in PyTorch, and our step, both in
-float32. What differs is the rounding, which grows from step to step, and the sooner the higher the
-learning rate is.
+Trains nanoGPT's character model for CPUs in float32, with its own model and optimizer in PyTorch
+and with our step. Only rounding differs. The difference grows from step to step, and faster at
+higher learning rates.
 """
 
 import json
@@ -33,7 +33,7 @@ from jaxdp.step.state import create_state
 CONFIG = config_flags.DEFINE_config_dict("config", shakespeare_char_cpu.get_config())
 NANOGPT = flags.DEFINE_string("nanogpt", None, "A checkout of nanoGPT; it is not changed.")
 TORCH_PYTHON = flags.DEFINE_string("torch_python", None, "A Python that has PyTorch.")
-STEPS = flags.DEFINE_integer("steps", 300, "Steps.")
+STEPS = flags.DEFINE_integer("steps", 300, "Number of steps.")
 
 THEIRS = """
 import json, sys, numpy as np, torch
@@ -58,7 +58,7 @@ np.save(folder + "/losses.npy", losses)
 
 
 def as_ours(weights: dict[str, np.ndarray], config: ConfigDict) -> dict[str, Any]:
-    """The weights of nanoGPT under our names; PyTorch's matrices are [outputs, inputs]."""
+    """Renames nanoGPT's weights to ours, and transposes its matrices, which are [out, in]."""
     width, heads = config.model.embed_dim, config.model.num_heads
     split = (heads, width // heads)
 
@@ -94,7 +94,7 @@ def as_ours(weights: dict[str, np.ndarray], config: ConfigDict) -> dict[str, Any
 
 
 def ours(config: ConfigDict, vocab_size: int, params: Any, batches: list) -> list[float]:
-    """Losses of our steps."""
+    """Trains on the batches with our step; returns the loss of each step."""
     replicas = Replicas()
     setup = make_setup(config, vocab_size, replicas.device_count)
     program = Program(setup, replicas)
@@ -107,7 +107,7 @@ def ours(config: ConfigDict, vocab_size: int, params: Any, batches: list) -> lis
 
 
 def main() -> int:
-    """Trains both, prints a table."""
+    """Trains both, and prints a table."""
     config = CONFIG.value
     cache, rng = open_cache(config), np.random.default_rng(0)
     shape = (STEPS.value, config.global_batch_size)

@@ -1,11 +1,11 @@
-"""What stands between each method and perfect scaling: its collectives, and what they cost.
+"""Shows what keeps each sync method from perfect scaling: its collectives, and their cost.
 
     JAX_NUM_CPU_DEVICES=8 python benchmarks/scaling.py --config=configs/shakespeare_char.py \
         > benchmarks/scaling.md
 
-Nothing is trained. Each method's step is compiled for 8 devices, and its collectives are found in
-the optimized program: how many, where, and of how many bytes, which must be those that
-methods.traffic predicts. Then the formula of jaxdp.plan says what they cost for GPT-2.
+Nothing is trained. Each method's step is compiled for 8 devices, and its collectives are read from
+the optimized program: how many there are, where, and of how many bytes, which must agree with
+`methods.traffic`. Then the formula of jaxdp.plan gives their cost for GPT-2.
 """
 
 import datetime
@@ -31,10 +31,10 @@ from jaxdp.sync.methods import METHODS
 CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config().")
 VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 65, "Size of the tokenizer's vocabulary.")
 TFLOPS = flags.DEFINE_float("tflops", 400.0, "10^12 FLOP/s that a GPU reaches.")
-LATENCY = flags.DEFINE_float("latency_us", 10.0, "Microseconds that a message takes.")
+LATENCY = flags.DEFINE_float("latency_us", 10.0, "Microseconds per message.")
 
 DEVICES = 8
-# Upper bound on the bytes of metrics (loss, tokens, a norm), less than any parameter array has.
+# Upper bound on the bytes of metrics (loss, tokens, a norm); any parameter array has more.
 FIGURES = 1000
 # Bytes per second that a device sends.
 NETWORKS = {"NVLink (H100: 900 GB/s, half of it each way)": 450e9, "400 Gbit/s": 400e9 / 8}
@@ -71,7 +71,7 @@ def main() -> int:
 
 
 def introduction() -> str:
-    """How the document was made, and what its columns assume."""
+    """Returns how the document was made, and what its columns assume."""
     arguments = " ".join(sys.argv[1:])
     return f"""Made by `JAX_NUM_CPU_DEVICES={DEVICES} python benchmarks/scaling.py {arguments}` on \
 {datetime.date.today():%d %B %Y},
@@ -86,10 +86,10 @@ it down."""
 
 
 def collective_rows(config: ConfigDict) -> Iterator[str]:
-    """A row for each large collective of each method's program.
+    """Yields a row for each large collective of each method's program.
 
     Raises:
-      AssertionError: they are not those that `methods.traffic` predicts.
+      AssertionError: the collectives are not those that `methods.traffic` predicts.
     """
     yield "| sync.method | collective | bytes | predicted | place | products before | could hide |"
     yield "|---|---|---|---|---|---|---|"
@@ -125,21 +125,21 @@ which it could hide if it were asynchronous."""
 
 
 def predicted_traffic(config: ConfigDict, vocab: int) -> list[traffic.Collective]:
-    """`methods.traffic` of a config on 8 devices."""
+    """Returns the collectives that `methods.traffic` predicts for a config on 8 devices."""
     params = parameter_shapes(Transformer(ModelConfig.from_config(config, vocab)))
     opt_state = jax.eval_shape(get_optimizer(config, get_schedule(config)).init, params)
     return methods.traffic(config, params, opt_state, DEVICES)
 
 
 def model_config(keys: dict) -> ConfigDict:
-    """GPT-2's config with other keys."""
+    """Returns GPT-2's config with some keys replaced."""
     config = gpt2_124m.get_config()
     config.update_from_flattened_dict(keys)
     return config
 
 
 def efficiency_rows(config: ConfigDict, bandwidth: float) -> Iterator[str]:
-    """Efficiencies by number of devices, and the bound if the backward pass hid the all-reduce."""
+    """Yields efficiencies by number of devices, and the bound with a hidden all-reduce."""
     rate, latency = TFLOPS.value * 1e12, LATENCY.value / 1e6
     table = scaling.efficiencies(config, 50257, DEVICES, rate, bandwidth, latency)
     yield f"| devices | {' | '.join(table)} | gradient_mean, hidden |"

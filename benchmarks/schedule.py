@@ -1,4 +1,4 @@
-"""The order in which a compiled program does things, read from its HLO text."""
+"""Reads the order of a compiled program's instructions from its HLO text."""
 
 import collections
 import dataclasses
@@ -10,18 +10,18 @@ _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.-]+) = (.+?) ([\w-]+)\((.*)")
 _CALLED = re.compile(r"(?:calls|to_apply|body|branch_computations)=\{?%?([\w.-]+)")
 _NAME = re.compile(r"%([\w.-]+)")
 _TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
-# What is only a name for a part of memory.
+# Instructions that only name a part of memory.
 FREE = ("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "partition-id")
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where an instruction stands in a schedule.
+    """The place of an instruction in a schedule.
 
     Attributes:
-      number: the how manieth it is, from 1.
-      flops_before: share of the program's matrix products that come before.
-      flops_free: share of them that it neither waits for nor is waited for by: what could hide it.
+      number: its position, counted from 1.
+      flops_before: share of the program's matrix-product FLOPs before it.
+      flops_free: share of these FLOPs that neither lead to it nor wait for it, and could hide it.
     """
 
     number: int
@@ -30,15 +30,15 @@ class Place:
 
 
 class Schedule:
-    """The instructions of a program's entry computation, in their order.
+    """The instructions of a program's entry computation, in the order of execution.
 
     Attributes:
-      flops: of all matrix products; a loop of unknown length counts once.
-      length: the number of instructions.
+      flops: FLOPs of all matrix products; a loop of unknown length counts once.
+      length: number of instructions that do something.
     """
 
     def __init__(self, program: str):
-        """Reads the HLO text of a compiled program, whose instructions are in their order."""
+        """Reads the HLO text of a compiled program, whose instructions are already scheduled."""
         assert "is_scheduled=true" in program.partition("\n")[0]
         self._computations: dict[str, dict[str, tuple[str, str, str]]] = {}
         for line in program.splitlines():
@@ -56,7 +56,7 @@ class Schedule:
         self.length = len(self._steps)
 
     def place(self, name: str) -> Place:
-        """Where an instruction of the entry computation stands."""
+        """Returns the place of an instruction of the entry computation."""
         number = self._steps.index(name)
         before = sum(self._flops[step] for step in self._steps[:number])
         users = collections.defaultdict(list)

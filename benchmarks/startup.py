@@ -1,12 +1,12 @@
-"""Seconds from the start of the process to the end of the first step, side by side with nanoGPT.
+"""Compares startup with nanoGPT's: seconds from starting the process to the end of step 1.
 
     python benchmarks/startup.py --nanogpt=nanoGPT --torch_python=torch-venv/bin/python \
         --config.data.path=tinyshakespeare.txt
 
-As users start them, each with the model of nanoGPT's character config for CPUs: `python -m
-jaxdp.train`, and nanoGPT's `train.py`, whose evaluation before the first step is kept to one batch.
-The text is tokenised already, for both. "Cold" is with empty caches of compiled programs. In
-turns; medians.
+Both are started as users start them, with the model of nanoGPT's character config for CPUs: `python
+-m jaxdp.train`, and nanoGPT's `train.py`, whose evaluation before the first step takes only one
+batch. The text is already tokenized. "Cold" means that the caches of compiled programs are empty.
+Contestants take turns; the figures are medians.
 """
 
 import os
@@ -30,11 +30,11 @@ from jaxdp.configs import shakespeare_char_cpu
 CONFIG = config_flags.DEFINE_config_dict("config", shakespeare_char_cpu.get_config())
 NANOGPT = flags.DEFINE_string("nanogpt", None, "A checkout of nanoGPT; it is not changed.")
 TORCH_PYTHON = flags.DEFINE_string("torch_python", None, "A Python that has PyTorch.")
-TURNS = flags.DEFINE_integer("turns", 5, "Turns.")
+TURNS = flags.DEFINE_integer("turns", 5, "Number of turns.")
 
 
 def first_step(sign: str, *arguments: str, cwd: Path, **environ: str) -> float:
-    """Seconds until a process prints a line that starts with a sign; it is killed then."""
+    """Kills a process once it prints a line that starts with `sign`; returns the seconds."""
     began = time.perf_counter()
     process = subprocess.Popen(
         arguments,
@@ -57,7 +57,7 @@ def first_step(sign: str, *arguments: str, cwd: Path, **environ: str) -> float:
 
 
 def ours(folder: Path) -> Callable[[bool], float]:
-    """A start of jaxdp, cold or not."""
+    """Returns a function that times a start of jaxdp, cold or warm."""
     compiled, workdir = folder / "xla", folder / "run"
     given = [x for x in sys.argv[1:] if x.startswith("--config.")]
     arguments = ["--config=" + shakespeare_char_cpu.__file__, f"--workdir={workdir}", *given]
@@ -77,7 +77,7 @@ def ours(folder: Path) -> Callable[[bool], float]:
 
 
 def theirs(folder: Path, config, compiling: bool) -> Callable[[bool], float]:
-    """A start of nanoGPT, cold or not."""
+    """Returns a function that times a start of nanoGPT, cold or warm."""
     copy, caches = folder / f"nanoGPT{compiling:d}", folder / f"inductor{compiling:d}"
     arguments = nanogpt_copy.make(NANOGPT.value, copy, config)
     settings = (f"--compile={compiling}", "--eval_iters=1", "--log_interval=1")
@@ -96,7 +96,7 @@ def theirs(folder: Path, config, compiling: bool) -> Callable[[bool], float]:
 
 
 def main() -> int:
-    """Times, prints a table."""
+    """Times all contestants, and prints a table."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         contestants = {

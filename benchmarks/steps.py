@@ -1,4 +1,4 @@
-"""What contestants train: our step as a run does it, and nanoGPT's settings for the same model."""
+"""What contestants train: the step of a real run, and nanoGPT's settings for the same model."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -17,13 +17,13 @@ from jaxdp.step.state import create_state
 def trainer(
     config: ConfigDict, vocab_size: int, replicas: Replicas, batches: Iterable[dict[str, Any]]
 ) -> Callable[[int], None]:
-    """A function that trains so many steps; metrics are read a step behind.
+    """Returns a function that trains `count` steps, and fetches metrics one step behind.
 
     Args:
-      config: with more steps to come than will be asked for.
-      vocab_size: of the tokenizer.
-      replicas: to train on.
-      batches: of `pipeline.train_batches`.
+      config: a config with at least as many steps as will be trained.
+      vocab_size: vocabulary size of the tokenizer.
+      replicas: the devices.
+      batches: training batches, as from `pipeline.train_batches`.
     """
     setup = make_setup(config, vocab_size, replicas.device_count)
     program, state = Program(setup, replicas), create_state(setup, replicas)
@@ -40,7 +40,7 @@ def trainer(
 
 
 def peer_settings(config: ConfigDict, vocab_size: int) -> dict[str, Any]:
-    """Those of nanogpt_steps.py, but for nanogpt, tokens, device and compile."""
+    """Returns the settings of nanogpt_steps.py, without nanogpt, tokens, device and compile."""
     return {
         "batch_size": config.global_batch_size,
         "learning_rate": config.optimizer.learning_rate,

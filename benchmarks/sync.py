@@ -1,12 +1,12 @@
-"""The five ways to agree, side by side: loss after the same tokens, bytes, and time per step.
+"""Compares all sync methods: loss after the same tokens, bytes sent, and time per step.
 
     python benchmarks/sync.py --config=configs/shakespeare_char_cpu.py --devices=4 \
         --config.data.path=tinyshakespeare.txt --workdir=runs/sync
 
-Each method trains the config to its end, in a workdir of its own (run again, what is finished is
-not repeated). Then steps of all methods are timed in turns in one process, so that what else the
-machine does hits all of them alike; the figure is the median over turns of the time through that of
-gradient_mean in the same turn.
+Each method trains the config to its end, in a workdir of its own (if this is run again, finished
+runs are not repeated). Then steps of all methods are timed in turns in one process, so that other
+load on the machine affects all of them alike. The figure is the median over turns of a method's
+time, divided by gradient_mean's time in the same turn.
 """
 
 import itertools
@@ -33,13 +33,13 @@ from jaxdp.sync.methods import METHODS
 from jaxdp.workdir.metrics import read_jsonl
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config().")
-WORKDIR = flags.DEFINE_string("workdir", "runs/sync", "Takes a workdir for each method.")
-DEVICES = flags.DEFINE_integer("devices", 4, "How many to use; CPUs are split into as many.")
-TURNS = flags.DEFINE_integer("turns", 15, "Turns of timing.")
+WORKDIR = flags.DEFINE_string("workdir", "runs/sync", "Folder for a workdir of each method.")
+DEVICES = flags.DEFINE_integer("devices", 4, "Number of devices; the CPU is split into as many.")
+TURNS = flags.DEFINE_integer("turns", 15, "Number of turns in the timing.")
 
 
 def main() -> int:
-    """Trains, times, prints a table."""
+    """Trains and times each method, and prints a table."""
     cli.prepare_jax()
     jax.config.update("jax_num_cpu_devices", DEVICES.value)
     configs = {name: with_method(name) for name in METHODS}
@@ -63,7 +63,7 @@ def main() -> int:
 
 
 def with_method(name: str):
-    """The config with a method; as many virtual replicas as divide its batch."""
+    """Returns the config with a sync method, and virtual replicas that divide its batch."""
     config = CONFIG.value.copy_and_resolve_references()
     config.sync.method = name
     total = config.global_batch_size
@@ -73,17 +73,17 @@ def with_method(name: str):
 
 
 def final_loss(name: str, config) -> float:
-    """Trains to the end; the last evaluation's loss, over the whole validation split."""
+    """Trains to the end; returns the last loss on the validation split."""
     workdir = Path(WORKDIR.value) / name
     loop.train(config, workdir, devices=jax.local_devices()[: DEVICES.value])
     return [r["eval/loss"] for r in read_jsonl(workdir) if "eval/loss" in r][-1]
 
 
 class Timed:
-    """A method's program, ready to be timed."""
+    """The compiled program of a method, ready to be timed."""
 
     def __init__(self, config):
-        """Compiles."""
+        """Compiles the program, and puts its batches on the devices."""
         cache = open_cache(config)
         setup = make_setup(config, cache.vocab_size, DEVICES.value)
         self._replicas = Replicas(jax.local_devices()[: DEVICES.value])
@@ -105,7 +105,7 @@ class Timed:
         self.bytes_per_token = sent * DEVICES.value / config.global_batch_size / config.seq_len
 
     def __call__(self) -> float:
-        """Seconds per step, over sync.every steps."""
+        """Runs sync.every steps; returns seconds per step."""
         began = time.perf_counter()
         for batch in self._rounds:
             self._state, metrics = self._program(0, self._state, batch)

@@ -1,4 +1,4 @@
-"""A comparison in turns: who asks, and a contestant, which may run in a peer's Python."""
+"""Runs contestants in turns, each in a process that may use a Python of its own."""
 
 import os
 import subprocess
@@ -11,21 +11,21 @@ OUT_OF_MEMORY = 3  # Exit status.
 
 
 class OutOfMemory(Exception):
-    """A contestant's device has too little."""
+    """A contestant's device has too little memory."""
 
 
 class Contestant:
-    """A process that trains when it is told to.
+    """A process that trains when it is its turn.
 
     Attributes:
-      peak: bytes of the device that were in use at once; 0 where it isn't known.
+      peak: peak memory of the device in bytes; 0 where it isn't known.
     """
 
     def __init__(self, *arguments: str, **environ: str):
-        """Starts it and waits until it is warm.
+        """Starts the process, and waits until it is warm.
 
         Raises:
-          OutOfMemory: it has said so.
+          OutOfMemory: the process ended because its device has too little memory.
         """
         self._arguments = arguments
         self._process = subprocess.Popen(
@@ -39,7 +39,7 @@ class Contestant:
             pass
 
     def __call__(self, steps: int) -> float:
-        """Seconds per step of one turn."""
+        """Runs one turn of `steps` steps; returns seconds per step."""
         self._process.stdin.write(f"{steps}\n")
         self._process.stdin.flush()
         seconds, self.peak = map(float, self._line().split())
@@ -54,13 +54,13 @@ class Contestant:
         raise SystemExit(f"{self._arguments[:3]} has ended with {self._process.returncode}")
 
     def end(self) -> None:
-        """Ends it."""
+        """Ends the process."""
         self._process.stdin.close()
         self._process.wait()
 
 
 def a_step_behind(step: Callable[[], Any], read: Callable[[Any], Any]) -> Callable[[int], None]:
-    """A function that does so many steps; what one gives is read when the next is dispatched."""
+    """Returns a function that does `count` steps, and reads each result one step later."""
 
     def steps(count: int) -> None:
         before = None
@@ -74,9 +74,9 @@ def a_step_behind(step: Callable[[], Any], read: Callable[[Any], Any]) -> Callab
 
 
 def serve(steps: Callable[[int], None], peak: Callable[[], int] = int) -> None:
-    """Warms up and says "ready"; then for each line N of stdin does N steps.
+    """Warms up and prints "ready"; then does N steps for each line N of stdin.
 
-    Prints the seconds that they took and peak(), the bytes of the device that were in use at once.
+    After each it prints the seconds that they took and peak(), the device's peak memory in bytes.
     """
     steps(3)
     print("ready", flush=True)
@@ -87,7 +87,7 @@ def serve(steps: Callable[[int], None], peak: Callable[[], int] = int) -> None:
 
 
 def run(main: Callable[[], None]) -> None:
-    """A contestant's main(); its status tells of a device that has too little memory."""
+    """Runs a contestant's main(); exits with OUT_OF_MEMORY if the device has too little."""
     try:
         main()
     except Exception as error:

@@ -1,11 +1,11 @@
-"""BERT base (12 layers x 768) on English Wikipedia, by its masked-LM task.
+"""BERT base (12 layers x 768), trained on English Wikipedia with its masked-LM task.
 
     python -m jaxdp.train --config=configs/bert_base.py --workdir=runs/bert \
         --config.data.data_dir=TFDS_FOLDER
 
-The model is that of BertForMaskedLM; the masking BERT's (15% of tokens; of these 80% masked, 10%
-random, 10% kept). There are no segments and no next-sentence task, as in RoBERTa, whose optimizer
-this is, with a learning rate for this batch. To begin with BERT's weights:
+The model is transformers' BertForMaskedLM, with BERT's masking (15% of tokens: 80% of them masked,
+10% random, 10% kept). As in RoBERTa there are no segments and no next-sentence task; the optimizer
+is RoBERTa's, with a learning rate for this batch size. To start from BERT's weights:
 --config.init_from=hf:bert-base-uncased --config.model.vocab_multiple=1
 Expect: not yet measured.
 """

@@ -1,12 +1,12 @@
-"""Fine-tunes GPT-2 of any size on a text of your own, beginning with OpenAI's weights.
+"""Fine-tunes GPT-2 of any size on your own text, from OpenAI's weights.
 
     python -m jaxdp.train --config=configs/finetune_gpt2.py:124M --workdir=runs/finetuned \
         --config.data.path=FILE.txt
 
-Sizes: 124M, 350M, 774M, 1558M, downloaded from the Hugging Face hub on first use. Batch and
-learning rate are those of nanoGPT's finetune_shakespeare.py, for ten times its steps at most:
-training stops when the validation loss no longer falls.
-Expect: nanoGPT tells of a loss of about 2.85 with 1558M, on Shakespeare's works. Ours is not yet
+Sizes: 124M, 350M, 774M, 1558M, downloaded from the Hugging Face hub on first use. Batch size and
+learning rate are from nanoGPT's finetune_shakespeare.py. It trains for up to ten times as many
+steps, and stops when the validation loss no longer falls.
+Expect: nanoGPT reports a loss of about 2.85 with 1558M, on Shakespeare's works. Ours is not yet
 measured.
 """
 
@@ -30,7 +30,7 @@ def get_config(size: str = "124M") -> ConfigDict:
     c.eval_max_batches = 0
     c.stop.patience = 4
     c.log_every = 1
-    c.model.vocab_multiple = 1  # As the weights have it.
+    c.model.vocab_multiple = 1  # The vocabulary of OpenAI's weights is not padded.
     c.model.dropout = 0.1
     c.optimizer.learning_rate = 3e-5
     c.optimizer.schedule = "constant"

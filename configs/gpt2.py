@@ -1,10 +1,10 @@
-"""GPT-2 as it was published, in its four sizes: 124M, 350M, 774M, 1558M; trained as gpt2_124m.py.
+"""GPT-2 as published, in its four sizes (124M, 350M, 774M, 1558M), trained as in gpt2_124m.py.
 
     python -m jaxdp.train --config=configs/gpt2.py:350M --workdir=runs/gpt2-350m \
         --config.data.data_dir=TFDS_FOLDER
 
-Linear layers and norms have biases, which gpt2_124m.py, like nanoGPT, leaves out. For the larger
-sizes raise grad_accum_steps until a step fits.
+Linear layers and norms have biases, unlike in gpt2_124m.py and nanoGPT. For the larger sizes raise
+grad_accum_steps until a step fits into memory.
 Expect: not yet measured.
 """
 
@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from jaxdp.configs import gpt2_124m
 
-# Layers, heads, width.
+# Size -> layers, heads, width.
 SIZES = {
     "124M": (12, 12, 768),
     "350M": (24, 16, 1024),

@@ -3,9 +3,9 @@
     python -m jaxdp.train --config=configs/gpt2_124m.py --workdir=runs/gpt2 \
         --config.data.data_dir=TFDS_FOLDER
 
-The batch, 480 sequences or 0.49 M tokens, and the schedule are those of nanoGPT's
-train_gpt2.py; grad_accum_steps suits 8 GPUs of 40 GB or more. C4 must have been prepared by TFDS
-before, which takes a cluster; another corpus is as good: --config.data.path=tfds:NAME.
+The batch, 480 sequences or 0.49 M tokens, and the schedule are from nanoGPT's train_gpt2.py;
+grad_accum_steps suits 8 GPUs of 40 GB or more. TFDS must have prepared C4 before, which takes a
+cluster. To use another corpus: --config.data.path=tfds:NAME.
 Expect: nanoGPT publishes a validation loss of about 2.85 on OpenWebText. Ours is not yet measured.
 """
 

@@ -1,10 +1,10 @@
-"""A small Llama (135 M parameters) on C4: the very model of SmolLM-135M, with its tokenizer.
+"""A small Llama (135 M parameters) on C4: the architecture and tokenizer of SmolLM-135M.
 
     python -m jaxdp.train --config=configs/llama_135m.py --workdir=runs/llama \
         --config.data.data_dir=TFDS_FOLDER
 
 Rotary positions, RMSNorm, SwiGLU, 3 key/value heads for 9 heads, context 2,048. Batch (0.49 M
-tokens) and schedule are those of gpt2_124m.py. To begin with SmolLM's weights:
+tokens) and schedule are the same as in gpt2_124m.py. To start from SmolLM's weights:
 --config.init_from=hf:HuggingFaceTB/SmolLM-135M
 Expect: not yet measured.
 """

@@ -2,8 +2,8 @@
 
     python -m jaxdp.train --config=configs/lm1b.py --workdir=runs/lm1b
 
-TFDS downloads the corpus (1.7 GB) on first use. A byte-pair encoding of 30,000 tokens is trained
-on it; compare runs with other vocabularies by bits per byte, not by perplexity.
+TFDS downloads the corpus (1.7 GB) on first use. A BPE tokenizer of 30,000 tokens is trained on it.
+Compare with runs that use other tokenizers by bits per byte, not by perplexity.
 Expect: not yet measured.
 """
 

@@ -3,7 +3,7 @@
     python -m jaxdp.train --config=configs/shakespeare_char.py --workdir=runs/char \
         --config.data.path=tinyshakespeare.txt
 
-The data: the 1.1 MB of Shakespeare that nanoGPT's data/shakespeare_char/prepare.py downloads.
+The data is the 1.1 MB of Shakespeare that nanoGPT's data/shakespeare_char/prepare.py downloads.
 Expect: nanoGPT publishes a validation loss of 1.4697 (its best, on random batches). Ours is not
 yet measured: on 2 CPU cores it would take about a day.
 """

@@ -1,12 +1,12 @@
-"""nanoGPT's character model for CPUs in a recipe of today: the same parameters, steps and tokens.
+"""nanoGPT's character model for CPUs with a modern recipe: the same parameters, steps and tokens.
 
     python -m jaxdp.train --config=configs/shakespeare_char_tuned.py --workdir=runs/char_tuned \
         --config.data.path=tinyshakespeare.txt
 
-Rotary positions (Su et al. 2021), SwiGLU (Shazeer 2020) and Muon (Jordan et al. 2024) in place of
+Rotary positions (Su et al. 2021), SwiGLU (Shazeer 2020) and Muon (Jordan et al. 2024) replace
 learned positions, GELU and AdamW; the rest is as in shakespeare_char_cpu.py.
-Expect: validation loss 1.55 over the whole validation split (seeds 0 to 2: 1.554, 1.559, 1.551), in
-4 minutes on 2 CPU cores; nanoGPT publishes 1.88 for as many parameters, steps and tokens.
+Expect: validation loss 1.55 over the entire validation split (1.554, 1.559 and 1.551 with seeds 0
+to 2), in 4 minutes on 2 CPU cores; nanoGPT publishes 1.88 for as many parameters, steps and tokens.
 """
 
 from ml_collections import ConfigDict

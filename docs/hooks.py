@@ -1,8 +1,8 @@
-"""Makes the pages that this folder doesn't hold, while the site is built (mkdocs hooks).
+"""Generates pages of the documentation from the source, while mkdocs builds the site (hooks).
 
-`config.md` is made from configs/default.py and jaxdp/common/choices.py, `reference/` from the
+`config.md` comes from configs/default.py and jaxdp/common/choices.py, `reference/` from the
 docstrings of every module, the flags in `commands.md` from the source of the commands, the table in
-`metrics.md` from jaxdp/workdir/metrics.py. COPIES are pages that lie elsewhere in the repository.
+`metrics.md` from jaxdp/workdir/metrics.py. COPIES are files elsewhere in the repository.
 """
 
 import ast
@@ -27,30 +27,29 @@ COPIES = {
 }
 INTRODUCTION = """# Config
 
-Every key of a run. A key is set in a config file, a Python file whose `get_config()` starts from
-[configs/default.py](../configs/default.py), or on the command line as `--config.KEY=VALUE`. What
-these tables don't allow is refused before anything is compiled
-(`pytest tests/common/test_config.py`).
+Every key of a run. Set keys in a config file, a Python file whose `get_config()` starts from
+[configs/default.py](../configs/default.py), or on the command line as `--config.KEY=VALUE`. Other
+keys and values are refused before anything is compiled (`pytest tests/common/test_config.py`).
 """
-METRICS = "<!-- the table of metrics -->\n"  # In metrics.md.
+METRICS = "<!-- the table of metrics -->\n"  # The line of metrics.md that the table replaces.
 LINK = re.compile(r"\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)")
 IMAGE_LINK = re.compile(r"\[!\[([^]]*)\]\(https?:[^)]*\)\]")
 
 
 def modules(wing: str = "**") -> list[str]:
-    """The names of the modules in jaxdp/ or in one of its folders, such as "jaxdp.data.cache"."""
+    """Returns the names of modules, such as "jaxdp.data.cache", in jaxdp/ or one of its folders."""
     paths = sorted(p for p in ROOT.glob(f"jaxdp/{wing}/*.py") if "configs" not in p.parts)
     return [_module(path) for path in paths if path.stem != "__init__"]
 
 
 def wings() -> list[str]:
-    """The folders of jaxdp/ in the order of imports, as in the README's tree; "." is itself."""
+    """Returns "." for jaxdp/ itself, then its folders in the order of the README's tree."""
     found = re.findall(r"^├── (\w+)/", (ROOT / "README.md").read_text(), re.MULTILINE)
     return [".", *(folder for folder in found if any(ROOT.glob(f"jaxdp/{folder}/*.py")))]
 
 
 def on_config(config):
-    """Completes the navigation: pages that mkdocs.yml doesn't name, and one for each module."""
+    """Adds to the navigation the pages that mkdocs.yml doesn't name, and one for each module."""
     named = {x if isinstance(x, str) else next(iter(x.values())) for x in config.nav}
     others = {path.name for path in ROOT.glob("docs/*.md")} - named
     at = config.nav.index("config.md")
@@ -64,7 +63,7 @@ def on_config(config):
 
 
 def on_files(files, config):
-    """Adds the pages that this folder doesn't hold."""
+    """Adds the generated pages to the site."""
     made = {page: (ROOT / path).read_text() for page, path in COPIES.items()}
     made["config.md"] = config_page()
     made |= {_index(wing): wing_page(wing) for wing in wings()}
@@ -75,7 +74,7 @@ def on_files(files, config):
 
 
 def wing_page(wing: str) -> str:
-    """What a folder is for, and the first line of each of its modules (of jaxdp/: and folders)."""
+    """Returns the page of a folder: its docstring, and the first line of each module in it."""
     package = "jaxdp" if wing == "." else f"jaxdp.{wing}"
     rows = [(f"{_stem(module)}.md", module, module) for module in modules(wing)]
     if wing == ".":
@@ -88,9 +87,10 @@ def wing_page(wing: str) -> str:
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Adds flags and metrics; points links to files outside docs/ to the site or the repository.
+    """Adds the flags and the metrics to their pages, and mends links to files outside docs/.
 
-    Badges become plain links, because pages load nothing from elsewhere.
+    Such links lead to a page of the site where there is one, else to the repository. Badges become
+    plain links, because pages load nothing from other hosts.
     """
     name = page.file.src_uri
     if name.startswith("reference/"):
@@ -116,7 +116,7 @@ def on_page_markdown(markdown, page, config, files):
 
 
 def _target(path: str, page: str) -> str | None:
-    """The page that shows a file of the repository; None where that is `page`, or there is none."""
+    """Returns the page that shows a file; None if it is `page`, or no page shows the file."""
     shown = {file: copy for copy, file in COPIES.items()} | {"configs/default.py": "config.md"}
     shown |= {f"{module.replace('.', '/')}.py": _page(module) for module in modules()}
     found = shown.get(path, path.removeprefix("docs/") if path.startswith("docs/") else None)
@@ -124,7 +124,7 @@ def _target(path: str, page: str) -> str | None:
 
 
 def flags_section(module: str) -> str:
-    """A command's docstring and its flags; "" for other modules."""
+    """Returns a command's docstring and table of flags as Markdown; "" for other modules."""
     tree = ast.parse(_source(module))
     rows = [
         f"| `--{name}` | {f'`{value}`' if value not in (None, '') else ''} | {escaped(text)} |\n"
@@ -137,15 +137,16 @@ def flags_section(module: str) -> str:
 
 
 def flags(tree: ast.Module) -> Iterator[tuple[str, Any, str]]:
-    """(name, default, help) of each flag that a module defines; an alias has only two arguments."""
+    """Yields (name, default, help) of each flag that a module defines."""
     for call in ast.walk(tree):
         if isinstance(call, ast.Call) and ".DEFINE_" in ast.unparse(call.func):
             name, value, *text = map(_constant, call.args[:3])
+            # DEFINE_alias(name, original) has no help.
             yield (name, value, text[0]) if text else (name, None, f"The same as --{value}.")
 
 
 def _constant(node: ast.expr) -> Any:
-    """The value of a literal, or of a constant of another module; None for anything else."""
+    """Evaluates a literal, or a constant of another module; returns None for anything else."""
     try:
         return ast.literal_eval(node)
     except ValueError:
@@ -158,7 +159,7 @@ def _constant(node: ast.expr) -> Any:
 
 
 def config_page() -> str:
-    """The config reference: the default, the allowed values and the comment of each key."""
+    """Returns the config reference: default, allowed values and comment of each key."""
     notes = comments((ROOT / "configs" / "default.py").read_text())
     values = flatten(default.get_config())
     groups: dict[str, list[str]] = {}
@@ -173,7 +174,7 @@ def config_page() -> str:
 
 
 def comments(source: str) -> dict[str, str]:
-    """{key or group: its comment}, from the lines above it or the end of its line."""
+    """Returns {key or group: comment}, from the lines above it and the end of its line."""
     notes: dict[str, str] = {}
     above: list[str] = []
     for line in source.splitlines():
@@ -187,12 +188,12 @@ def comments(source: str) -> dict[str, str]:
 
 
 def escaped(comment: str) -> str:
-    """Markdown that shows a comment literally."""
+    """Escapes a comment, so that Markdown shows it literally."""
     return re.sub(r"([*\[\]<|_`])", r"\\\1", comment)
 
 
 def allowed(key: str, value: object) -> str:
-    """The values that jaxdp/common/choices.py allows for a key, or else its type."""
+    """Returns the values that jaxdp/common/choices.py allows for a key, or else its type."""
     if key in CHOICES:
         return ", ".join(f"`{choice!r}`" for choice in CHOICES[key])
     if key in RANGES:

@@ -1,15 +1,15 @@
 """jaxdp: data-parallel training of Flax transformer language models.
 
-What a notebook or a program needs; each is imported when it is first used, as JAX takes seconds:
+Functions for notebooks and programs. Each is imported on first use, because JAX takes seconds:
 
-    train_model(config, workdir)       trains, or goes on where the workdir's run has stopped
-    evaluate_model(workdir)            the loss of a checkpoint on the validation split
-    generate_text(workdir, prompts)    continues texts
+    train_model(config, workdir)       trains, or resumes the run in the workdir
+    evaluate_model(workdir)            evaluates a checkpoint on the validation split
+    generate_text(workdir, prompts)    continues prompts
     export_model(workdir, output)      writes a folder that Hugging Face's transformers opens
-    plan_run(config)                   what memory and time a run will take
-    read_metrics(workdir)              what a run has logged, a dictionary for each step
+    plan_run(config)                   predicts the memory and time of a run
+    read_metrics(workdir)              reads the logged metrics, a dictionary per step
 
-Mistakes of the user raise ConfigError, and what stops a run by no mistake RunError.
+Mistakes of the user raise ConfigError; other reasons to stop raise RunError.
 """
 
 import importlib
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Their names are apart from the modules' of the commands: `jaxdp.train` is one.
+# No function has the name of a command's module, such as `jaxdp.train`.
 _FUNCTIONS = {
     "train_model": "jaxdp.run.loop.train",
     "evaluate_model": "jaxdp.run.evaluation.evaluate_checkpoint",
@@ -51,7 +51,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a function of `__all__` when it is first used."""
+    """Imports a name of `__all__` on first use."""
     if name not in _FUNCTIONS:
         raise AttributeError(f"module 'jaxdp' has no attribute {name!r}")
     module, _, function = _FUNCTIONS[name].rpartition(".")

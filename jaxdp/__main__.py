@@ -1,4 +1,4 @@
-"""The command `jaxdp`, or `python -m jaxdp`: lists the commands, or runs the one that is named."""
+"""The command `jaxdp`, also `python -m jaxdp`: lists the commands, or runs one of them."""
 
 import difflib
 import runpy
@@ -11,7 +11,7 @@ from jaxdp.common.errors import WRONG_INPUT
 def main() -> int:
     """Runs `jaxdp COMMAND ...` as `python -m jaxdp.COMMAND ...` does; returns the exit status.
 
-    The list of commands imports none of them, nor JAX, and so is there at once.
+    The list of commands imports neither them nor JAX, so it is printed at once.
     """
     name, *rest = sys.argv[1:] or ["--help"]
     if name in usage.HELP:

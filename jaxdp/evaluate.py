@@ -1,10 +1,11 @@
-"""Evaluates a checkpoint of a run, on its own text or on other text.
+"""Evaluates a checkpoint of a run, on its own data or on other data.
 
     jaxdp evaluate --workdir=DIR [--step=newest|best|N] [--config.KEY=VALUE ...]
 
-`python -m jaxdp.evaluate` is the same. It prints a line in words for the validation split and each
-of the run's eval_sets, and then the line of metrics.jsonl: on the same devices it is what the run
-logged at that step, to the bit. The workdir stays as it is, and its run may be under way.
+`python -m jaxdp.evaluate` is the same. It prints a line for the validation split and for each of
+the run's eval_sets, and then all figures as JSON, like a line of metrics.jsonl. On the same devices
+they equal what the run logged at that step, bit for bit. The workdir is not changed, and its run
+may be under way.
 
 Exit status: 0; 2 a flag, the workdir or the data is wrong; anything else is a fault.
 """
@@ -22,15 +23,15 @@ from jaxdp.common.errors import ConfigError, shown
 from jaxdp.configs import default
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.")
-STEP = flags.DEFINE_string("step", "newest", "Which checkpoint: newest, best, or steps done.")
+STEP = flags.DEFINE_string("step", "newest", "Checkpoint: newest, best, or a number of steps.")
 
 
 def define_config(argv: list[str]) -> None:
-    """Defines --config; ml_collections looks at its keys at once, so they have to be right."""
+    """Defines --config; checks its keys first, because ml_collections reads them at once."""
     for value in config_file.given(argv):
         raise ConfigError(
-            f"--config={shown(value)} is not wanted here, as the run has its own: change its keys "
-            "by --config.KEY=VALUE"
+            f"--config={shown(value)} is not accepted here, as the run has its own config: change "
+            "its keys with --config.KEY=VALUE"
         )
     cli.check_overrides(argv)
     config_flags.DEFINE_config_dict(
@@ -42,11 +43,11 @@ def define_config(argv: list[str]) -> None:
 
 
 def main() -> int:
-    """Prints the evaluation; returns the exit status."""
+    """Evaluates a checkpoint and prints the result; returns the exit status."""
     if not WORKDIR.value:
         raise ConfigError("--workdir is missing: give the folder of a training run")
     cli.check_step(STEP)
-    # Not above: JAX takes seconds to import, and --help and mistakes in flags do without.
+    # Imported here, so that --help and mistakes in flags don't wait seconds for JAX.
     from jaxdp.parallel import cpu
     from jaxdp.run import preflight, report
     from jaxdp.run.evaluation import completed, evaluate_checkpoint, figures

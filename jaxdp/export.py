@@ -2,11 +2,12 @@
 
     jaxdp export --workdir=DIR --output=FOLDER [--step=newest|best|N]
 
-`python -m jaxdp.export` is the same. Hugging Face's transformers opens the folder by
-from_pretrained("FOLDER") of AutoTokenizer and of AutoModelForCausalLM, or for a masked model
-AutoModelForMaskedLM.
+`python -m jaxdp.export` is the same. Hugging Face's transformers opens the folder with
+AutoTokenizer.from_pretrained("FOLDER") and AutoModelForCausalLM.from_pretrained("FOLDER"), or for
+a masked model with AutoModelForMaskedLM.
 
-Exit status: 0; 2 a flag, the workdir or the model isn't fit for it; anything else is a fault.
+Exit status: 0; 2 a flag or the workdir is wrong, or the model can't be exported; anything else is a
+fault.
 """
 
 import os
@@ -19,8 +20,8 @@ from jaxdp.common import cli
 from jaxdp.common.errors import ConfigError
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.")
-OUTPUT = flags.DEFINE_string("output", None, "Folder to make; may not be there yet.")
-STEP = flags.DEFINE_string("step", "newest", "Which checkpoint: newest, best, or steps done.")
+OUTPUT = flags.DEFINE_string("output", None, "Folder to make; must not exist yet.")
+STEP = flags.DEFINE_string("step", "newest", "Checkpoint: newest, best, or a number of steps.")
 flags.DEFINE_alias("out", "output")
 
 
@@ -31,7 +32,7 @@ def main() -> int:
     if not OUTPUT.value:
         raise ConfigError("--output is missing: give the folder to make")
     cli.check_step(STEP)
-    # Not above: JAX takes seconds to import, and --help and mistakes in flags do without.
+    # Imported here, so that --help and mistakes in flags don't wait seconds for JAX.
     from jaxdp.huggingface.save import export
     from jaxdp.run import preflight
 

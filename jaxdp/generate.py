@@ -1,9 +1,9 @@
-"""Continues texts with the newest checkpoint of a run.
+"""Continues prompts with the model of a run's newest checkpoint.
 
     jaxdp generate --workdir=DIR --prompt=TEXT [--prompt=TEXT ...]
 
 `python -m jaxdp.generate` is the same. It prints each prompt with its continuation. Several prompts
-are continued in one batch.
+are processed as one batch.
 
 Exit status: 0; 2 a flag or the workdir is wrong; anything else is a fault.
 """
@@ -21,13 +21,13 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.")
 PROMPT = flags.DEFINE_multi_string("prompt", [], "Text to continue; may be given several times.")
 NUM_TOKENS = flags.DEFINE_integer("num_tokens", 200, "Tokens to add to each prompt.", 1, MOST)
 TEMPERATURE = flags.DEFINE_float(
-    "temperature", choices.TEMPERATURE, "How random the text is; at 0, not at all.", 0.0
+    "temperature", choices.TEMPERATURE, "Sampling temperature; 0: always the likeliest token.", 0.0
 )
-TOP_K = flags.DEFINE_integer("top_k", 0, "Draw from the k likeliest tokens only; 0: from all.", 0)
+TOP_K = flags.DEFINE_integer("top_k", 0, "Sample from the k likeliest tokens only; 0: from all.", 0)
 TOP_P = flags.DEFINE_float(
-    "top_p", 1.0, "Draw from the likeliest tokens that together reach p.", 1e-6, 1.0
+    "top_p", 1.0, "Sample from the likeliest tokens whose probabilities reach p.", 1e-6, 1.0
 )
-SEED = flags.DEFINE_integer("seed", 0, "Seed of the draws; the same gives the same text.", 0, MOST)
+SEED = flags.DEFINE_integer("seed", 0, "Random seed; equal seeds give equal texts.", 0, MOST)
 
 
 def main() -> int:
@@ -37,7 +37,7 @@ def main() -> int:
     if not PROMPT.value:
         raise ConfigError("--prompt is missing: give a text to continue")
     cli.check_finite(TEMPERATURE, TOP_P)
-    # Not above: JAX takes seconds to import, and --help and mistakes in flags do without.
+    # Imported here, so that --help and mistakes in flags don't wait seconds for JAX.
     from jaxdp.run import preflight
     from jaxdp.workdir.generation import generate
 

@@ -1,4 +1,4 @@
-"""Draws loss, speed and learning rate of runs into a PNG.
+"""Plots loss, speed and learning rate of runs as a PNG.
 
     jaxdp plot WORKDIR [WORKDIR ...] [--output=plot.png]
 
@@ -16,15 +16,15 @@ from absl import flags
 from jaxdp.common import cli, png
 from jaxdp.common.errors import ConfigError
 
-OUTPUT = flags.DEFINE_string("output", "plot.png", "File for the plot.")
+OUTPUT = flags.DEFINE_string("output", "plot.png", "PNG file for the plot.")
 
 
 def main(workdirs: Sequence[str]) -> int:
-    """Draws the plot; returns the exit status."""
+    """Draws the plot and prints its path; returns the exit status."""
     if not workdirs:
         raise ConfigError("WORKDIR is missing: give the folder of a training run, or of several")
     png.check(OUTPUT.name, OUTPUT.value)
-    # Not above: JAX takes seconds to import, and --help and mistakes in flags do without.
+    # Imported here, so that --help and mistakes in flags don't wait seconds for JAX.
     from jaxdp.workdir import curves
 
     runs = dict(zip(curves.names(workdirs), map(curves.curves, workdirs), strict=True))

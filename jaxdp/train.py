@@ -1,13 +1,13 @@
-"""Trains a model, or goes on with a run that was stopped.
+"""Trains a model, or resumes a run that was stopped.
 
     jaxdp train --config=FILE.py --workdir=DIR [--config.KEY=VALUE ...]
 
-`python -m jaxdp.train` is the same. It trains on all devices of this machine, and of all processes
-where there are several (docs/clusters.md). Stopped by Ctrl-C or SIGTERM it saves; run again with
-the same workdir, it goes on.
+`python -m jaxdp.train` is the same. It trains on all devices of this machine, or of all machines
+of a cluster (docs/clusters.md). On Ctrl-C or SIGTERM it saves a checkpoint and stops; run it again
+with the same workdir to resume.
 
 Exit status: 0 finished; 2 the config or the input is wrong; 75 stopped on request (SIGTERM or
-SIGINT) with everything saved, run again to go on; anything else is a fault.
+SIGINT) with everything saved, run again to resume; anything else is a fault.
 """
 
 import os
@@ -21,22 +21,22 @@ from jaxdp.common import cli
 from jaxdp.common.errors import ConfigError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config().")
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder for all that the run writes.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder for everything that the run writes.")
 COORDINATOR = flags.DEFINE_string(
-    "coordinator_address", None, "HOST:PORT of process 0, for several."
+    "coordinator_address", None, "HOST:PORT of process 0, if there are several processes."
 )
-NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes the run has.")
-PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0 on.")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes in the run.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, from 0 on.")
 
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again.
 
 
 def main() -> int:
-    """Trains as the flags say; returns the exit status."""
+    """Trains with the config and workdir of the flags; returns the exit status."""
     config = cli.given_config(CONFIG)
     if not WORKDIR.value:
-        raise ConfigError("--workdir is missing: give a folder for the run, new or to go on with")
-    # Not above: JAX takes seconds to import, and --help and mistakes in flags do without.
+        raise ConfigError("--workdir is missing: give a new folder, or that of a run to resume")
+    # Imported here, so that --help and mistakes in flags don't wait seconds for JAX.
     from jaxdp.parallel import cpu, processes
     from jaxdp.run import loop, preflight
     from jaxdp.step.setup import same_on_two_devices, validate
@@ -54,7 +54,7 @@ def main() -> int:
 
 if __name__ == "__main__":
     status = cli.run(main, cli.check_config)
-    # Where it was not imported, a flag was wrong, and there are no other processes yet.
+    # If the module was not imported, a flag was wrong, and there are no other processes yet.
     processes = sys.modules.get("jaxdp.parallel.processes")
     if processes and status not in (0, STOPPED):
         processes.end(status)

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Trains on several machines by ssh, a process on each, with all of its GPUs:
+# Trains on several machines by ssh, one process per machine with all of its GPUs:
 #
 #     launch/ssh.sh HOST0,HOST1 --config=configs/gpt2_124m.py --workdir=SHARED_FOLDER
 #
-# From the repository, with the virtual environment active; both lie at the same place on all
-# machines, and ssh asks for no password. HOST0 is the coordinator of jax.distributed, on port
-# JAX_COORDINATOR_PORT. Ctrl-C or SIGTERM stops all processes, with everything saved; where one fails,
-# the others are stopped. Exit status: that of the first process that failed; 75 where all were
-# stopped as asked; else 0.
+# Run it in the repository, with the virtual environment active. Both must have the same path on all
+# machines, and ssh must not ask for a password. HOST0 is the coordinator of jax.distributed, on
+# port JAX_COORDINATOR_PORT (55527). Ctrl-C or SIGTERM stops all processes, with everything saved.
+# If one fails, the others are stopped. Exit status: the status of the first process that failed;
+# else 75 if they were stopped on request; else 0.
 
 set -uo pipefail
 if (($# < 2)); then
@@ -19,8 +19,8 @@ IFS=, read -ra hosts <<<"$1"
 shift
 coordinator="${hosts[0]#*@}:${JAX_COORDINATOR_PORT:-55527}"
 
-# A process is told to stop by the end of its standard input, which comes when this script closes
-# it, is killed, or loses the connection.
+# A process stops at the end of its standard input: when this script closes it, is killed, or loses
+# the connection.
 pipes=$(mktemp -d)
 mkfifo "$pipes/input" "$pipes/ended"
 exec {hold}<>"$pipes/input" {ended}<>"$pipes/ended"
@@ -34,7 +34,7 @@ quote() { printf "'%s' " "${@//\'/\'\\\'\'}"; }
 for id in "${!hosts[@]}"; do
     train=$(quote "$(command -v python)" -u -m jaxdp.train "$@" "--coordinator_address=$coordinator" \
         "--num_processes=${#hosts[@]}" "--process_id=$id")
-    # shellcheck disable=SC2016  # The host's shell fills in these.
+    # shellcheck disable=SC2016  # The shell on the host expands these variables.
     remote="cd $(quote "$PWD") || exit; exec 3<&0; $train </dev/null & "'run=$!
         { cat <&3; kill $run; } >/dev/null 2>&1 & watch=$!
         wait $run; status=$?; kill $watch; exit $status'
@@ -51,7 +51,7 @@ for _ in "${hosts[@]}"; do
     if ((code != 0 && (status == 0 || status == stopped))); then
         status=$code
     fi
-    # Where one is done, or has stopped as asked, the others come to that by themselves.
+    # If one has finished, or stopped on request, the others will do the same by themselves.
     ((code == 0 || code == stopped)) || stop
 done
 exit "$status"

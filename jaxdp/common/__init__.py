@@ -1,1 +1,1 @@
-"""What every wing uses: errors, the config, files, flags, the terminal."""
+"""Code that every folder uses: errors, the config, files, flags, the terminal."""

@@ -1,4 +1,4 @@
-"""The values that the keys of a config may have."""
+"""The allowed values of the config's keys."""
 
 CHOICES = {
     "objective": ("causal", "masked"),
@@ -14,13 +14,13 @@ CHOICES = {
     "sync.dtype": ("float32", "bfloat16"),
 }
 
-# Optimizers whose update of a matrix needs all of it.
+# Optimizers whose update of a weight matrix needs the whole matrix, not a slice of it.
 WHOLE_MATRICES = ("muon",)
 
-MOST = 2**31 - 1  # What an int32 holds, as on devices.
-TEMPERATURE = 0.8  # What text is drawn with unless the user says otherwise, as in nanoGPT.
+MOST = 2**31 - 1  # The largest int32, which devices count with.
+TEMPERATURE = 0.8  # Default sampling temperature, as in nanoGPT.
 
-# Key -> (lowest, highest) value allowed, both included.
+# Key -> (lowest, highest) allowed value, both included.
 RANGES = {
     "seed": (0, MOST),
     "num_train_steps": (1, MOST),
@@ -71,7 +71,7 @@ RANGES = {
     "profile.num_steps": (0, MOST),
 }
 
-# Keys of IDENTITY that an older version's config.json lacks; their defaults are what it was.
+# Keys of IDENTITY that the config.json of an older version lacks; it behaved as their defaults.
 ADDED = (
     "init_from",
     "model.rotary_base",

@@ -1,4 +1,4 @@
-"""What the commands share: flags, errors, signals, and JAX's settings."""
+"""Functions that the commands share: flags, errors, signals, and JAX's settings."""
 
 import contextlib
 import inspect
@@ -20,7 +20,7 @@ from jaxdp.common.config import check_known
 from jaxdp.common.errors import WRONG_INPUT, ConfigError, RunError, shown
 
 FAULT = 1
-REPEATED = "; repeat this option to specify a list of values"  # absl adds it.
+REPEATED = "; repeat this option to specify a list of values"  # absl adds it to a flag's help.
 NO_FUNCTION = "AttributeError: module 'config_config' has no attribute 'get_config'"
 
 
@@ -31,13 +31,13 @@ def run(
 ) -> int:
     """Parses the flags and runs a command, or shows its --help or --version.
 
-    What the user did wrong becomes one line on stderr, an unexpected exception its traceback.
+    A user's mistake is printed as one line on stderr, an unexpected exception with its traceback.
 
     Args:
       main: the command; returns its exit status.
-      check_arguments: raises ConfigError for what the flags' own errors explain badly; may define
-        flags, and is given no arguments where only help is wanted.
-      operands: whether main takes a list of the arguments that are no flags; else there are none.
+      check_arguments: called with the arguments before flags are parsed, with none for --help.
+        May define flags; raises ConfigError for mistakes that absl's errors explain badly.
+      operands: whether the command takes arguments that are not flags; main gets them as a list.
 
     Returns:
       The exit status.
@@ -65,7 +65,7 @@ def run(
 def _shows_help(
     main: Callable[..., int], check_arguments: Callable[[list[str]], None] | None
 ) -> bool:
-    """Prints help or the version where a user asks for it, whatever else is on the line."""
+    """Prints help or the version if the arguments ask for it; returns whether it did."""
     end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     asked = set(sys.argv[1:end])
     if "--version" in asked:
@@ -76,7 +76,7 @@ def _shows_help(
     if check_arguments:
         with contextlib.suppress(ConfigError):
             check_arguments([])
-    # absl calls the module that runs by the name of the program.
+    # absl files the flags of the module that runs under the name of the program.
     names = {main.__module__, sys.argv[0]}
     modules = flags.FLAGS.flags_by_module_dict()
     rows = {name: [row for flag in modules[name] for row in _rows(flag)] for name in modules}
@@ -87,7 +87,7 @@ def _shows_help(
 
 
 def _rows(flag: flags.Flag) -> list[tuple[str, str]]:
-    """A flag as it is typed, and what it means with its default; of --config, its keys too."""
+    """Returns rows of help, (the flag as typed, its meaning and default); two for --config."""
     kind, default = flag.flag_type(), flag.default
     text = " ".join((flag.help or "").split()).removesuffix(REPEATED)
     if kind == "config object":
@@ -100,7 +100,7 @@ def _rows(flag: flags.Flag) -> list[tuple[str, str]]:
 
 
 def check_config(argv: list[str]) -> None:
-    """Refuses a --config that is missing or no file, and --config.KEY=VALUE of an unknown key."""
+    """Raises ConfigError if --config is missing or no file, or a --config.KEY is unknown."""
     given = list(config_file.given(argv))
     if not given and not any("-flagfile" in argument for argument in argv):
         raise ConfigError(config_file.MISSING)
@@ -108,18 +108,18 @@ def check_config(argv: list[str]) -> None:
         config_file.check(value)
     for argument in itertools.takewhile(lambda x: not re.match("--?config(=|$)", x), argv):
         if re.match(r"--?config\.", argument):
-            raise ConfigError(f"{shown(argument)} comes before --config: put it behind")
+            raise ConfigError(f"{shown(argument)} comes before --config: put it after --config")
     check_overrides(argv)
 
 
 def check_overrides(argv: list[str]) -> None:
-    """Refuses --config.KEY=VALUE of an unknown key, which config_flags does with a traceback."""
+    """Raises ConfigError if a --config.KEY is unknown; config_flags would print a traceback."""
     overrides = (re.match(r"--?config\.([^=]*)=?(.*)", argument, re.DOTALL) for argument in argv)
     check_known({match[1]: match[2] for match in overrides if match})
 
 
 def _parse_flags() -> list[str]:
-    """Returns the arguments that are no flags."""
+    """Parses the flags; returns the arguments that are not flags."""
     for name in [name for name in flags.FLAGS if "_" in name]:  # --num-tokens is --num_tokens.
         hyphenated = name.replace("_", "-")
         if hyphenated not in flags.FLAGS:
@@ -127,11 +127,11 @@ def _parse_flags() -> list[str]:
     try:
         return flags.FLAGS(sys.argv)[1:]
     except (Exception, SystemExit) as error:
-        # Parsing --config runs the config file, which can raise anything; some of it comes as a
-        # flag's error that ends with a traceback.
+        # Parsing --config runs the config file, which can raise anything. absl turns some of these
+        # exceptions into an error of its own that ends with a traceback.
         said, _, traceback = str(error).partition("Traceback (most recent call last)")
         if isinstance(error, flags.Error) and not traceback:
-            more = ": see configs/default.py for what it takes" if "--config." in said else ""
+            more = ": see configs/default.py for valid values" if "--config." in said else ""
             raise ConfigError(f"{shown(said, as_text=str)}{more}") from None
         reason = (
             traceback.strip().splitlines()[-1] if traceback else f"{type(error).__name__}: {said}"
@@ -145,44 +145,44 @@ def _parse_flags() -> list[str]:
 
 
 def given_config(flag: flags.FlagHolder) -> ConfigDict:
-    """The value of --config.
+    """Returns the config that --config names.
 
     Raises:
-      ConfigError: there is none, or the file gives something else.
+      ConfigError: the flag is missing, or its file doesn't return a ConfigDict.
     """
     if not flag.present:
         raise ConfigError(config_file.MISSING)
     if not isinstance(flag.value, ConfigDict):
         config_file.check(config_flags.get_config_filename(flags.FLAGS[flag.name]))
         raise ConfigError(
-            f"--config gives {shown(flag.value)}, no ConfigDict: let its get_config() return one, "
-            "like those in configs/"
+            f"--config gives {shown(flag.value)}, not a ConfigDict: let its get_config() return "
+            "one, like those in configs/"
         )
     return flag.value
 
 
 def warn(line: str) -> None:
-    """Prints a line that is no result."""
+    """Prints a notice to stderr, apart from the command's results on stdout."""
     print(f"jaxdp: {line}", file=sys.stderr)
 
 
 def check_finite(*given: flags.FlagHolder) -> None:
-    """Refuses infinity and NaN, which a flag's bounds let pass; None is no number and passes."""
+    """Raises ConfigError if a flag is infinite or NaN, which absl's bounds allow; None is fine."""
     for flag in given:
         if flag.value is not None and not math.isfinite(flag.value):
-            raise ConfigError(f"--{flag.name}={flag.value} is no finite number: give another")
+            raise ConfigError(f"--{flag.name}={flag.value} is not finite: give a finite number")
 
 
 def check_step(flag: flags.FlagHolder) -> None:
-    """Refuses what names no checkpoint."""
+    """Raises ConfigError if a flag's value can't name a checkpoint."""
     if not re.fullmatch("newest|best|[0-9]{1,10}", flag.value):
         raise ConfigError(
-            f"--{flag.name}={shown(flag.value)} is none: give newest, best, or a number"
+            f"--{flag.name}={shown(flag.value)} names no checkpoint: give newest, best, or a number"
         )
 
 
 def prepare_jax() -> None:
-    """Turns the persistent compilation cache on, unless the user has set it up already."""
+    """Turns on JAX's persistent compilation cache, unless the user has set its folder."""
     import jax
 
     if jax.config.values["jax_compilation_cache_dir"] is None:
@@ -191,7 +191,7 @@ def prepare_jax() -> None:
 
 
 def on_stop_signal(callback: Callable[[], None]) -> None:
-    """Calls back on the first SIGTERM or SIGINT; a second one ends the process as usual."""
+    """Installs a callback for the first SIGTERM or SIGINT; a second one ends the process."""
 
     def handle(number, frame):
         del frame

@@ -1,8 +1,7 @@
-"""A run's config: the values its keys may have, and its config.json.
+"""Checks the keys of a run's config, and writes and reads its config.json.
 
-What a user can get wrong in a key is refused here, before anything is compiled, by a `ConfigError`
-whose single line names the key, its value and the way out. `step.setup` checks keys against each
-other.
+A wrong key is refused before anything is compiled, by a `ConfigError` whose single line names the
+key, its value and the way out. `step.setup` checks keys against each other.
 """
 
 import difflib
@@ -18,7 +17,7 @@ from jaxdp.common.errors import ConfigError, check_text, shown
 from jaxdp.common.files import write_whole
 from jaxdp.configs import default
 
-# A checkpoint is of no use to a run that differs in one of these.
+# A run can't use the checkpoints of another one that differs in one of these keys.
 IDENTITY = (
     "tokenizer",
     "objective",
@@ -28,12 +27,12 @@ IDENTITY = (
     "model",
     "optimizer.name",
 )
-# ... except in these, which change how the model is computed, not what it is.
+# Exceptions to IDENTITY: they change how the model is computed, not its parameters.
 NOT_IDENTITY = ("model.dropout", "model.dtype", "model.remat")
 
 
 def flatten(config: ConfigDict | dict, prefix: str = "") -> dict[str, Any]:
-    """Returns {"group.key": value} of a nested config.
+    """Flattens a nested config into {"group.key": value}.
 
     Examples:
       >>> flatten({"seed": 0, "model": {"num_layers": 4}})
@@ -49,10 +48,10 @@ def flatten(config: ConfigDict | dict, prefix: str = "") -> dict[str, Any]:
 
 
 def check_values(config: ConfigDict) -> None:
-    """Checks each key alone: that it is known, of the right type, and within its range.
+    """Checks each key of a config by itself.
 
     Raises:
-      ConfigError: it isn't.
+      ConfigError: a key is unknown or missing, of the wrong type, or out of range.
     """
     flat = flatten(config)
     check_known(flat)
@@ -63,12 +62,12 @@ def check_known(flat: dict[str, Any]) -> None:
     """Raises ConfigError for a key that configs/default.py doesn't have.
 
     Args:
-      flat: {"group.key": value}.
+      flat: a config as {"group.key": value}.
     """
     known = flatten(default.get_config())
     for key, value in flat.items():
         group = any(name.startswith(f"{key}.") for name in known)
-        if group and isinstance(value, ConfigDict | dict):  # An empty one: its keys are missing.
+        if group and isinstance(value, ConfigDict | dict):  # An empty group; reported as missing.
             continue
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
@@ -77,7 +76,7 @@ def check_known(flat: dict[str, Any]) -> None:
 
 
 def _check_values(known: dict[str, Any], flat: dict[str, Any]) -> None:
-    """Checks those keys of `flat` that are in `known`, which has their defaults."""
+    """Checks the keys of a flat config against the `known` keys with their default values."""
     _check_types(known, flat)
     for key in [key for key in CHOICES if key in known]:
         if flat[key] not in CHOICES[key]:
@@ -97,7 +96,7 @@ def _check_types(known: dict[str, Any], flat: dict[str, Any]) -> None:
         if key not in flat:
             raise ConfigError(f"{key} is missing: start from configs/default.py, which sets it")
         value, kind = flat[key], type(standard)
-        # An int serves as a float; a bool, though Python calls it an int, serves as neither.
+        # An int is accepted as a float; a bool, which Python counts as an int, as neither.
         fits = type(value) is kind or (kind is float and type(value) is int)
         if not fits or (type(value) is float and not math.isfinite(value)):
             raise ConfigError(f"{key}={shown(value)} has the wrong type: give a {kind.__name__}")
@@ -106,7 +105,7 @@ def _check_types(known: dict[str, Any], flat: dict[str, Any]) -> None:
 
 
 def check_model(config: ConfigDict) -> None:
-    """Checks that the sizes of the model go together; raises ConfigError where they don't."""
+    """Checks that the model's sizes fit together; raises ConfigError where they don't."""
     model = config.model
     if config.seq_len % config.loss_chunks:
         raise ConfigError(
@@ -131,12 +130,12 @@ def check_model(config: ConfigDict) -> None:
 
 
 def save(config: ConfigDict, path: Path) -> None:
-    """Writes the fully resolved config as JSON."""
+    """Writes a fully resolved config as JSON."""
     write_whole(path, json.dumps(config.to_dict(), indent=2) + "\n")
 
 
 def load(path: Path) -> ConfigDict:
-    """Reads what `save` wrote.
+    """Reads a config.json that `save` wrote.
 
     Raises:
       ConfigError: there is no such file, or it is no config.
@@ -151,14 +150,14 @@ def load(path: Path) -> ConfigDict:
         return config
     except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(
-            f"{path} does not exist: --workdir must be that of a training run"
+            f"{path} does not exist: --workdir must be the folder of a training run"
         ) from None
     except (ValueError, TypeError, RecursionError, OSError) as error:
         raise ConfigError(f"{path} is damaged ({error}): restore it from a copy") from None
 
 
 def _add_missing(values: dict[str, Any]) -> None:
-    """Completes the config of an older version; its model was as the defaults have it."""
+    """Adds keys that an older version's config lacks; it behaved as their defaults."""
     defaults = flatten(default.get_config())
     for key in ADDED:
         group, _, name = key.rpartition(".")
@@ -168,7 +167,7 @@ def _add_missing(values: dict[str, Any]) -> None:
 
 
 def _check_saved(config: ConfigDict) -> None:
-    """Of a saved config only what says which model it is, so that another version can read it."""
+    """Checks only the IDENTITY keys of a saved config, so that other versions can read it."""
     flat, known = identity(flatten(config)), identity(flatten(default.get_config()))
     unknown = flat.keys() - known.keys()
     if unknown:
@@ -178,7 +177,7 @@ def _check_saved(config: ConfigDict) -> None:
 
 
 def identity(flat: dict[str, Any]) -> dict[str, Any]:
-    """The keys, of {"group.key": value}, that make a run what it is."""
+    """Returns the IDENTITY keys of a flat config; runs that share checkpoints agree in them."""
     return {
         key: value
         for key, value in flat.items()

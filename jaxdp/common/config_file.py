@@ -1,4 +1,4 @@
-"""Whether --config names a file, and if not, which one was meant."""
+"""Checks that --config names a file, and suggests the nearest name where it doesn't."""
 
 import contextlib
 import difflib
@@ -14,7 +14,7 @@ MISSING = "--config is missing: give a config file, such as configs/quickstart.p
 
 
 def given(argv: list[str]) -> Iterator[str]:
-    """The values of --config among a command's arguments."""
+    """Yields the values of --config among a command's arguments."""
     for i, argument in enumerate(argv):
         if match := re.fullmatch("--?config(?:=(.*))?", argument, re.DOTALL):
             value = match[1] if match[1] is not None else "".join(argv[i + 1 : i + 2])
@@ -22,15 +22,15 @@ def given(argv: list[str]) -> Iterator[str]:
 
 
 def check(value: str) -> None:
-    """Refuses what is no file, with the nearest that is.
+    """Checks that the file of a --config exists.
 
-    ml_collections would say so only when the config is used, in several lines.
+    ml_collections reports a missing file only when the config is used, in several lines.
 
     Args:
-      value: of --config: a path, and after a colon what get_config() is given.
+      value: the value of --config: a path, perhaps with a colon and an argument of get_config().
 
     Raises:
-      ConfigError: there is no such file.
+      ConfigError: there is no such file; the message suggests the nearest name.
     """
     path, colon, argument = value.partition(":")
     if os.path.exists(path) and not os.path.isdir(path):
@@ -42,10 +42,12 @@ def check(value: str) -> None:
 
 
 def nearest(path: str) -> tuple[bool, str]:
-    """The config file whose name is most like a path's, in its folder, in configs/, or shipped.
+    """Finds the config file with the most similar name.
+
+    It searches the folder of the path, configs/, and the configs that come with jaxdp.
 
     Returns:
-      Whether it is close enough to be what was meant, and its path.
+      Whether the name is close enough to be a likely misspelling, and the path found.
     """
     names: dict[str, str] = {}
     for folder in (path, os.path.dirname(path) or ".", "configs", str(SHIPPED)):

@@ -1,4 +1,4 @@
-"""The errors that end a command in one line, and what their messages are made of."""
+"""Errors that end a command with a one-line message, and helpers to write such messages."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,15 +7,15 @@ WRONG_INPUT = 2  # The exit status of every command after a ConfigError.
 
 
 class ConfigError(ValueError):
-    """The user asked for something impossible; the message is one line that says what to do."""
+    """A mistake of the user's; the message is one line that says what to do."""
 
 
 class RunError(RuntimeError):
-    """A run can't go on, by no mistake of the user's; the message is one line that says why."""
+    """A run can't go on, through no mistake of the user's; the message says why in one line."""
 
 
 def check_text(key: str, text: str) -> None:
-    """Raises ConfigError for a text that is no Unicode, or no name that the system takes."""
+    """Raises ConfigError for a text that is not valid Unicode, or contains a NUL character."""
     if not text.isascii() and text != text.encode(errors="ignore").decode():
         raise ConfigError(f"{key}={shown(text)} is not UTF-8: write it in UTF-8")
     if "\0" in text and "prompt" not in key:
@@ -23,7 +23,7 @@ def check_text(key: str, text: str) -> None:
 
 
 def shown(value: Any, length: int = 200, as_text: Callable[[Any], str] = repr) -> str:
-    r"""A value as a message shows it: not too long, and whatever it is.
+    r"""Formats any value for an error message, cut to `length` characters.
 
     Examples:
       >>> shown(0.5), shown("a\n"), shown(10**5000)
@@ -31,6 +31,6 @@ def shown(value: Any, length: int = 200, as_text: Callable[[Any], str] = repr) -
     """
     try:
         text = as_text(value).strip().replace("\n", " ")
-    except Exception:  # Python writes no int of more than 4300 digits.
+    except Exception:  # Python refuses to print an int of more than 4300 digits, for example.
         return f"an {type(value).__name__}"
     return text if len(text) <= length else f"{text[:length]}..."

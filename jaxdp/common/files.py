@@ -1,4 +1,4 @@
-"""Writing to a disk that may be full."""
+"""Writes files safely, also where the disk may be full."""
 
 import errno
 import os
@@ -12,29 +12,30 @@ from jaxdp.common.errors import ConfigError
 
 
 class PatientFile:
-    """A file that is only appended to; what can't be written waits in memory for the next time.
+    """An append-only file that keeps in memory what can't be written now, and tries again later.
 
-    Where the disk took a part of something, the rest follows at the very byte. Nothing raises.
+    If the disk takes only a part of some data, the rest follows at the right byte. A failed write
+    raises nothing.
 
     Attributes:
-      error: why something is waiting; None when nothing is.
+      error: why data is waiting; None when nothing is waiting.
     """
 
     def __init__(self, path: Path):
-        """Makes the file, and its folder, when there is something to write."""
+        """Stores the path; the file and its folder are made by the first write."""
         self._path = path
         self._file: FileIO | None = None
         self._waiting: list[bytes] = []
-        self._begun = 0  # Bytes written of what is the first of them.
+        self._begun = 0  # Bytes of self._waiting[0] that are already written.
         self.error: OSError | None = None
 
     def write(self, data: bytes) -> None:
-        """Appends, now or later."""
+        """Appends data, now or as soon as the disk takes it."""
         self._waiting.append(data)
         self.flush()
 
     def flush(self) -> None:
-        """Tries to write what is waiting."""
+        """Tries to write the waiting data."""
         try:
             if self._file is None:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,11 +50,11 @@ class PatientFile:
             self.error = error
 
     def waiting(self) -> int:
-        """How many things have not been written, or not wholly."""
+        """Returns how many writes are not complete."""
         return len(self._waiting)
 
     def close(self) -> None:
-        """Writes what it can; the rest is lost, and nothing is left half written."""
+        """Writes what it can and drops the rest; a partial write is removed from the file."""
         self.flush()
         if self._file is not None:
             if self._begun:
@@ -61,44 +62,44 @@ class PatientFile:
             self._file.close()
 
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # Errors of a full disk, quota or file.
 
 
 def reason(error: BaseException) -> str:
-    """Why something could not be written: the system's words where the error has them."""
+    """Returns why a write failed, in the system's words where the error has them."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.strerror:
             return cause.strerror
         cause = cause.__cause__ or cause.__context__
-    code = re.search(r"os_error_code='(\d+)'", str(error))  # TensorStore's.
+    code = re.search(r"os_error_code='(\d+)'", str(error))  # In TensorStore's messages.
     return os.strerror(int(code[1])) if code else first_line(error)
 
 
 def num_bytes(tree: Any) -> int:
-    """Of all arrays, or of what has their shapes and dtypes."""
-    import jax  # Not above: the commands' --help comes through this file, and JAX takes a second.
+    """Returns the size in bytes of all arrays, or ShapeDtypeStructs, in a tree."""
+    import jax  # Not above: --help imports this file, and JAX takes a second.
 
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def require(folder: Path, size: int) -> None:
-    """Raises OSError where so many bytes have no room."""
+    """Raises OSError (ENOSPC) if the disk of a folder has less than `size` bytes free."""
     if shutil.disk_usage(folder).free < size:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def first_line(error: BaseException) -> str:
-    """An error's type and the first line of what it says."""
+    """Returns an error's type and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes or replaces a file; whoever reads it sees the old text or the new, never a part.
+    """Writes or replaces a file atomically: readers see the old text or the new one, never a part.
 
     Raises:
-      ConfigError: the disk is full, say; the file is as it was.
+      ConfigError: the file can't be written, for example on a full disk; it stays as it was.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:

@@ -1,4 +1,4 @@
-"""Figures as PNG files, by matplotlib, which is an extra."""
+"""Writes figures as PNG files with matplotlib, an optional dependency."""
 
 import importlib.util
 from typing import Any
@@ -7,7 +7,7 @@ from jaxdp.common.errors import ConfigError, check_text, shown
 
 
 def check(flag: str, path: str) -> None:
-    """Raises ConfigError where there is no matplotlib for a flag's file, or it can't be one."""
+    """Raises ConfigError if the path of a PNG isn't valid text, or matplotlib is missing."""
     check_text(f"--{flag}", path)
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError(
@@ -16,7 +16,7 @@ def check(flag: str, path: str) -> None:
 
 
 def new(width: float, height: float) -> Any:
-    """A matplotlib Figure of so many inches, which no screen and no setting of the user's knows."""
+    """Returns a matplotlib Figure, sized in inches, independent of screens and user settings."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -26,15 +26,15 @@ def new(width: float, height: float) -> Any:
 
 
 def save(figure: Any, flag: str, path: str) -> None:
-    """Writes a figure.
+    """Writes a figure as a PNG file.
 
     Args:
-      figure: of `new`.
-      flag: that gave the path.
-      path: of a PNG file.
+      figure: a figure made by `new`.
+      flag: the name of the flag that gave the path, for messages.
+      path: the path of the PNG file.
 
     Raises:
-      ConfigError: it can't be written.
+      ConfigError: the file can't be written.
     """
     try:
         figure.savefig(path, format="png", dpi=150)

@@ -1,4 +1,4 @@
-"""What a user sees of a run: a header, a progress bar or plain lines, a summary."""
+"""Prints a run's progress in the terminal: tables, a progress bar or plain lines, a summary."""
 
 import contextlib
 import time
@@ -12,11 +12,11 @@ from rich.text import Text
 
 
 class Display:
-    """Prints to stdout; on a terminal with colour and a live progress bar, else plain lines."""
+    """Prints to stdout: with colour and a progress bar on a terminal, else as plain lines."""
 
     def __init__(self, quiet: bool = False):
-        """Prints nothing if `quiet`, as all processes but the first are."""
-        # In a notebook rich would make an HTML block of every line, with gaps in between.
+        """Makes a display, which prints nothing if `quiet`, as in all processes but the first."""
+        # In a notebook rich would turn every line into an HTML block, with gaps between them.
         notebook = Console().is_jupyter
         self._console = Console(
             quiet=quiet,
@@ -29,11 +29,11 @@ class Display:
         self._began = time.perf_counter()
 
     def line(self, text: str, style: str = "") -> None:
-        """Prints a line, above the progress bar where there is one."""
+        """Prints a line, above the progress bar if there is one."""
         self._print(Text(text, style=style))
 
     def _print(self, text: Any) -> None:
-        # A log on a full disk has gaps; the run goes on.
+        # If stdout goes to a full disk, the log has gaps, but the run goes on.
         with contextlib.suppress(OSError):
             self._console.print(text)
 
@@ -53,14 +53,14 @@ class Display:
                 self.line(f"  {name:<{width}}  {value}")
 
     def text(self, title: str, text: str) -> None:
-        """Prints a longer text under a title."""
+        """Prints a text of several lines under a title."""
         if self._console.is_terminal:
             self._print(Panel(Text(text), title=title, title_align="left"))
         else:
             self.line(f"{title}\n{text}\n")
 
     def start(self, done: int, total: int) -> None:
-        """Starts to show progress at step `done` of `total`."""
+        """Starts the progress display at step `done` of `total`."""
         self._total, self._started = total, (done, time.perf_counter())
         if self._console.is_terminal:
             self._progress = Progress(
@@ -74,12 +74,12 @@ class Display:
             self._task = self._progress.add_task("", total=total, completed=done, figures="")
 
     def step(self, done: int) -> None:
-        """Moves the bar."""
+        """Moves the progress bar to step `done`."""
         if self._progress:
             self._progress.update(self._task, completed=done)
 
     def figures(self, done: int, loss: float, tokens_per_second: float | None) -> None:
-        """Shows figures of a logged step: in the bar, or as a line with the time left."""
+        """Shows the figures of a logged step, in the bar or as a line with the time left."""
         figures = f"loss {loss:.4f}"
         if tokens_per_second is not None:
             figures += f"  {tokens_per_second:,.0f} tokens/s"
@@ -97,19 +97,19 @@ class Display:
             self._progress = None
 
     def seconds(self) -> float:
-        """Since the display was made."""
+        """Returns the seconds since the display was made."""
         return time.perf_counter() - self._began
 
     def __enter__(self) -> "Display":
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Leaves the terminal as it was."""
+        """Ends the progress bar, which restores the terminal."""
         self.stop()
 
 
 def duration(seconds: float) -> str:
-    """Seconds as h:mm:ss or m:ss.
+    """Formats seconds as h:mm:ss or m:ss.
 
     Examples:
       >>> duration(61.2), duration(3600)
@@ -121,7 +121,7 @@ def duration(seconds: float) -> str:
 
 
 def quantity(number: float) -> str:
-    """A large number in short.
+    """Formats a large number with three digits and a unit.
 
     Examples:
       >>> quantity(812), quantity(1_536_000), quantity(3.1e9)
@@ -134,7 +134,7 @@ def quantity(number: float) -> str:
 
 
 def in_bytes(size: float) -> str:
-    """A number of bytes in short.
+    """Formats a number of bytes with three digits and a unit.
 
     Examples:
       >>> in_bytes(812), in_bytes(3.1e9)

@@ -1,7 +1,7 @@
-"""What `jaxdp` and `--help` print, made of the commands' docstrings and flags.
+"""Makes the texts that `jaxdp` and `--help` print, from the commands' docstrings and flags.
 
-A command's docstring has its purpose in the first line, then how to call it, indented, then the
-rest. It is read from the source, so that the list of commands imports none of them.
+A command's docstring has its purpose in the first line, then its usage, indented, then the rest.
+It is read from the source, so that the list of commands imports none of them.
 """
 
 import ast
@@ -20,14 +20,14 @@ VERSION = f"jaxdp {__version__}"
 
 
 def described(source: Path) -> tuple[str, str, str]:
-    """What a command is for, how to call it, and what else its docstring says."""
+    """Splits a command's docstring into its purpose, its usage, and the rest."""
     docstring = ast.get_docstring(ast.parse(source.read_text(encoding="utf-8"))) or ""
     purpose, call, *rest = docstring.split("\n\n")
     return purpose, textwrap.dedent(call), "\n\n".join(rest)
 
 
 def listing() -> str:
-    """The list of commands, each with its purpose."""
+    """Returns the list of commands, each with its purpose."""
     rows = [(name, described(PACKAGE / f"{name}.py")[0]) for name in COMMANDS]
     return f"""{VERSION}: data-parallel training of Flax transformer language models
 
@@ -45,12 +45,12 @@ jaxdp COMMAND --help lists the flags of a command.
 def help_for(
     source: Path, rows: list[tuple[str, str]], others: list[tuple[str, str]] | None = None
 ) -> str:
-    """What --help prints.
+    """Returns the text of a command's --help.
 
     Args:
-      source: the command's file.
-      rows: its flags as they are typed, and what they mean.
-      others: flags of libraries, to be listed as well.
+      source: the file of the command.
+      rows: the command's flags, (as typed, meaning) each.
+      others: flags of libraries, for --helpfull, in the same form.
     """
     purpose, call, rest = described(source)
     text = f"usage: {call}\n\n{purpose}\n\n{rest}\n\nflags:\n{_table(rows)}"
@@ -60,7 +60,7 @@ def help_for(
 
 
 def _table(rows: list[tuple[str, str]]) -> str:
-    """Names on the left, texts on the right, in the width of the terminal."""
+    """Formats (name, text) rows as two columns, in the width of the terminal."""
     left = min(max(len(name) for name, _ in rows), 28) + 4
     width = max(min(shutil.get_terminal_size().columns, 100) - left, 30)
     lines = []
@@ -72,8 +72,8 @@ def _table(rows: list[tuple[str, str]]) -> str:
 
 
 def _keys() -> str:
-    """Where the config's keys are explained; the path is one that can be opened from here."""
+    """Returns a line that says where the config's keys are explained, with a path to open."""
     path = (PACKAGE / "configs" / "default.py").resolve()
     here = Path(os.path.abspath("."))
     shown = path.relative_to(here) if path.is_relative_to(here) else path
-    return f"{shown} explains every key of a config, docs/ in the repository the rest."
+    return f"{shown} explains every key of a config. docs/ in the repository explains the rest."

@@ -1,1 +1,1 @@
-"""From documents to batches: `sources` -> `cache` (on disk) -> `sequences` -> `pipeline`."""
+"""Turns documents into batches: `sources` -> `cache` (on disk) -> `sequences` -> `pipeline`."""

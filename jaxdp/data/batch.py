@@ -1,6 +1,6 @@
-"""What a batch holds: all its keys, with their shapes and dtypes.
+"""The schema of a batch: all its keys, with their shapes and dtypes.
 
-Shapes: P sequences of a process, b sequences of a device, L length.
+Shapes: P sequences per process, b sequences per device, L sequence length.
 """
 
 from collections.abc import Mapping
@@ -12,19 +12,24 @@ from ml_collections import ConfigDict
 
 Batch = dict[str, Any]
 
-# Every batch, [P, L]: tokens, the tokens to predict, and what each counts in the loss.
+# In every batch, [P, L]: input tokens, the tokens to predict, and their weights in the loss.
 TOKENS: dict[str, type] = {"inputs": np.int32, "targets": np.int32, "weights": np.float32}
-# Batches that keep documents apart, [P, L]: a token's document, and its place in it.
+# In batches that keep documents apart, [P, L]: the document of a token, and its position there.
 DOCUMENTS: dict[str, type] = {"segments": np.int32, "positions": np.int32}
-# Training batches, [P]: whether this process was asked to stop, and how many seconds it was last
-# busy with a step.
+# In training batches, [P]: whether this process was asked to stop, and how many seconds it spent
+# on its last step.
 PROCESS: dict[str, type] = {"stop": np.float32, "busy": np.float32}
-# Evaluation batches, [P]: the batch's number in the evaluation, which seeds masked-LM's masks.
+# In evaluation batches, [P]: the number of the batch, which seeds the masks of masked LM.
 NUMBER: dict[str, type] = {"number": np.int32}
 
 
 def token_keys(objective: str, packing: str) -> dict[str, type]:
-    """The keys [P, L] of a config's batches, and their dtypes."""
+    """Returns {key: dtype} of the token arrays [P, L] in a batch.
+
+    Args:
+      objective: "causal" or "masked".
+      packing: "stream", "documents" or "padded".
+    """
     if packing == "documents":
         return TOKENS | DOCUMENTS
     if packing == "padded" and objective == "masked":
@@ -33,12 +38,15 @@ def token_keys(objective: str, packing: str) -> dict[str, type]:
 
 
 def training_shapes(config: ConfigDict, steps: int, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """What a device gets for `steps` optimizer steps of `rows` sequences: [steps, rows, L] or less.
+    """Returns the shapes of one device's training batch for a round of steps.
 
     Args:
       config: a valid config.
-      steps: of a round.
-      rows: b.
+      steps: optimizer steps in the round.
+      rows: b, sequences per device and step.
+
+    Returns:
+      {key: shape}: [steps, b, L] for tokens, [steps, b] for `PROCESS`.
     """
     keys = token_keys(config.objective, config.data.packing)
     tokens = {name: (dtype, (config.seq_len,)) for name, dtype in keys.items()}
@@ -50,23 +58,23 @@ def training_shapes(config: ConfigDict, steps: int, rows: int) -> dict[str, jax.
 
 
 def with_process(batch: Batch, *, stop: bool, busy: float) -> Batch:
-    """A training batch, with what this process tells the others; see `PROCESS`."""
+    """Returns a training batch with this process's state added, for the others; see `PROCESS`."""
     values = {"stop": stop, "busy": busy}
     return batch | _filled(PROCESS, values, len(batch["inputs"]))
 
 
 def with_number(batch: Batch, number: int) -> Batch:
-    """An evaluation batch, with its number; see `NUMBER`."""
+    """Returns an evaluation batch with its number added; see `NUMBER`."""
     return batch | _filled(NUMBER, {"number": number}, len(batch["inputs"]))
 
 
 def tokens_of(batch: Batch) -> Batch:
-    """The part of a batch that the loss is computed from."""
+    """Returns the keys of a batch that the loss is computed from."""
     return {name: batch[name] for name in TOKENS | DOCUMENTS if name in batch}
 
 
 def documents_of(batch: Batch) -> Batch:
-    """The part of a batch that keeps its documents apart; empty where they aren't."""
+    """Returns the keys of a batch that keep documents apart; empty where they aren't kept apart."""
     return {name: batch[name] for name in DOCUMENTS if name in batch}
 
 

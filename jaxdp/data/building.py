@@ -1,4 +1,4 @@
-"""Building a token cache, part by part, so that a process that is killed costs one part only."""
+"""Builds a token cache and records its progress, so that a killed process loses little."""
 
 import contextlib
 import copy
@@ -22,11 +22,11 @@ from jaxdp.data.layout import INDEX, SPLITS, DamagedError
 from jaxdp.data.sources import Example, Source
 
 PROGRESS = "progress.json"
-RECORD_EVERY = 10  # Seconds; what a kill can cost.
+RECORD_EVERY = 10  # Seconds of work that a kill can cost.
 
 
 def begin(building: Path) -> None:
-    """Makes the folder, or leaves of what a killed process has built there what is whole."""
+    """Prepares the folder: keeps what a killed process has recorded there, or empties it."""
     try:
         progress = json.loads((building / PROGRESS).read_text())
         if progress["checksum"] != layout.checksum(progress):
@@ -39,7 +39,7 @@ def begin(building: Path) -> None:
         tokenizers.load_file(building / "tokenizer.json")
         if layout.file_digest(building / "tokenizer.json") != progress["tokenizer"]:
             raise DamagedError("tokenizer.json has changed")
-    except Exception:  # There are as many kinds of rubbish as there are errors.
+    except Exception:  # A damaged folder can raise anything.
         if building.is_dir() and not building.is_symlink():
             shutil.rmtree(building)
         else:
@@ -50,12 +50,19 @@ def begin(building: Path) -> None:
 def build(
     config: ConfigDict, sources: list[Source], folder: Path, report: Callable[[str], None]
 ) -> None:
-    """Builds a cache, or what a folder lacks of it."""
+    """Builds a cache in a folder, or completes the one begun there.
+
+    Args:
+      config: a valid config.
+      sources: the corpora that data.path names.
+      folder: prepared by `begin`.
+      report: called with a line about progress.
+    """
     if (folder / PROGRESS).exists():
         meta = json.loads((folder / PROGRESS).read_text())
         tokenizer = tokenizers.load_file(folder / "tokenizer.json")
         done = sum(meta[split]["tokens"] for split in SPLITS)
-        report(f"Going on with tokenising {config.data.path} after {done:,} tokens ...")
+        report(f"Continuing to tokenise {config.data.path} after {done:,} tokens ...")
     else:
         tokenizer, meta = _start(config, sources, folder, report)
         _record(folder / PROGRESS, meta)
@@ -70,7 +77,7 @@ def build(
 def _start(
     config: ConfigDict, sources: list[Source], folder: Path, report: Callable[[str], None]
 ) -> tuple[Tokenizer, dict]:
-    """Makes the tokenizer, and meta of a cache with no tokens yet."""
+    """Makes the tokenizer, and the metadata of a cache without tokens."""
 
     def documents(with_validation: bool) -> Iterator[str]:
         said, size = time.monotonic(), 0
@@ -88,7 +95,8 @@ def _start(
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     vocab_size = tokenizers.vocab_size(tokenizer)
     padded = config.data.packing == "padded"
-    # Borders are where sources end; pieces are those of the one that hasn't yet.
+    # borders: the token at which each finished source ends. pieces: how many documents, or pieces
+    # of long ones, of the current source are written.
     none: dict = {"tokens": 0, "bytes": 0, "documents": 0, "borders": [], "pieces": 0}
     none |= {"examples": 0} if padded else {}
     return tokenizer, {
@@ -100,7 +108,7 @@ def _start(
 
 
 def _record(path: Path, meta: dict, files: Sequence[BinaryIO] = ()) -> None:
-    """Writes meta once the files that it speaks of are on disk."""
+    """Writes the metadata after the files that it describes are safely on disk."""
     for file in files:
         file.flush()
         os.fsync(file.fileno())
@@ -116,7 +124,7 @@ def _write(
     meta: dict,
     report: Callable[[str], None],
 ) -> None:
-    """Writes what a split lacks; says, and records for whoever goes on, how far it is."""
+    """Writes the missing tokens of a split; reports progress and records it for a restart."""
     part, dtype, padded = meta[split], np.dtype(meta["dtype"]), "examples" in meta[split]
     before, began = part["tokens"], time.monotonic()
     recorded = began
@@ -148,7 +156,7 @@ def _write(
 def encode(
     tokenizer: Tokenizer, examples: Iterable[Example], done: int, padded: bool
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields (tokens of the prompt, all tokens) of each example, or piece of a document."""
+    """Yields (number of prompt tokens, all tokens) of each example, or piece of a document."""
     if padded:
         for prompt, text in tokenizers.encode_examples(tokenizer, examples, done):
             yield len(prompt), np.concatenate([prompt, text])
@@ -159,7 +167,7 @@ def encode(
 
 
 class _Counter:
-    """Iterates over examples and counts them, and their texts' bytes in UTF-8, on the way."""
+    """Iterates over examples; counts them and the UTF-8 bytes of their texts on the way."""
 
     def __init__(self, examples: Iterator[Example]):
         self._examples = examples

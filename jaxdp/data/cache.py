@@ -1,10 +1,10 @@
-"""The token cache: a corpus as token ids on disk, tokenised once, memory-mapped ever after.
+"""The token cache: a corpus as token ids on disk, tokenised once, then memory-mapped.
 
-A cache is a folder, named by a fingerprint of all that it depends on, with `train.bin`,
-`validation.bin` (little-endian uint16 or uint32), `tokenizer.json` and `meta.json`, and of examples
-with prompts `train.examples.bin`, `validation.examples.bin` (int64), where each begins. It appears
-under its name by one rename, whole. Whoever opens it looks whether it still is: at the sizes of
-its files, and up to WHOLE bytes at all that is in them. One that is damaged is built anew.
+A cache is a folder named by a fingerprint of everything that it depends on. It holds `train.bin`
+and `validation.bin` (little-endian uint16 or uint32), `tokenizer.json` and `meta.json`; for padded
+examples also `train.examples.bin` and `validation.examples.bin` (int64), the tokens where each
+begins. One atomic rename makes it visible when it is complete. Every opening checks it for damage:
+the sizes of its files, and up to WHOLE bytes their content. A damaged cache is built again.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from jaxdp.data.layout import SPLITS, DamagedError
 from jaxdp.data.sources import Source, ValidationOnly, get_sources
 
 FORMAT = 2  # Raise it when the same config would give other tokens than before.
-WHOLE = 2**30  # To read so much takes a second or two.
+WHOLE = 2**30  # The largest cache whose content is checked: reading it takes a second or two.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,16 +38,16 @@ class TokenCache:
     """A tokenised corpus.
 
     Attributes:
-      folder: where it lies.
-      train: [tokens] uint16 or uint32, memory-mapped; documents in a row.
-      validation: likewise.
-      tokenizer: what made them.
-      vocab_size: one more than the highest id.
-      validation_bytes: of the validation text, prompts apart, in UTF-8, for bits per byte.
-      digest: SHA-256 over both splits; equal digests, equal data.
-      train_borders: at which training tokens the sources end.
-      examples: only of data.packing="padded": for each split [examples, 2] int64, at which token
-        an example begins, and at which what follows its prompt.
+      folder: the folder of the cache.
+      train: training tokens, [tokens] uint16 or uint32, memory-mapped; all documents in a row.
+      validation: validation tokens, in the same form.
+      tokenizer: the tokenizer that made the tokens.
+      vocab_size: one more than the highest token id.
+      validation_bytes: size of the validation text in UTF-8, without prompts, for bits per byte.
+      digest: SHA-256 over both splits; equal digests mean equal data.
+      train_borders: the training tokens at which the sources end.
+      examples: only for data.packing="padded": for each split [examples, 2] int64, the token where
+        an example begins, and the token where its prompt ends.
     """
 
     folder: Path
@@ -62,7 +62,7 @@ class TokenCache:
 
     @property
     def tokens_per_byte(self) -> float:
-        """Of the validation split, prompts apart."""
+        """Tokens per UTF-8 byte of the validation split, without prompts."""
         tokens = len(self.validation)
         if self.examples:
             start, text = self.examples["validation"].T
@@ -73,18 +73,18 @@ class TokenCache:
 def open_cache(
     config: ConfigDict, report: Callable[[str], None] = print, train: bool = True
 ) -> TokenCache:
-    """Opens the token cache for a config and builds it first if it isn't there.
+    """Opens the token cache of a config; builds it first if it is missing.
 
-    Processes that start at once wait for the one that builds. Where one dies while it builds, the
-    next goes on from what is on disk. A damaged cache is reported and replaced.
+    One process builds while others wait. If it dies, the next one continues from what is on disk.
+    A damaged cache is reported and replaced.
 
     Args:
       config: a valid config.
-      report: is told in a line what takes time.
-      train: whether training tokens are wanted; else there are none.
+      report: called with a line before anything that takes time.
+      train: whether to include the training split; without it, only validation is tokenised.
 
     Raises:
-      ConfigError: there is no such data or tokenizer.
+      ConfigError: the data or the tokenizer can't be found, or the folder can't be written.
     """
     sources = get_sources(config, report)
     if not train:
@@ -118,12 +118,12 @@ def open_cache(
 def _build_once(
     config: ConfigDict, sources: list[Source], folder: Path, report: Callable[[str], None]
 ) -> TokenCache:
-    """Builds the cache unless another process has; nothing is left of one that fails."""
+    """Builds the cache unless another process has built it; on failure nothing is left behind."""
     try:
         if (cache := _find(folder)) is not None:
             return cache
     except DamagedError as error:
-        report(f"The token cache {folder} is damaged ({error}); it is made anew.")
+        report(f"The token cache {folder} is damaged ({error}); it is built again.")
         _put_away(folder)
     for abandoned in folder.parent.glob(f"{folder.name}.building-*"):
         shutil.rmtree(abandoned)
@@ -139,14 +139,14 @@ def _build_once(
 
 
 def _find(folder: Path) -> TokenCache | None:
-    """Loads a cache; None where there is none; raises DamagedError."""
+    """Loads a cache; None where there is none; raises DamagedError for a damaged one."""
     if not os.path.lexists(folder):
         return None
     try:
         return _load(folder)
     except DamagedError:
         raise
-    except Exception as error:  # There are as many kinds of rubbish as there are errors.
+    except Exception as error:  # A damaged cache can raise anything.
         raise DamagedError(f"{type(error).__name__}: {shown(error, as_text=str)}") from None
 
 
@@ -158,7 +158,7 @@ def _lock(folder: Path) -> str:
 
 
 def _put_away(folder: Path) -> None:
-    """Gives a damaged cache a name under which it is removed; other processes may yet read it."""
+    """Renames a damaged cache, to be removed later: other processes may still be reading it."""
     try:
         if folder.is_dir() and not folder.is_symlink():
             folder.rename(tempfile.mkdtemp(prefix=f"{folder.name}.building-", dir=folder.parent))
@@ -172,7 +172,7 @@ def _put_away(folder: Path) -> None:
 
 
 def _fingerprint(config: ConfigDict, sources: list[Source]) -> str:
-    """Names the cache by everything its content depends on."""
+    """Returns the name of a cache: a hash of everything its content depends on."""
     tokenizer: list = [config.tokenizer, config.objective]
     path = os.path.expanduser(config.tokenizer)
     if os.path.isfile(path):
@@ -193,12 +193,12 @@ def _load(folder: Path) -> TokenCache:
     for name, (kind, count) in files.items():
         path, size = folder / name, count * kind.itemsize
         if not path.is_file() or path.stat().st_size != size:
-            raise DamagedError(f"{name} is not of {size} bytes")
+            raise DamagedError(f"{name} does not have {size} bytes")
     tokenizer = tokenizers.load_file(folder / "tokenizer.json")
     if layout.file_digest(folder / "tokenizer.json") != meta["tokenizer"]:
         raise DamagedError("tokenizer.json has changed")
     if tokenizers.vocab_size(tokenizer) != meta["vocab_size"]:
-        raise DamagedError(f"tokenizer.json has no vocabulary of {meta['vocab_size']}")
+        raise DamagedError(f"tokenizer.json does not have {meta['vocab_size']} tokens")
     small = sum(count * kind.itemsize for kind, count in files.values()) <= WHOLE
     if small and layout.digest(folder, dtype, meta) != meta["digest"]:
         raise DamagedError("the tokens have changed")

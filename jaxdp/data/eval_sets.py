@@ -1,4 +1,4 @@
-"""Texts to evaluate on beside the validation split, each under a name: config.eval_sets."""
+"""Evaluation sets: named texts to evaluate on besides the validation split (config.eval_sets)."""
 
 import contextlib
 import re
@@ -15,10 +15,13 @@ NAME = r"[A-Za-z0-9_.-]{1,40}"
 
 
 def parse(text: str) -> dict[str, str]:
-    """{name: path} of such as "code=text:GLOB,wiki=tfds:NAME"; a path may hold commas.
+    """Parses config.eval_sets, such as "code=text:GLOB,wiki=tfds:NAME"; a path may contain commas.
+
+    Returns:
+      {name: path}.
 
     Raises:
-      ConfigError: a set has no name, no path, or another's name.
+      ConfigError: a set has no name or no path, or two sets have the same name.
     """
     sets: dict[str, str] = {}
     for part in re.split(rf",(?={NAME}=)", text) if text else []:
@@ -37,7 +40,7 @@ def parse(text: str) -> dict[str, str]:
 
 
 def find(config: ConfigDict) -> None:
-    """Looks for all sets; raises ConfigError where one is wrong or isn't there."""
+    """Checks that all evaluation sets exist; raises ConfigError where one is wrong or missing."""
     for name in parse(config.eval_sets):
         with named(config, name):
             get_sources(_config_of(config, name))
@@ -46,16 +49,16 @@ def find(config: ConfigDict) -> None:
 def open_set(
     config: ConfigDict, name: str, cache: TokenCache, report: Callable[[str], None]
 ) -> Feed:
-    """Opens a set, tokenised as a run's data are; it has a cache of its own.
+    """Opens an evaluation set, tokenised with the run's tokenizer into a cache of its own.
 
     Args:
-      config: of the run.
-      name: of the set.
-      cache: of the run's data.
-      report: is told in a line what takes time.
+      config: the run's config.
+      name: the name of the set.
+      cache: the token cache of the run's data.
+      report: called with a line before anything that takes time.
 
     Raises:
-      ConfigError: it can't be read, or has a character that the tokenizer doesn't know.
+      ConfigError: the set can't be read, or has a character that the tokenizer doesn't know.
     """
     own = _config_of(config, name)
     own.tokenizer = str(cache.folder / "tokenizer.json")
@@ -64,7 +67,7 @@ def open_set(
 
 @contextlib.contextmanager
 def named(config: ConfigDict, name: str) -> Iterator[None]:
-    """Says of an error of which set it is."""
+    """Adds the name of an evaluation set to a ConfigError raised in the block."""
     try:
         yield
     except ConfigError as error:
@@ -76,7 +79,7 @@ def _path(config: ConfigDict, name: str) -> str:
 
 
 def _config_of(config: ConfigDict, name: str) -> ConfigDict:
-    """The run's, with a set as its validation split, files as a whole."""
+    """Returns the run's config with a set as its validation split; of files, all of their text."""
     own = ConfigDict(config.to_dict())
     own.data.path, own.data.eval_fraction = _path(config, name), 1.0
     return own

@@ -1,4 +1,4 @@
-"""A config's data: its token cache, and the batches that this process gets of it."""
+"""The data of a run: its token cache, and this process's batches from it."""
 
 import dataclasses
 import functools
@@ -17,23 +17,23 @@ from jaxdp.data.sequences import Examples, Sequences, Windows
 
 @dataclasses.dataclass(frozen=True)
 class Feed:
-    """Batches to train on, from any step, and for one exact pass over the validation split.
+    """Training batches from any step on, and batches of one exact pass over the validation split.
 
     Attributes:
-      config: a valid config, with num_train_steps resolved before batches are asked for.
-      cache: the tokens of its data.
+      config: a valid config; num_train_steps must be resolved before the first training batch.
+      cache: the token cache of the config's data.
     """
 
     config: ConfigDict
     cache: TokenCache
 
     def __repr__(self) -> str:
-        """A line, not the whole config."""
+        """Shows the data's path and the cache in a line, without the config."""
         return f"Feed({self.config.data.path!r}, {self.cache!r})"
 
     @functools.cached_property
     def shares(self) -> dict[str, int]:
-        """The sources that data.path names, each with its turns in a cycle of the mixture."""
+        """{source: turns in a cycle of the mixture} for the sources that data.path names."""
         return mixture.parse(self.config.data.path)
 
     @functools.cached_property
@@ -48,7 +48,7 @@ class Feed:
         return self._sequences("validation")
 
     def train(self, start: int) -> Iterator[Batch]:
-        """The batches of the steps from `start` on; see `pipeline.train_batches`."""
+        """Yields the batches of the steps from `start` on; see `pipeline.train_batches`."""
         return pipeline.train_batches(
             self.training,
             seed=self.config.seed,
@@ -59,20 +59,20 @@ class Feed:
         )
 
     def evaluation(self) -> Iterator[Batch]:
-        """One pass over the validation split; see `pipeline.eval_batches`."""
+        """Yields one pass over the validation split; see `pipeline.eval_batches`."""
         return pipeline.eval_batches(
             self.validation, max_batches=self.config.eval_max_batches, **self._split_of_batch()
         )
 
     def positions(self, step: int) -> list[int]:
-        """Where in the training split the sequences of a step's whole global batch begin."""
+        """Returns the training tokens at which the sequences of a step's global batch begin."""
         c = self.config
         numbers = step * c.global_batch_size + np.arange(c.global_batch_size, dtype=np.int64)
         starts = pipeline.start_positions(numbers, self.training, c.seed).numpy()
         return self.training.begin(starts).tolist()
 
     def epoch_steps(self) -> int:
-        """Optimizer steps that num_epochs take, the last batch filled up where it isn't full."""
+        """Returns the optimizer steps that num_epochs take; the last batch may be padded."""
         c = self.config
         return pipeline.steps_in(c.num_epochs, self.training, c.global_batch_size)
 

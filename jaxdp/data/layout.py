@@ -1,4 +1,4 @@
-"""What the folder of a token cache holds, and whether it still is what it was."""
+"""The files in the folder of a token cache, and the checksums that detect damage."""
 
 import hashlib
 import json
@@ -11,11 +11,11 @@ INDEX = np.dtype("<i8")
 
 
 class DamagedError(ValueError):
-    """A token cache isn't as it was made."""
+    """A token cache has changed since it was built."""
 
 
 def files(dtype: np.dtype, meta: dict) -> dict[str, tuple[np.dtype, int]]:
-    """The arrays of a cache: {name: (dtype, how many numbers)}."""
+    """Returns the array files of a cache: {name: (dtype, number of elements)}."""
     files = {}
     for split in (split for split in SPLITS if split in meta):
         files[f"{split}.bin"] = dtype, meta[split]["tokens"]
@@ -25,18 +25,18 @@ def files(dtype: np.dtype, meta: dict) -> dict[str, tuple[np.dtype, int]]:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
+    """Returns the SHA-256 of a file."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def checksum(meta: dict) -> str:
-    """SHA-256 of what meta says, its own checksum apart."""
+    """Returns the SHA-256 of a cache's metadata, without its own checksum."""
     rest = {key: value for key, value in meta.items() if key != "checksum"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def digest(folder: Path, dtype: np.dtype, meta: dict) -> str:
-    """Of the tokens on disk; raises DamagedError for ids beyond the vocabulary."""
+    """Returns the SHA-256 of a cache's arrays; raises DamagedError if an id is out of range."""
     digest = hashlib.sha256()
     for split in SPLITS:
         with open(folder / f"{split}.bin", "rb") as file:

@@ -1,4 +1,4 @@
-"""Several sources mixed by weight: which of them the i-th sequence of a run comes from."""
+"""Mixes several sources by weight: decides which of them the i-th sequence of a run comes from."""
 
 import dataclasses
 import math
@@ -10,23 +10,23 @@ import numpy as np
 
 from jaxdp.common.errors import ConfigError, shown
 
-# Only what has a kind can have a weight: "2*.txt" is a glob.
+# Only paths with a kind, such as "text:", can have a weight: "2*.txt" is a glob.
 WEIGHTED = r"[^*+:/]*\*(?=(?:tfds|text|jsonl):)"
-LONGEST = 100_000  # Turns of a cycle.
+LONGEST = 100_000  # The most turns in a cycle.
 
 
 def parse(path: str) -> dict[str, int]:
-    """What a data.path names, each with its share.
+    """Parses data.path into its sources and their shares.
 
     Examples:
       >>> parse("0.7*tfds:lm1b+0.3*text:books/*.txt"), parse("books/*.txt")
       ({'tfds:lm1b': 7, 'text:books/*.txt': 3}, {'books/*.txt': 1})
 
     Returns:
-      {path: turns in a cycle}; one path with 1 where there are no weights.
+      {path: turns in a cycle}; {path: 1} where there are no weights.
 
     Raises:
-      ConfigError: a weight isn't a number above 0, or a source comes twice.
+      ConfigError: a weight is not a number above 0 or has too many digits, or a source comes twice.
     """
     if not re.match(WEIGHTED, path):
         return {path: 1}
@@ -57,11 +57,11 @@ def parse(path: str) -> dict[str, int]:
 
 @dataclasses.dataclass(frozen=True)
 class Cycle:
-    """Whose turn it is, over and over.
+    """The order in which sources take turns, repeated for ever.
 
     Attributes:
-      turns: [cycle] int64, the source of each.
-      ranks: [cycle] int64, how many turns it had before in the cycle.
+      turns: [cycle] int64, the source of each turn.
+      ranks: [cycle] int64, how many turns that source has had before in the cycle.
     """
 
     turns: np.ndarray
@@ -69,15 +69,15 @@ class Cycle:
 
 
 def cycle(shares: Sequence[int]) -> Cycle:
-    """A cycle in which, after any number of turns, each source is within one of its share.
+    """Returns a cycle in which each source is always less than one turn away from its exact share.
 
     Examples:
       >>> cycle([3, 2]).turns.tolist()
       [0, 1, 0, 1, 0]
 
-    Each turn goes to whom is owed one, and of these to whose is due first: so a source's m-th turn
-    is in the window from floor((m - 1) / w) to ceil(m / w) of its weight w (Baruah et al. 1996,
-    Proportionate progress). Drawn instead, a batch of 16 would often lack a source altogether.
+    Of the sources that are owed a turn, the one with the earliest deadline gets it: the m-th turn
+    of a source of weight w lies between floor((m - 1) / w) and ceil(m / w) (Baruah et al. 1996,
+    Proportionate progress). With random draws a batch of 16 would often lack a source altogether.
     """
     total, given = sum(shares), [0] * len(shares)
     turns, ranks = np.zeros((2, total), np.int64)

@@ -1,9 +1,9 @@
-"""From tokens to batches, with `tf.data`.
+"""Makes batches of tokens, with `tf.data`.
 
-The sequences of optimizer step s are a pure function of (seed, s): number s * G + i, for row i of
-a global batch of G, is looked up in a shuffled order of the epoch that it falls in. So a resumed
-run starts anywhere at no cost, and the global batch does not depend on how many processes and
-devices share it.
+The sequences of optimizer step s are a pure function of (seed, s). Row i of a global batch of G is
+sequence number s * G + i of the run, which is looked up in the shuffled order of its epoch. So a
+run resumes at any step at no cost, and the global batch is the same for any number of processes
+and devices.
 
 Shapes: G global batch, P rows of this process, L sequence length.
 """
@@ -17,7 +17,7 @@ from jaxdp.data import mixture
 from jaxdp.data.batch import Batch
 from jaxdp.data.sequences import Sequences
 
-TOGETHER = 2**16  # Tokens.
+TOGETHER = 2**16  # Tokens to make in one call of `sequences.take`.
 
 
 def train_batches(
@@ -31,30 +31,31 @@ def train_batches(
     process_count: int,
     num_epochs: int = 0,
 ) -> Iterator[Batch]:
-    """Yields this process's rows of the batches of steps start_step .. num_steps - 1.
+    """Yields this process's part of the training batches, from step start_step on.
 
-    Each epoch of a source has a shuffled order of its own. Windows lie side by side from an offset
-    that is new in each epoch, too: less than 2 L tokens at the ends are left out, others each time.
+    Each epoch of a source is shuffled anew. Windows lie side by side and start at an offset that
+    also changes in each epoch: it leaves out less than 2 L tokens at the ends, different ones each
+    time.
 
     Args:
-      sequences: what to train on.
+      sequences: the training sequences.
       seed: decides the order.
-      start_step: the first step to give a batch for.
-      num_steps: the step to end before.
+      start_step: the step of the first batch.
+      num_steps: the number of steps in the run; the last batch is that of step num_steps - 1.
       global_batch_size: G, divisible by process_count.
-      process_index: which of the equal parts of the global batch to give.
-      process_count: how many there are.
-      num_epochs: rows beyond so many epochs get weight 0; 0: there are none.
+      process_index: which of the equal parts of the global batch to yield.
+      process_count: the number of parts.
+      num_epochs: rows after this many epochs get weight 0; 0: no limit.
 
     Yields:
-      What `sequences.take` gives, [P, L] each.
+      The arrays of `sequences.take`, [P, L] each.
     """
     from jaxdp.data.tensorflow import tf
 
     per_host = global_batch_size // process_count
     first = process_index * per_host
     keys = sequences.keys
-    # Small batches are made several at once: what a call costs is more than what it does.
+    # Small batches are made several at once, because the overhead of a call would dominate.
     together = max(TOGETHER // (per_host * sequences.seq_len), 1)
 
     def numbers(step, count):
@@ -72,8 +73,8 @@ def train_batches(
 
     dataset = tf.data.Dataset.range(start_step, num_steps, together)
     dataset = dataset.map(to_batches, num_parallel_calls=2, deterministic=True).prefetch(4)
-    # There is nothing to tune, and the tuner's thread, asleep, can hold up the end of the iterator
-    # for as long as a minute.
+    # There is nothing to tune, and the tuner's sleeping thread can delay the end of the iterator
+    # by up to a minute.
     options = tf.data.Options()
     options.autotune.enabled = False
     dataset = dataset.with_options(options)
@@ -90,19 +91,19 @@ def train_batches(
 
 
 def start_positions(numbers, sequences: Sequences, seed: int):
-    """Where training sequences begin.
+    """Returns where training sequences begin, from their numbers in the run.
 
     Args:
-      numbers: [P] int64; a run's sequences are numbered through: step * G + row of the batch.
-      sequences: all there are.
+      numbers: [P] int64, step * G + row of the batch for each sequence.
+      sequences: the training sequences.
       seed: decides the order.
 
     Returns:
-      [P] int64, a tensor of TensorFlow, for `sequences.take`.
+      [P] int64, a TensorFlow tensor to pass to `sequences.take`.
     """
     from jaxdp.data.tensorflow import tf
 
-    def of(values):  # [P] of the source of each.
+    def of(values):  # Looks up the value of each sequence's source, [P].
         return tf.gather(tf.constant(values, tf.int64), source)
 
     parts, turns = sequences.parts, mixture.cycle(sequences.shares)
@@ -114,28 +115,28 @@ def start_positions(numbers, sequences: Sequences, seed: int):
     epoch = numbers // count
     seeds = tf.fill(tf.shape(epoch), tf.constant(seed, tf.int64))
     index = _shuffle(numbers % count, [seeds, epoch * len(parts) + source], count - 1)
-    # A long cycle of its own, so that the offset is as good as drawn anew in each epoch.
+    # Offsets run through a long shuffled cycle, so each epoch's is practically drawn at random.
     cycle = epoch // (slack + 1) * len(parts) + source
     offset = _shuffle(epoch % (slack + 1), [seeds, cycle], slack)
     return of([part.first for part in parts]) + index * sequences.stride + offset
 
 
 def epoch_length(sequences: Sequences) -> int:
-    """Sequences in an epoch, of all sources together."""
+    """Returns the number of sequences in an epoch, over all sources."""
     return sum(part.count for part in sequences.parts)
 
 
 def steps_in(num_epochs: int, sequences: Sequences, global_batch_size: int) -> int:
-    """Optimizer steps that so many epochs take, the last batch filled up where it isn't full."""
+    """Returns how many optimizer steps the epochs take; the last batch may be padded."""
     return -(-num_epochs * epoch_length(sequences) // global_batch_size)
 
 
 def _shuffle(index, seeds, max_index):
-    """Stateless permutations of 0 .. max_index, a different one for each pair of seeds.
+    """Maps each index to its place in a stateless permutation of 0 .. max_index.
 
     Args:
       index: [P] int64.
-      seeds: a pair of [P] int64.
+      seeds: a pair of [P] int64; each pair of values selects a permutation.
       max_index: [P] int64, the highest index.
 
     Returns:
@@ -143,8 +144,8 @@ def _shuffle(index, seeds, max_index):
     """
     from jaxdp.data.tensorflow import tf
 
-    # The op takes three 32-bit seeds per row; tf.random.experimental.index_shuffle, which wraps
-    # it, takes one seed for all rows only.
+    # The raw op takes three 32-bit seeds per row. Its wrapper, index_shuffle of
+    # tf.random.experimental, takes only one seed for all rows.
     seeds = tf.cast(tf.stack([*seeds, max_index % 2**31], axis=1), tf.int32)
     return tf.raw_ops.RandomIndexShuffle(index=index, seed=seeds, max_index=max_index, rounds=4)
 
@@ -157,21 +158,21 @@ def eval_batches(
     process_index: int,
     process_count: int,
 ) -> Iterator[Batch]:
-    """Yields one pass over the tokens, each a target exactly once (but the very first).
+    """Yields one pass over the tokens, in which each token but the first is a target exactly once.
 
-    Where documents are kept apart, the first of each is no target either. What the last window and
-    the last batch lack is filled with weight 0, so that every process yields equally many batches
-    of equal shape.
+    Where documents are kept apart, the first token of a document is not a target either. The last
+    window and the last batch are padded with weight 0, so that every process yields the same
+    number of batches of the same shape.
 
     Args:
-      sequences: what to evaluate on.
-      max_batches: stop after so many; 0: never.
+      sequences: the sequences to evaluate on.
+      max_batches: stop after this many; 0: no limit.
       global_batch_size: G, divisible by process_count.
-      process_index: which of the equal parts of each global batch to give.
-      process_count: how many there are.
+      process_index: which of the equal parts of each global batch to yield.
+      process_count: the number of parts.
 
     Yields:
-      As `train_batches` does.
+      The arrays of `sequences.take`, [P, L] each.
     """
     per_host = global_batch_size // process_count
     batches = -(-sequences.total // global_batch_size)

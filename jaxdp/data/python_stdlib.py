@@ -1,6 +1,6 @@
 """A text corpus that every machine has: the source of the running Python's standard library.
 
-As a TFDS builder it is `tfds:python_stdlib`; about 12 MB, prepared in seconds with no network.
+Use it as `tfds:python_stdlib`: about 12 MB, prepared by TFDS in seconds without a network.
 """
 
 import hashlib
@@ -11,13 +11,13 @@ from pathlib import Path
 
 from jaxdp.data.tfds import tfds
 
-# Tests are repetitive, pydoc_data is prose in quotes; the rest differs from machine to machine.
+# Tests are repetitive and pydoc_data is quoted prose; the others differ from machine to machine.
 LEFT_OUT = ("pydoc_data", "test", "tests", "idle_test", "site-packages", "dist-packages")
 VALIDATION_SHARE = 0.02
 
 
 class PythonStdlib(tfds.core.GeneratorBasedBuilder):
-    """The standard library's Python files; the version is that of the running Python."""
+    """A TFDS builder of the standard library's Python files; its version is Python's version."""
 
     VERSION = tfds.core.Version(".".join(map(str, sys.version_info[:3])))
 
@@ -60,6 +60,6 @@ def stdlib_files() -> Iterator[tuple[str, str]]:
 
 
 def is_validation(name: str) -> bool:
-    """Whether a file belongs to the validation split: by a hash of its name, so for ever."""
+    """Returns whether a file belongs to the validation split, which a hash of its name decides."""
     fraction = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) / 2**64
     return fraction < VALIDATION_SHARE

@@ -1,4 +1,4 @@
-"""SentencePiece models (Kudo and Richardson 2018) as tokenizers of the `tokenizers` library."""
+"""Converts SentencePiece models (Kudo and Richardson 2018) to the `tokenizers` library."""
 
 import itertools
 import re
@@ -12,7 +12,7 @@ from jaxdp.common.errors import ConfigError, shown
 UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6  # Kinds of pieces, as a model file numbers them.
 UNIGRAM, BPE = 1, 2  # Kinds of models.
 SPACE = "\u2581"
-PROBES = (
+PROBES = (  # Texts that a converted model has to encode as the original does.
     "",
     " ",
     "Hello, world!  This is\ta test.\n",
@@ -23,11 +23,11 @@ PROBES = (
 
 
 def load(path: Path) -> Tokenizer:
-    """Converts a `.model` file, and makes sure that both give the same tokens.
+    """Converts a `.model` file and checks that the result gives the same tokens.
 
     Raises:
-      ConfigError: it is no such file, the package sentencepiece is missing, or the model does
-        something that `tokenizers` can't.
+      ConfigError: the file is no SentencePiece model, the package sentencepiece is missing, or
+        the model can't be converted exactly.
     """
     name = f"tokenizer={shown(str(path))}"
     try:
@@ -61,13 +61,13 @@ def load(path: Path) -> Tokenizer:
 
 
 def convert(model: Any) -> Tokenizer:
-    """A tokenizer with the same pieces and ids.
+    """Returns a tokenizer with the pieces and ids of a SentencePiece model.
 
     Args:
-      model: a ModelProto of sentencepiece.
+      model: sentencepiece's ModelProto.
 
     Raises:
-      ValueError: its pieces are words or characters.
+      ValueError: the model is neither unigram nor BPE.
     """
     kinds = {UNIGRAM: _unigram, BPE: _bpe}
     if model.trainer_spec.model_type not in kinds:
@@ -78,8 +78,8 @@ def convert(model: Any) -> Tokenizer:
     tokenizer.decoder = decoders.Sequence(_decoders(model))
     controls = [p.piece for p in model.pieces if p.type in (UNKNOWN, CONTROL)]
     if model.trainer_spec.model_type == UNIGRAM:
-        # The name of a control piece or a byte in a text is text; the library's Unigram would see
-        # the piece there, but not across a cut behind the first character.
+        # The name of a control or byte piece in a text is plain text. The library's Unigram would
+        # take it for the piece, but it can't across a cut after the first character.
         names = [p.piece for p in model.pieces if p.type in (UNKNOWN, CONTROL, BYTE)]
         apart = "|".join(f"{re.escape(n[0])}(?={re.escape(n[1:])})" for n in names)
         tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(apart), "merged_with_previous")
@@ -95,7 +95,7 @@ def _unigram(model: Any) -> models.Unigram:
 
 
 def _bpe(model: Any) -> models.BPE:
-    """What two pieces make is merged in the order of its score."""
+    """Returns a BPE model; two pieces are merged in the order of the result's score."""
     ids = {p.piece: i for i, p in enumerate(model.pieces)}
     merges = []
     for i, piece in enumerate(model.pieces):
@@ -137,7 +137,7 @@ def _decoders(model: Any) -> list[Any]:
 
 
 def _difference(original: Any, tokenizer: Tokenizer) -> str:
-    """What the two encode differently, of some texts and of every piece; "" where nothing."""
+    """Describes a text that the two encode differently, of PROBES and all pieces; "" if none."""
     tokenizer.encode_special_tokens = True
     pieces = [original.id_to_piece(i).replace(SPACE, " ") for i in range(len(original))]
     texts = [*PROBES, *pieces, *map("".join, itertools.pairwise(pieces))]

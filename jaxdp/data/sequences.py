@@ -1,4 +1,4 @@
-"""From tokens to the sequences of a batch: inputs, targets, weights, and what belongs together.
+"""Cuts tokens into the sequences of a batch: inputs, targets, weights, segments and positions.
 
 Shapes: P rows of this process, L sequence length.
 """
@@ -13,12 +13,12 @@ from jaxdp.data.batch import Batch, token_keys
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What one source gives to train on.
+    """The training sequences of one source.
 
     Attributes:
-      first: where its first sequence begins, as for `take`.
+      first: the start of its first sequence, in the units of `take`.
       count: sequences in an epoch.
-      slack: by how much the first one may be moved.
+      slack: how far the start of the first sequence may be shifted.
     """
 
     first: int
@@ -28,20 +28,20 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Windows:
-    """Windows of L + 1 tokens of the documents in a row; neighbours share the border token.
+    """Windows of L + 1 tokens over concatenated documents; neighbours share their border token.
 
-    With an `end`, documents are kept apart: a token sees, and is predicted from, its own document
-    only. Every sequence is still full, and a document that a border cuts begins anew behind it,
-    its positions too: they have to stay below L, and a text without its beginning is what nearly
-    every sequence is without an `end`.
+    With an `end`, documents are kept apart: a token attends to, and is predicted from, its own
+    document only. Every sequence is still full. A document that spans two windows starts again in
+    the second, with positions from 0, because positions have to stay below L; without an `end`,
+    too, nearly every sequence begins in the middle of a document.
 
     Attributes:
       tokens: [tokens] integers, at least 2 of them.
       seq_len: L.
       objective: "causal" (targets are the next tokens) or "masked" (the tokens themselves).
-      end: id of the token that ends a document; None: all is one text.
-      borders: at which tokens the sources end; by default there is one.
-      shares: how many sequences of each source to train on, in a cycle of `sum(shares)`.
+      end: id of the token that ends a document; None: documents are not kept apart.
+      borders: the tokens at which the sources end; by default all tokens are one source.
+      shares: for each source, its number of training sequences in a cycle of `sum(shares)`.
     """
 
     tokens: np.ndarray
@@ -53,12 +53,12 @@ class Windows:
 
     @property
     def stride(self) -> int:
-        """Tokens from one to the next."""
+        """Tokens between the starts of neighbouring windows."""
         return self.seq_len
 
     @functools.cached_property
     def parts(self) -> list[Part]:
-        """Of each source windows side by side, from a first one drawn per epoch."""
+        """The training windows of each source, side by side; their offset changes each epoch."""
         borders, parts = self.borders or (len(self.tokens),), []
         for first, end in zip((0, *borders[:-1]), borders, strict=True):
             ahead = end - first - 1
@@ -68,26 +68,26 @@ class Windows:
 
     @property
     def total(self) -> int:
-        """Sequences of one exact pass, the last of them filled up."""
+        """Sequences in one exact pass; the last one may be padded."""
         return -(-(len(self.tokens) - 1) // self.seq_len)
 
     @property
     def keys(self) -> dict[str, type]:
-        """Of `take`, and their dtypes."""
+        """The keys that `take` returns, with their dtypes."""
         return token_keys(self.objective, "stream" if self.end is None else "documents")
 
     def begin(self, starts: np.ndarray) -> np.ndarray:
-        """At which tokens [P] they begin."""
+        """Returns the tokens [P] at which sequences begin, here the starts themselves."""
         return starts
 
     def take(self, starts: np.ndarray) -> Batch:
-        """The sequences that begin at these tokens.
+        """Returns the sequences that begin at the given tokens.
 
         Args:
-          starts: [P] int64; what lies beyond the tokens is filled with weight 0.
+          starts: [P] int64; positions past the last token are padded with weight 0.
 
         Returns:
-          inputs, targets [P, L] int32, weights [P, L] float32; with an `end` segments and
+          inputs, targets [P, L] int32, weights [P, L] float32; with an `end` also segments and
           positions [P, L] int32, counted from 0.
         """
         places = starts[:, None] + np.arange(self.seq_len + 1)
@@ -102,23 +102,23 @@ class Windows:
         if self.end is None:
             return batch
         if self.objective == "causal":
-            weights *= inputs != self.end  # What follows is of another document.
+            weights *= inputs != self.end  # The next token belongs to another document.
         return batch | documents(inputs, self.end)
 
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """One example to a sequence, padded; what follows its prompt is to be predicted.
+    """Padded sequences of one example each; only the text after its prompt is predicted.
 
-    A longer one loses its end, and one that then has nothing left to predict is left out.
+    An example that is too long is truncated; it is left out if nothing remains to predict.
 
     Attributes:
-      tokens: [tokens] integers, the examples in a row.
-      index: [examples, 2] integers: where each begins, and where what follows its prompt does.
+      tokens: [tokens] integers, all examples in a row.
+      index: [examples, 2] integers: the tokens where each example begins and its prompt ends.
       seq_len: L.
       objective: "causal" or "masked".
-      borders: at which tokens the sources end; by default there is one.
-      shares: as of `Windows`.
+      borders: the tokens at which the sources end; by default all tokens are one source.
+      shares: for each source, its number of training sequences in a cycle of `sum(shares)`.
     """
 
     tokens: np.ndarray
@@ -131,58 +131,58 @@ class Examples:
 
     @functools.cached_property
     def _places(self) -> np.ndarray:
-        """[examples, 3] int64: where each begins, its targets begin, and it ends."""
+        """For each example its start, its first target, and its end, [examples, 3] int64."""
         start, text = np.asarray(self.index, np.int64).T
         end = np.append(start[1:], len(self.tokens))
         return np.stack([start, np.maximum(text, start + self._ahead), end], axis=1)
 
     @functools.cached_property
     def kept(self) -> np.ndarray:
-        """[examples with a target, 3] int64: where each begins, its targets begin, and it ends."""
+        """The start, first target and end of examples that have a target, [examples, 3] int64."""
         start, first, end = self._places.T
         return self._places[first < np.minimum(end, start + self.seq_len + self._ahead)]
 
     @property
     def _ahead(self) -> int:
-        """By how much targets are ahead of inputs."""
+        """Tokens by which targets are ahead of inputs."""
         return int(self.objective == "causal")
 
     @property
     def cut(self) -> int:
-        """How many are longer than a sequence."""
+        """Number of examples that are too long for a sequence."""
         start, _, end = self._places.T
         return int((end - start > self.seq_len + self._ahead).sum())
 
     @functools.cached_property
     def parts(self) -> list[Part]:
-        """Of each source all examples."""
+        """The training examples of each source: all that are kept."""
         borders = self.borders or (len(self.tokens),)
         ends = np.searchsorted(self.kept[:, 0], borders).tolist()
         return [Part(a, b - a, 0) for a, b in zip((0, *ends[:-1]), ends, strict=True)]
 
     @property
     def total(self) -> int:
-        """Sequences of one exact pass."""
+        """Sequences in one exact pass."""
         return len(self.kept)
 
     @property
     def keys(self) -> dict[str, type]:
-        """Of `take`, and their dtypes."""
+        """The keys that `take` returns, with their dtypes."""
         return token_keys(self.objective, "padded")
 
     def begin(self, numbers: np.ndarray) -> np.ndarray:
-        """At which tokens [P] these examples begin."""
+        """Returns the tokens [P] at which examples begin."""
         return self.kept[numbers, 0]
 
     def take(self, numbers: np.ndarray) -> Batch:
-        """The examples of these numbers.
+        """Returns examples by their numbers.
 
         Args:
-          numbers: [P] int64; those beyond the last are given weight 0.
+          numbers: [P] int64; numbers past the last example give rows of weight 0.
 
         Returns:
-          inputs, targets [P, L] int32, weights [P, L] float32; for "masked" segments [P, L] int32,
-          1 for the padding: an earlier token does not see it anyway, but here each sees all.
+          inputs, targets [P, L] int32, weights [P, L] float32. For "masked" also segments [P, L]
+          int32, 1 for padding, to hide it from attention; causal attention never sees it.
         """
         start, first, end = self.kept[np.minimum(numbers, self.total - 1)].T[:, :, None]
         inputs = start + np.arange(self.seq_len)
@@ -202,7 +202,7 @@ Sequences = Windows | Examples
 
 
 def split(window: np.ndarray, objective: str) -> tuple[np.ndarray, np.ndarray]:
-    """[P, L + 1] -> inputs and targets, [P, L] each.
+    """Splits windows [P, L + 1] into inputs and targets, [P, L] each.
 
     Examples:
       >>> [x.tolist() for x in split(np.array([[5, 6, 7, 8]]), "causal")]
@@ -214,7 +214,7 @@ def split(window: np.ndarray, objective: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def documents(inputs: np.ndarray, end: int) -> Batch:
-    """Which document of its sequence a token is of, and its place there.
+    """Returns the document of each token within its sequence, and its position in the document.
 
     Examples:
       >>> found = documents(np.array([[5, 6, 0, 7, 8]]), end=0)
@@ -223,7 +223,7 @@ def documents(inputs: np.ndarray, end: int) -> Batch:
 
     Args:
       inputs: [P, L] int32.
-      end: the id that ends a document, and is part of it.
+      end: id of the token that ends a document and belongs to it.
 
     Returns:
       segments and positions [P, L] int32, each counted from 0.

@@ -1,4 +1,4 @@
-"""Where documents come from: a TFDS dataset, text files or JSON lines, each split in two."""
+"""Sources of documents: TFDS datasets, text files and JSON lines, each split in two."""
 
 import contextlib
 import dataclasses
@@ -19,8 +19,8 @@ from jaxdp.common.errors import ConfigError, shown
 from jaxdp.data import mixture
 
 Example = tuple[str, str]
-Report = Callable[[str], None]  # Is told in a line what takes time.
-# Markup of datasets of TFDS that is no text, as patterns with what takes their place.
+Report = Callable[[str], None]  # Called with a line before anything that takes time.
+# Markup to remove from TFDS datasets: {dataset: (pattern, replacement) pairs}.
 CLEANED = {
     "wiki40b": (
         (r"\A\n?_START_ARTICLE_\n", ""),
@@ -34,36 +34,36 @@ class Source(Protocol):
     """A corpus: `train` and `validation` texts, always in the same order."""
 
     def identity(self) -> dict:
-        """What the texts depend on, as JSON: the same identity means the same texts."""
+        """Returns what the texts depend on, as JSON: equal identities mean equal texts."""
 
     def documents(self, split: str) -> Iterator[str]:
         """Yields the documents of "train" or "validation"."""
 
     def examples(self, split: str) -> Iterator[Example]:
-        """Yields them in two parts: a prompt ("" without data.prompt_key), and what follows it."""
+        """Yields documents in two parts: prompt ("" without data.prompt_key) and text."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ValidationOnly:
-    """A source of which only the validation split is wanted: its training split is empty."""
+    """A source reduced to its validation split; its training split is empty."""
 
     source: Source
 
     def identity(self) -> dict:
-        """The source's, and that this is not all of it."""
+        """Returns the source's identity, marked as without training split."""
         return self.source.identity() | {"train": None}
 
     def documents(self, split: str) -> Iterator[str]:
-        """The source's, of "validation"."""
+        """Yields the source's documents of "validation", and none of "train"."""
         return iter(()) if split == "train" else self.source.documents(split)
 
     def examples(self, split: str) -> Iterator[Example]:
-        """Likewise."""
+        """Yields the source's examples of "validation", and none of "train"."""
         return iter(()) if split == "train" else self.source.examples(split)
 
 
 def get_sources(config: ConfigDict, report: Report = print) -> list[Source]:
-    """Opens all that data.path names; raises ConfigError where one can't be found."""
+    """Opens all sources that data.path names; raises ConfigError where one can't be found."""
     sources = []
     for path in mixture.parse(config.data.path):
         one = ConfigDict(config.to_dict())
@@ -73,10 +73,10 @@ def get_sources(config: ConfigDict, report: Report = print) -> list[Source]:
 
 
 def get_source(config: ConfigDict, report: Report = print) -> Source:
-    """Opens the corpus that data.path names, which has no weights.
+    """Opens the one source that a data.path without weights names.
 
     Raises:
-      ConfigError: it can't be found.
+      ConfigError: the source can't be found.
     """
     kind, colon, rest = config.data.path.partition(":")
     if colon and kind == "tfds":
@@ -85,7 +85,7 @@ def get_source(config: ConfigDict, report: Report = print) -> Source:
         return JsonSource(rest, config)
     if config.data.prompt_key:
         raise ConfigError(
-            f"data.prompt_key={shown(config.data.prompt_key)} names no part of a text file: use "
+            f"data.prompt_key={shown(config.data.prompt_key)} does not work with text files: use "
             "jsonl:GLOB or tfds:NAME, or leave it empty"
         )
     return TextSource(rest if colon and kind == "text" else config.data.path, config)
@@ -95,9 +95,9 @@ class _Files:
     """Local files in the order of their paths."""
 
     def __init__(self, pattern: str, config: ConfigDict):
-        """Finds them; raises ConfigError where there are none."""
+        """Finds the files that match a pattern; raises ConfigError where there are none."""
         pattern = os.path.expanduser(pattern)
-        # A file may be called what would also be a glob, such as "notes[1].txt".
+        # The name of a file may look like a glob, such as "notes[1].txt".
         found = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
         self.paths = sorted(path for path in map(Path, found) if path.is_file())
         self.eval_fraction = config.data.eval_fraction
@@ -108,7 +108,7 @@ class _Files:
             )
 
     def identity(self) -> dict:
-        """Paths, sizes and times of change: cheap, where reading would cost minutes."""
+        """Returns paths, sizes and modification times, because hashing content takes minutes."""
         stats = [(str(path.resolve()), path.stat()) for path in self.paths]
         files = [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats]
         return {"files": files, "eval_fraction": self.eval_fraction}
@@ -119,7 +119,7 @@ class _Files:
             return path.read_bytes().decode("utf-8")
         except OSError as error:
             raise ConfigError(
-                f"data.path: {path} can't be read ({error.strerror}): see to its permissions, or "
+                f"data.path: {path} can't be read ({error.strerror}): check its permissions, or "
                 "leave it out"
             ) from None
         except UnicodeDecodeError as error:
@@ -130,10 +130,10 @@ class _Files:
 
 
 class TextSource(_Files):
-    """Text files (UTF-8), one document each; the end of their text is the validation split."""
+    """Text files (UTF-8), one document each; the last part of the text is the validation split."""
 
     def documents(self, split: str) -> Iterator[str]:
-        """Yields one document per file; the file that the split's border cuts gives its part."""
+        """Yields one document per file; a file on the border is divided between the splits."""
         border = self._border()
         position = 0
         for path in self.paths:
@@ -145,17 +145,17 @@ class TextSource(_Files):
                 yield part
 
     def _border(self) -> int:
-        """How many characters, of all files in a row, are training text."""
+        """Returns how many characters of the concatenated files are training text."""
         total = sum(len(self._read(path)) for path in self.paths)
         return int(total * (1 - self.eval_fraction))
 
     def examples(self, split: str) -> Iterator[Example]:
-        """They have no prompts."""
+        """Yields documents with empty prompts."""
         return (("", document) for document in self.documents(split))
 
 
 class JsonSource(_Files):
-    """JSON objects, one to a line; the last of the lines are the validation split."""
+    """JSON objects, one per line; the last lines are the validation split."""
 
     def __init__(self, pattern: str, config: ConfigDict):
         """Finds the files; raises ConfigError where there are none."""
@@ -163,7 +163,7 @@ class JsonSource(_Files):
         self.keys = [key for key in (config.data.prompt_key, config.data.text_key) if key]
 
     def identity(self) -> dict:
-        """That of the files, and the keys."""
+        """Returns the identity of the files, and the keys that are read."""
         return super().identity() | {"keys": self.keys}
 
     def documents(self, split: str) -> Iterator[str]:
@@ -180,7 +180,7 @@ class JsonSource(_Files):
 
     def _lines(self) -> Iterator[tuple[str, str]]:
         for path in self.paths:
-            # Not splitlines, which also splits where a JSON string may hold it, as at U+2028.
+            # splitlines would also split at characters that a JSON string may contain, as U+2028.
             for number, line in enumerate(self._read(path).split("\n"), 1):
                 if line.strip():
                     yield f"{path}, line {number}", line
@@ -197,7 +197,7 @@ class JsonSource(_Files):
             raise ConfigError(
                 f"data.path: {place} is no JSON object with a text for each of "
                 f"{', '.join(map(repr, self.keys))} ({shown(error, as_text=str)}): correct it, or "
-                "data.text_key and data.prompt_key"
+                "change data.text_key and data.prompt_key"
             ) from None
 
 
@@ -205,7 +205,7 @@ class TfdsSource:
     """A TensorFlow dataset with a text feature, prepared on first use."""
 
     def __init__(self, name: str, config: ConfigDict, report: Report):
-        """Finds the builder; raises ConfigError where TFDS has none of that name, or is broken."""
+        """Finds the builder; raises ConfigError where TFDS has none, or can't be imported."""
         from jaxdp.data import python_stdlib
         from jaxdp.data.tensorflow import tf
         from jaxdp.data.tfds import tfds
@@ -223,26 +223,24 @@ class TfdsSource:
                 self.builder = python_stdlib.PythonStdlib(data_dir=data_dir)
             else:
                 self.builder = tfds.builder(name, data_dir=data_dir)
-        except (
-            Exception
-        ) as error:  # Of every kind, for what a name, a version, an option has wrong.
+        except Exception as error:  # TFDS raises many types for a wrong name, version or option.
             raise ConfigError(
                 f"data.path={shown(self.path)} is not known to TFDS ({_first_line(error)}): see "
                 "tensorflow.org/datasets/catalog for names, or check data.data_dir"
             ) from None
 
     def identity(self) -> dict:
-        """The dataset's full name with its version, the splits and the feature."""
+        """Returns the dataset's full name with its version, the splits and the features."""
         name = self.builder.info.full_name
         cleaned = {"cleaned": CLEANED[self.builder.name]} if self.builder.name in CLEANED else {}
         return {"tfds": name, "splits": self.splits} | self.keys | cleaned
 
     def documents(self, split: str) -> Iterator[str]:
-        """Prepares the dataset if need be and yields each example's text, its prompt before it."""
+        """Prepares the dataset if needed; yields each example's text with its prompt before it."""
         return ("".join(example) for example in self.examples(split))
 
     def examples(self, split: str) -> Iterator[Example]:
-        """Prepares the dataset if need be and yields each example's prompt, if any, and text."""
+        """Prepares the dataset if needed; yields each example's prompt ("" if none) and text."""
         self._prepare()
         spec = self.splits[split]
         try:
@@ -282,11 +280,11 @@ class TfdsSource:
         return text
 
     def _prepare(self) -> None:
-        if not self.builder.is_prepared():
-            size = self.builder.info.download_size  # 0 where it is unknown, or nothing.
+        if not self.builder.data_path.exists():
+            size = self.builder.info.download_size  # 0 also where it is unknown.
             self._report(f"Preparing {self.path}{f' (a download of {size})' if size else ''} ...")
         try:
-            with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints sizes it doesn't know.
+            with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints "Unknown size".
                 self.builder.download_and_prepare()
         except Exception as error:  # Downloads fail in as many ways as there are servers.
             raise ConfigError(

@@ -1,6 +1,6 @@
-"""TensorFlow, imported here only: quietly, and kept off every accelerator.
+"""Imports TensorFlow for the whole package: quietly, and kept off every accelerator.
 
-Import it where it is needed, not at the top of a module: it takes seconds.
+Import this inside functions, not at the top of a module: it takes seconds.
 """
 
 import contextlib
@@ -16,10 +16,10 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps from the terminal what C++ writes to stderr, unless the block fails.
+    """Hides what C++ writes to stderr, unless the block fails.
 
-    TensorFlow greets with lines about CPUs and missing GPUs that no log level silences. What Python
-    writes there, another thread's error say, is still seen.
+    TensorFlow prints lines about CPUs and missing GPUs that no log level silences. What Python
+    writes to stderr, such as an error in another thread, is still shown.
     """
     sys.stderr.flush()
     with os.fdopen(os.dup(2), "w", buffering=1) as terminal, tempfile.TemporaryFile() as said:
@@ -38,12 +38,15 @@ def _quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _no_keras() -> Iterator[None]:
-    """Keeps TensorFlow from importing Keras, a quarter of its import; who asks for it gets it."""
+    """Stops TensorFlow from importing Keras, which takes a quarter of its import time.
+
+    An attribute that needs Keras still imports it on first use.
+    """
     name = "TF_USE_LEGACY_KERAS"
     if name in os.environ:
         yield
         return
-    os.environ[name] = "1"  # Another one, which isn't there: TensorFlow goes on without.
+    os.environ[name] = "1"  # Selects a Keras that isn't installed: TensorFlow goes on without.
     try:
         yield
     finally:
@@ -51,27 +54,27 @@ def _no_keras() -> Iterator[None]:
 
 
 def _keep_symbols_local() -> None:
-    """Makes TensorFlow load its libraries for itself, not for all that is loaded after them.
+    """Makes TensorFlow load its libraries with RTLD_LOCAL, so that others don't see their symbols.
 
-    TensorFlow 2.20 and 2.21 load them with RTLD_GLOBAL. Triton, which PyTorch imports, then calls
-    functions of TensorFlow's copy of LLVM instead of its own, and the process dies. TensorFlow uses
-    RTLD_LOCAL where it has no module of this name, as in its later releases.
+    TensorFlow 2.20 and 2.21 use RTLD_GLOBAL. Triton, which PyTorch imports, then calls functions of
+    TensorFlow's copy of LLVM instead of its own, and the process dies. TensorFlow uses RTLD_LOCAL
+    if it can't import the module below, which later releases don't have.
     """
     sys.modules.setdefault("tensorflow.python.pywrap_dlopen_global_flags", None)  # type: ignore
 
 
 def hide_accelerators() -> None:
-    """Leaves every accelerator to JAX.
+    """Hides every accelerator from TensorFlow, to leave them to JAX.
 
     Raises:
-      ConfigError: TensorFlow has started in this process with one; its memory can't be had back.
+      ConfigError: TensorFlow already uses one in this process, and can't give its memory back.
     """
     try:
         tf.config.set_visible_devices([], "GPU")
         tf.config.set_visible_devices([], "TPU")
     except RuntimeError as error:
         raise ConfigError(
-            f"TensorFlow holds this process's accelerators already ({error}): restart it, and run "
+            f"TensorFlow holds this process's accelerators already ({error}): restart it, and call "
             "tf.config.set_visible_devices([], 'GPU') before anything else of TensorFlow"
         ) from None
 
@@ -81,6 +84,6 @@ with _quiet(), _no_keras():
     import tensorflow as tf
 
     hide_accelerators()
-    tf.constant(0)  # Starts the runtime, which has something to say, too.
+    tf.constant(0)  # Starts the runtime, which prints lines, too.
 
 __all__ = ["tf"]

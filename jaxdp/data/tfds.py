@@ -1,11 +1,11 @@
-"""TFDS, imported here only, after TensorFlow.
+"""Imports TFDS for the whole package, after TensorFlow.
 
-While it is imported, what other threads import fails: it puts another `__import__` into builtins.
+Other threads must not import anything meanwhile: TFDS replaces `builtins.__import__` for the time.
 """
 
 from absl import logging
 
-import jaxdp.data.tensorflow  # noqa: F401  Quietly, and without accelerators.
+import jaxdp.data.tensorflow  # noqa: F401  Imports TensorFlow quietly, without accelerators.
 from jaxdp.common.errors import ConfigError, shown
 
 _verbosity = logging.get_verbosity()
@@ -13,12 +13,12 @@ logging.set_verbosity(logging.FATAL)
 try:
     import tensorflow_datasets as tfds
 
-    # TFDS logs an error of its own imports and goes on without them. This raises it.
+    # TFDS logs an error in its own imports and goes on without them. This import raises it.
     import tensorflow_datasets.public_api  # noqa: F401
-except Exception as error:  # Of any kind: a module is missing, or versions don't fit.
+except Exception as error:  # A missing module or clashing versions can raise anything.
     raise ConfigError(
         "data.path=tfds:NAME needs tensorflow_datasets, which can't be imported "
-        f"({type(error).__name__}: {shown(error, as_text=str)}): see to it with pip install "
+        f"({type(error).__name__}: {shown(error, as_text=str)}): repair it with pip install "
         "--upgrade tensorflow-datasets protobuf"
     ) from error
 finally:

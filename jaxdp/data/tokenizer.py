@@ -1,7 +1,7 @@
-"""Text to token ids and back, always by a Hugging Face `tokenizers.Tokenizer`.
+"""Makes, loads and applies tokenizers, all of them Hugging Face's `tokenizers.Tokenizer`.
 
-Characters and bytes are BPE models without merges, so that every run, whatever its tokenizer,
-has one `tokenizer.json` that other programs can read.
+Character and byte tokenizers are BPE models without merges, so that every run has a
+`tokenizer.json` that other programs can read.
 """
 
 import hashlib
@@ -17,9 +17,9 @@ from jaxdp.common.errors import ConfigError, shown
 from jaxdp.data import sentencepiece
 
 END_OF_TEXT = "<|endoftext|>"
-# What well-known tokenizers call the token that ends a document, the likeliest first.
+# Names of the token that ends a document in well-known tokenizers; the first one found is used.
 END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
-LARGEST_VOCABULARY = 2**24  # Well-known ones have up to 2**18.
+LARGEST_VOCABULARY = 2**24  # Well-known tokenizers have up to 2**18 tokens.
 MASK_NAMES = ("[MASK]", "<mask>", "<|mask|>")
 PIECE, BATCH = 1_000_000, 8_000_000  # Characters that are encoded at a time, and together.
 
@@ -34,14 +34,13 @@ def get_tokenizer(
       [104, 105, 32, 256]
 
     Args:
-      spec: "char", "byte", "train:bpe:SIZE", "hf:NAME", "hf:FOLDER" or the path of a
-        tokenizer.json or of a .model of SentencePiece.
-      objective: "masked" adds a mask token to the tokenizers that are made here.
-      documents: called with False gives the training texts, with True the validation texts too;
-        only called by the tokenizers that are made from the data.
+      spec: "char", "byte", "train:bpe:SIZE", "hf:NAME", "hf:FOLDER", or the path of a
+        tokenizer.json or a SentencePiece .model.
+      objective: "masked" adds a mask token to "char", "byte" and "train:" tokenizers.
+      documents: returns the training texts, with True also validation texts; called if needed.
 
     Raises:
-      ConfigError: the spec is none of these, or what it names can't be had.
+      ConfigError: the spec is none of these, or names something that can't be loaded.
     """
     specials = [END_OF_TEXT] + (["<|mask|>"] if objective == "masked" else [])
     if spec == "char":
@@ -64,7 +63,7 @@ def get_tokenizer(
 
 
 def making(spec: str) -> str:
-    """What takes time when the tokenizer of a spec is made, in a line."""
+    """Returns a line to print before `get_tokenizer`, which can take time."""
     if spec.startswith("train:"):
         return f"Training a tokenizer of {_bpe_size(spec):,} tokens ..."
     return f"Making the tokenizer {spec} ..."
@@ -76,7 +75,7 @@ def _characters(texts: Iterable[str]) -> Tokenizer:
         alphabet |= set(text)
     if not alphabet:
         raise ConfigError(
-            "tokenizer='char' finds no character in the data: give data.path a text that has some"
+            "tokenizer='char' finds no character in the data: give data.path a text with characters"
         )
     tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(alphabet))}, []))
     tokenizer.decoder = decoders.Fuse()
@@ -91,7 +90,7 @@ def _bytes() -> Tokenizer:
 
 
 def _byte_characters() -> list[str]:
-    """GPT-2's printable stand-in for each byte 0..255: itself, or the next unused from U+0100."""
+    """Returns GPT-2's printable character for each byte 0..255: itself, or one from U+0100 on."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     stand_ins = iter(range(256, 512))
     return [chr(b if b in printable else next(stand_ins)) for b in range(256)]
@@ -134,10 +133,10 @@ def _load(spec: str) -> Tokenizer:
             tokenizer = sentencepiece.load(path) if of_spm else load_file(path)
     except ConfigError:
         raise
-    except Exception as error:  # The library raises bare Exceptions, for network trouble too.
+    except Exception as error:  # The library raises bare Exceptions, also for network errors.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
         raise ConfigError(
-            f"tokenizer={shown(spec)} can't be had ({reason}): download its tokenizer.json and "
+            f"tokenizer={shown(spec)} can't be loaded ({reason}): download its tokenizer.json and "
             "give that file's path"
         ) from None
     tokenizer.no_truncation()
@@ -149,8 +148,8 @@ def load_file(path: Path, way_out: str = "give one that the tokenizers library w
     """Reads a tokenizer.json.
 
     Args:
-      path: of the file.
-      way_out: what a message says to do where it is damaged.
+      path: the path of the file.
+      way_out: the advice in the message about a damaged file.
 
     Raises:
       ConfigError: there is no such file, or it is no tokenizer.
@@ -163,7 +162,7 @@ def load_file(path: Path, way_out: str = "give one that the tokenizers library w
     try:
         tokenizer = Tokenizer.from_file(str(path))
         _check_ids(tokenizer)
-    except BaseException as error:  # Bare Exceptions; and a panic of Rust's is no Exception.
+    except BaseException as error:  # A panic in Rust is not an Exception.
         if isinstance(error, KeyboardInterrupt):
             raise
         raise ConfigError(
@@ -183,12 +182,12 @@ def _check_ids(tokenizer: Tokenizer) -> None:
 
 
 def end_id(tokenizer: Tokenizer) -> int | None:
-    """The id of the token that ends a document; None where there is none, as for "char"."""
+    """Returns the id of the token that ends a document; None where there is none, as in "char"."""
     return _first_id(tokenizer, END_NAMES)
 
 
 def mask_id(tokenizer: Tokenizer) -> int | None:
-    """The id of the mask token; None where there is none."""
+    """Returns the id of the mask token; None where there is none."""
     return _first_id(tokenizer, MASK_NAMES)
 
 
@@ -198,44 +197,45 @@ def _first_id(tokenizer: Tokenizer, names: Iterable[str]) -> int | None:
 
 
 def vocab_size(tokenizer: Tokenizer) -> int:
-    """One more than the highest id: vocabularies may have holes."""
+    """Returns one more than the highest token id: ids may have gaps."""
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
 def digest(tokenizer: Tokenizer) -> str:
-    """SHA-256 of its tokenizer.json as it is after one reading: equal digests, equal tokenizers."""
+    """Returns the SHA-256 of a tokenizer's JSON after a round trip; the same for equal ones."""
     again = Tokenizer.from_str(tokenizer.to_str())
     return hashlib.sha256(again.to_str().encode()).hexdigest()
 
 
 def encode(tokenizer: Tokenizer, texts: list[str], *, plain: bool = False) -> list[np.ndarray]:
-    """Encodes texts, using all cores; no special tokens are added.
+    """Encodes texts on all cores, without adding special tokens.
 
     Args:
-      tokenizer: any.
-      texts: what to encode.
-      plain: the name of a special token in a text, such as <|endoftext|>, is text like any other
-        rather than that token.
+      tokenizer: any tokenizer.
+      texts: the texts to encode.
+      plain: whether to encode the name of a special token in a text, such as <|endoftext|>, as
+        plain text rather than as that token.
 
     Returns:
-      [n] int64 token ids of each text.
+      Token ids of each text, [n] int64.
 
     Raises:
-      ConfigError: a character tokenizer doesn't know a character (it would drop it silently).
+      ConfigError: the tokenizer can't encode a text, as "char" a character that it doesn't know.
     """
+    # A character tokenizer would silently drop characters that it doesn't know.
     if tokenizer.pre_tokenizer is None and isinstance(tokenizer.decoder, decoders.Fuse):
         unknown = {c for c in set().union(*texts) if tokenizer.token_to_id(c) is None}
         if unknown:
             raise ConfigError(
-                f"the character {min(unknown)!r} is not among those of the training text: leave it "
-                "out, or train with tokenizer='byte'"
+                f"the character {min(unknown)!r} is not among those of the training text: remove "
+                "it, or train with tokenizer='byte'"
             )
     tokenizer.encode_special_tokens = plain
     try:
         encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-    except Exception as error:  # Of the library's own, such as that it lacks an unknown token.
+    except Exception as error:  # A bare Exception, for example if there is no unknown token.
         raise ConfigError(
-            f"the tokenizer can't read the text ({shown(error, as_text=str)}): use another one, "
+            f"the tokenizer can't encode the text ({shown(error, as_text=str)}): use another one, "
             "such as tokenizer='byte'"
         ) from None
     return [np.asarray(encoding.ids, np.int64) for encoding in encodings]
@@ -244,15 +244,14 @@ def encode(tokenizer: Tokenizer, texts: list[str], *, plain: bool = False) -> li
 def encode_documents(
     tokenizer: Tokenizer, documents: Iterable[str], done: int = 0
 ) -> Iterator[np.ndarray]:
-    """Encodes a stream of documents, each followed by the end token where there is one.
+    """Encodes a stream of documents, each followed by the end token, if the tokenizer has one.
 
-    A document that says <|endoftext|> holds plain text there; an empty one leaves no trace.
-    Works on a few MB at a time, so that memory stays flat and all cores have work. A document of
-    more than a million characters is cut there, which can change the one token at the cut. The
-    first `done` of what would be yielded are left out.
+    Names of special tokens are plain text here; empty documents yield nothing. A few MB at a time
+    are encoded, which bounds memory and uses all cores. Documents are cut into pieces of a million
+    characters, which can change the tokens at the cuts. The first `done` pieces are skipped.
 
     Yields:
-      [n] int64 token ids of one document, or of one piece of a long one.
+      Token ids of one document, or of one piece of a long one, [n] int64.
     """
     end = end_id(tokenizer)
     suffix = np.array([] if end is None else [end], np.int64)
@@ -265,12 +264,12 @@ def encode_documents(
 def encode_examples(
     tokenizer: Tokenizer, examples: Iterable[tuple[str, str]], done: int = 0
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Encodes a stream of prompts and texts, each part by itself, as a model is prompted, too.
+    """Encodes a stream of (prompt, text) examples; prompts separately, as in generation.
 
-    The first `done` are left out.
+    The first `done` examples are skipped.
 
     Yields:
-      [m], [n] int64 token ids of the prompt, and of the text with the end token, if there is one.
+      Token ids of the prompt, [m] int64, and of the text with the end token, if any, [n] int64.
     """
     end = end_id(tokenizer)
     suffix = np.array([] if end is None else [end], np.int64)

@@ -1,1 +1,1 @@
-"""What a run will take, before it is run: memory, time, scaling."""
+"""Predictions about a run before it starts: memory, time per step, scaling."""

@@ -1,20 +1,20 @@
-"""How much memory a function needs once XLA has compiled it, predicted from its jaxpr.
+"""Predicts from a function's jaxpr how much memory it needs once XLA has compiled it.
 
-Nothing is compiled or allocated. The function's operations are taken in the order in which they
-were written, which is close to XLA's, and of the values between them those are counted that XLA
-stores; the others are elementwise and computed again inside of whatever reads them:
+Nothing is compiled or allocated. The function's operations are followed in the order in which they
+were written, which is close to XLA's. Only values that XLA stores are counted; the others are
+elementwise, and XLA recomputes them inside whatever reads them:
 
-- Matrix products, reductions, gathers, loops and collectives are calls: their results are stored,
-  and so is what they read. A reduction reads the factors of a product rather than the product.
-- Results of slow functions, such as tanh or exp, are stored where several operations read them:
-  XLA does no slow work twice to save memory. Cheap ones it does.
-- An elementwise operation writes over what it reads last; donated arguments take the results.
+- Matrix products, reductions, gathers, loops and collectives are calls: their inputs and results
+  are stored. A reduction over a product reads the product's factors, which are stored instead.
+- Results of slow functions, such as tanh or exp, are stored if several operations read them.
+  Results of cheap ones are recomputed.
+- An elementwise operation overwrites a dead input, and results overwrite donated arguments.
 
-A sum of the residuals of `jax.vjp` does not do: a GELU has six, of which XLA stores two. The rules
-were found in, and compared with, what XLA's CPU backend does (jax 0.10.2 and 0.12.0.1), not with
-GPUs'. Float32 came within 14%, bfloat16 up to 28% too low, for CPUs store some of it in float32.
-Scanned layers with remat came up to 17% too low, and Muon on tiny batches a third: what XLA stores
-there is packed with gaps, or computed in another order.
+Summing the residuals of `jax.vjp` doesn't work: a GELU has six, of which XLA stores two. The rules
+come from XLA's CPU backend (jax 0.10.2 and 0.12.0.1) and were compared with it, not with GPUs.
+Float32 came within 14%; bfloat16 up to 28% too low, because CPUs store some of it in float32.
+Scanned layers with remat came up to 17% too low, and Muon on tiny batches a third: XLA packs these
+values with gaps, or computes them in another order.
 """
 
 import collections
@@ -34,8 +34,8 @@ SLOW: tuple[str, ...] = (
     *("exp", "exp2", "expm1", "log", "log1p", "tanh", "logistic", "erf", "erf_inv", "pow"),
     *("rsqrt", "sqrt", "cbrt", "sin", "cos", "div"),
 )
-VIEWS = ("reshape", "squeeze", "expand_dims", "copy")  # Of one array.
-IN_PLACE = ("scatter", "dynamic_update_slice")  # Calls that change an operand that ends there.
+VIEWS = ("reshape", "squeeze", "expand_dims", "copy")  # They share the memory of their input.
+IN_PLACE = ("scatter", "dynamic_update_slice")  # Calls that overwrite a dead operand.
 
 
 @dataclasses.dataclass(eq=False)
@@ -43,10 +43,10 @@ class Value:
     """An array of a program.
 
     Attributes:
-      size: bytes.
-      maker: the operation whose result it is; None for arguments and constants.
+      size: its bytes.
+      maker: the operation that computes it; None for arguments and constants.
       users: the operations that read it.
-      stored: whether it ever lies in memory.
+      stored: whether it is ever in memory.
     """
 
     size: int
@@ -57,15 +57,15 @@ class Value:
 
 @dataclasses.dataclass(eq=False)
 class Op:
-    """An operation.
+    """An operation of a program.
 
     Attributes:
-      name: of the primitive.
-      inputs: but for literals.
+      name: the name of its primitive.
+      inputs: its operands, without literals.
       outputs: its results.
       scratch: bytes that it needs while it runs, beyond inputs and outputs.
-      sums_rows: whether it sums over the rows of its first operand, one of several matrices.
-      carried: of a loop, what an iteration takes from the one before: (first, last) value.
+      sums_rows: whether it is a matrix product that sums over rows of its first operand.
+      carried: (initial, final) value of each carry, if it is a loop.
     """
 
     name: str
@@ -77,17 +77,17 @@ class Op:
 
     @property
     def is_call(self) -> bool:
-        """Whether XLA fuses it with nothing but what this module's rules say."""
+        """Whether XLA runs it by itself, fused with others only by this module's rules."""
         return self.name.startswith(CALLS) and self.name != "reduce_precision"
 
 
 def peak_bytes(jaxpr: Jaxpr, loop_args: int | None = None) -> int:
-    """The most memory that is in use at one time, beyond arguments and results, in bytes.
+    """Returns the peak memory in bytes, beyond arguments and results.
 
     Args:
-      jaxpr: of the function; its results are written over donated arguments, or small.
-      loop_args: for a loop's body: this many of its arguments are the loop's own and cost nothing,
-        the others are slices, copied in each iteration; and results wait to be put in place.
+      jaxpr: the function's jaxpr; its results overwrite donated arguments, or are small.
+      loop_args: for the body of a loop: this many arguments belong to the loop and cost nothing;
+        the others are slices, copied in each iteration, and results are kept until its end.
     """
     args = [Value(0) for _ in jaxpr.invars]
     if loop_args is not None:
@@ -104,12 +104,12 @@ def peak_bytes(jaxpr: Jaxpr, loop_args: int | None = None) -> int:
 
 
 def _size(aval: Any) -> int:
-    # Keys of jax.random have a dtype of their own, of two words.
+    # The dtype of PRNG keys may have no itemsize; a key is two words of 4 bytes.
     return math.prod(aval.shape) * getattr(aval.dtype, "itemsize", 8)
 
 
 def _inline(jaxpr: Jaxpr, args: Any, ops: list[Op]) -> list[Value | None]:
-    """Appends a jaxpr's operations, those of inner functions in place; returns its results."""
+    """Appends a jaxpr's operations to `ops`, inner functions inlined; returns its results."""
     values: dict[Var, Any] = dict(zip(jaxpr.invars, args, strict=True))
     values |= {var: Value(0) for var in jaxpr.constvars}
     slices: dict[tuple, list[Any]] = {}
@@ -130,7 +130,7 @@ def _inline(jaxpr: Jaxpr, args: Any, ops: list[Op]) -> list[Value | None]:
             outputs = list(op.outputs)
             _look_inside(eqn, op, inputs)
             ops.append(op)
-        if name == "slice":  # XLA cuts the same part once, for the backward pass, too.
+        if name == "slice":  # XLA takes the same slice only once, also in the backward pass.
             same = (inputs[0], eqn.params["start_indices"], eqn.params["limit_indices"])
             outputs = slices.setdefault(same, outputs)
         values |= dict(zip(eqn.outvars, outputs, strict=True))
@@ -138,7 +138,7 @@ def _inline(jaxpr: Jaxpr, args: Any, ops: list[Op]) -> list[Value | None]:
 
 
 def _open(jaxpr: Any) -> Jaxpr:
-    """A jaxpr without its constants, if it has any, which versions of JAX differ in."""
+    """Returns the Jaxpr inside a ClosedJaxpr; JAX versions differ in which of them they give."""
     return getattr(jaxpr, "jaxpr", jaxpr)
 
 
@@ -147,10 +147,10 @@ def _same_rank(outside: Any, inside: Any) -> int:
 
 
 def _look_inside(eqn: Any, op: Op, inputs: list[Value | None]) -> None:
-    """Sets what depends on an operation's parameters."""
+    """Sets the attributes of `op` that depend on the parameters of its primitive."""
     if op.name == "scan":
         body = _open(eqn.params["jaxpr"])
-        # What is sliced or stacked has one axis more outside of the loop than inside.
+        # Sliced and stacked arrays have one more axis outside the loop than inside.
         fixed = _same_rank(eqn.invars, body.invars)
         carry = _same_rank(eqn.outvars, body.outvars)
         op.scratch = peak_bytes(body, loop_args=fixed)
@@ -160,10 +160,10 @@ def _look_inside(eqn: Any, op: Op, inputs: list[Value | None]) -> None:
         op.scratch = peak_bytes(body, loop_args=len(body.invars))
         op.carried = list(zip(inputs[-len(op.outputs) :], op.outputs, strict=True))
     elif op.name == "dynamic_update_slice" and op.inputs[0].maker is None:
-        op.outputs[0].size = 0  # What a loop carries.
+        op.outputs[0].size = 0  # Overwrites the carry of a loop.
     elif op.name == "random_bits":
-        # Threefry makes two words of each count. Of both, not of their xor, the masks of dropout
-        # are computed again in the backward pass.
+        # Threefry makes two words of each count. XLA stores both, not their xor, and recomputes
+        # dropout masks from them in the backward pass.
         op.outputs[0].size *= 2
     elif op.name == "dot_general":
         (contracted, _), (batch, _) = eqn.params["dimension_numbers"]
@@ -172,7 +172,7 @@ def _look_inside(eqn: Any, op: Op, inputs: list[Value | None]) -> None:
 
 
 def _needed(ops: list[Op], results: list[Value]) -> list[Op]:
-    """Drops operations of which nothing comes; fills in `users` by those that stay."""
+    """Removes dead operations; sets `users` from the others."""
     wanted, kept = set(results), []
     for op in reversed(ops):
         if wanted.intersection(op.outputs):
@@ -185,7 +185,7 @@ def _needed(ops: list[Op], results: list[Value]) -> list[Op]:
 
 
 def _source(value: Value) -> Value:
-    """The value of which this one is another view."""
+    """Returns the value whose memory a view shares, or a value that is no view itself."""
     while value.maker and value.maker.name in VIEWS:
         value = value.maker.inputs[0]
     return value
@@ -194,7 +194,7 @@ def _source(value: Value) -> Value:
 def _choose_stored(
     ops: list[Op], args: list[Value], results: list[Value]
 ) -> dict[tuple[Value, int], Op]:
-    """Sets `stored`; returns which values lie in memory as broadcasts, of what size, until when."""
+    """Sets `stored`; returns {(value, bytes of its broadcast copy in memory): last reader}."""
     broadcasts: dict[tuple[Value, int], Op] = {}
     for value in (*args, *results):
         _source(value).stored = True
@@ -220,9 +220,9 @@ def _choose_stored(
 
 
 def _store_wide(ops: list[Op]) -> None:
-    """Stores what several operations read, and what more than two arrays of its size are read for.
+    """Stores values with several readers that depend on more than two arrays of their size.
 
-    Such is the gradient of the residual stream: not stored, what each layer adds to it would be.
+    An example is the gradient of the residual stream: otherwise each layer's addend would be.
     """
     known: dict[Value, set[Value]] = {}
     for op in ops:
@@ -234,18 +234,18 @@ def _store_wide(ops: list[Op]) -> None:
 
 
 def _carry_in_place(op: Op) -> None:
-    """Counts what a loop carries once: its last value is where the first was, if it may be."""
+    """Counts a carry once: its final value overwrites the initial one if nothing else reads it."""
     for first, final in op.carried:
         if first is not None and first.users == [op]:
-            if _source(first).maker is None:  # An argument, donated.
+            if _source(first).maker is None:  # A donated argument.
                 final.size = 0
             op.scratch -= final.size
 
 
 def _transposed(op: Op) -> Value:
-    """Which operand of a product that sums over rows is copied: the second, as XLA writes it.
+    """Returns the operand that XLA copies for a product that sums over rows: its second one.
 
-    XLA swaps the operands instead of transposing the result, as for a weight's gradient.
+    Where the result is transposed, as a weight's gradient is, XLA swaps the operands instead.
     """
     value, swapped = op.outputs[0], False
     while len(value.users) == 1 and value.users[0].name in (*VIEWS, "transpose"):
@@ -255,7 +255,7 @@ def _transposed(op: Op) -> Value:
 
 
 def _factors(op: Op, value: Value) -> list[Value]:
-    """Those of a product that only a reduction reads; none for other values."""
+    """Returns the factors of a product that only a reduction reads; none for other values."""
     maker = value.maker
     if not op.name.startswith("reduce") or not maker or len(value.users) > 1:
         return []
@@ -264,11 +264,11 @@ def _factors(op: Op, value: Value) -> list[Value]:
 
 
 def _multiplied(factors: list[Value]) -> set[Value]:
-    """What a reduction's factors are multiplied with by broadcasting.
+    """Returns the smaller values that a reduction's factors are multiplied with by broadcasting.
 
-    The CPU's library takes the factors of a reduction, and what else they are multiplied with in
-    the backward passes of norms and softmax, as buffers of one size: also 1 / sum, which has one
-    number per row. (For batches of less than about 16 it may do without that of softmax.)
+    In the backward passes of norms and softmax, XLA's CPU library needs buffers of one size for the
+    factors of a reduction and all that they are multiplied with: even for 1 / sum, one number per
+    row. (For batches of less than about 16, it may not need it for softmax.)
     """
     size = max((x.size for x in factors), default=0)
     products = [op for x in factors for op in x.users if op.name == "mul" and x.size == size]
@@ -277,7 +277,7 @@ def _multiplied(factors: list[Value]) -> set[Value]:
 
 
 def _walk(ops: list[Op], results: set[Value], broadcasts: dict[tuple[Value, int], Op]) -> int:
-    """Follows what is in memory through all operations; returns the peak in bytes."""
+    """Follows memory use through all operations; returns the peak in bytes."""
     steps = [op for op in ops if any(x.stored for x in op.outputs) and op.name not in VIEWS]
     number = {op: i for i, op in enumerate(steps)}
     last: dict[Value, int] = {}
@@ -287,7 +287,7 @@ def _walk(ops: list[Op], results: set[Value], broadcasts: dict[tuple[Value, int]
         for value in op.inputs:
             for stored in _stored_under(value, reads):
                 last[stored] = i
-                made.setdefault(stored, i)  # A slice, cut when it is read first.
+                made.setdefault(stored, i)  # A slice, made when it is first read.
         made |= {value: i for value in op.outputs if value.stored}
     for (small, size), op in broadcasts.items():
         if op in number and made.get(small, 0) < number[op]:
@@ -309,7 +309,7 @@ def _walk(ops: list[Op], results: set[Value], broadcasts: dict[tuple[Value, int]
 
 
 def _stored_under(value: Value, known: dict[Value, set[Value]]) -> set[Value]:
-    """The stored values of which a value is computed where it is read."""
+    """Returns the stored values from which a value is recomputed where it is read."""
     value = _source(value)
     if value.stored:
         return {value}

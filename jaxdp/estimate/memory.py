@@ -1,6 +1,6 @@
-"""How much memory a training step needs per device: predicted, and as XLA compiles it.
+"""Memory that a training step needs per device: predicted, and as XLA compiles it.
 
-Shapes only: nothing is allocated.
+Only shapes are used: nothing is allocated.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from jaxdp.sync.methods import METHODS
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes per device, in the step's most demanding moment."""
+    """Bytes per device at the peak of a step."""
 
     parameters: int
     average: int
@@ -36,36 +36,37 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """Of all."""
+        """The sum of all parts, in bytes."""
         return sum(dataclasses.astuple(self))
 
 
 def shape(dimensions: tuple[int, ...], dtype: Any = "float32") -> Any:
-    """An array that isn't there."""
+    """Returns a `jax.ShapeDtypeStruct`, the shape and dtype of an array without its values."""
     return jax.ShapeDtypeStruct(dimensions, dtype)
 
 
 def setup_of(config: ConfigDict, vocab: int, count: int) -> Setup:
-    """The setup of a run without its data: which token is the mask doesn't change any shape."""
+    """Returns a run's setup without its data; the mask token is 0, which changes no shape."""
     return make_setup(config, vocab, count, mask_id=0)
 
 
 def trace(function: Callable, count: int, *args: Any) -> Any:
-    """The jaxpr of what one of `count` devices does."""
+    """Returns the jaxpr of a function as one of `count` devices runs it."""
     return jax.make_jaxpr(function, axis_env=[(AXIS, count)])(*args)
 
 
 def remat_saves(config: ConfigDict) -> bool:
-    """Whether model.remat saves memory: in a loop always, else where XLA recomputes late enough."""
+    """Returns whether model.remat is on and saves memory: in a scan, or if XLA recomputes late."""
     return config.model.remat and (config.model.scan_layers or recomputes_late())
 
 
 @functools.cache
 def recomputes_late() -> bool:
-    """Whether XLA recomputes layers in the backward pass, where it is asked to.
+    """Returns whether XLA recomputes layers with remat in the backward pass, and not before.
 
-    The CPU backend of jax 0.10 merges what it can and does the rest at the end of the forward pass,
-    so that model.remat costs time and saves nothing but in a loop. Asked by compiling small layers.
+    The CPU backend of jax 0.10 removes what it can of the recomputation, and does the rest at the
+    end of the forward pass: outside a scan, model.remat costs time and saves nothing. This compiles
+    small layers to find out.
     """
 
     def temporary(wrap: Callable) -> int:
@@ -83,7 +84,7 @@ def recomputes_late() -> bool:
 
 
 def predict_memory(config: ConfigDict, vocab: int, count: int) -> Memory:
-    """What one of `count` devices needs; see `liveness.peak_bytes`."""
+    """Predicts the memory that one of `count` devices needs; see `liveness.peak_bytes`."""
     setup = setup_of(config, vocab, count)
     state = of_one_device(abstract_state(setup), setup.method)
     batch = training_shapes(config, setup.method.every, setup.sizes.per_device)
@@ -100,19 +101,19 @@ def predict_memory(config: ConfigDict, vocab: int, count: int) -> Memory:
 
 
 def effective(config: ConfigDict) -> ConfigDict:
-    """The config with model.remat where it saves memory; see `remat_saves`."""
+    """Returns the config with model.remat on only if it saves memory; see `remat_saves`."""
     return changed(config, "model.remat", remat_saves(config))
 
 
 def changed(config: ConfigDict, key: str, value: Any) -> ConfigDict:
-    """A copy with another value for a key such as "model.remat"."""
+    """Returns a copy of the config with another value for a key such as "model.remat"."""
     config = ConfigDict(config.to_dict())
     config.update_from_flattened_dict({key: value})
     return config
 
 
 def largest_batch(config: ConfigDict, vocab: int, count: int, limit: int) -> int:
-    """Sequences per device whose memory is within `limit` bytes; 0 where not one is."""
+    """Returns the most sequences per device that fit in `limit` bytes; 0 if not even one does."""
     unit = METHODS[config.sync.method].batch_unit(config, count)
 
     @functools.cache
@@ -120,7 +121,7 @@ def largest_batch(config: ConfigDict, vocab: int, count: int, limit: int) -> int
         other = changed(config, "global_batch_size", units * unit * count)
         return predict_memory(other, vocab, count).total
 
-    # Memory grows linearly but for its beginning, so a secant finds the place in a few steps.
+    # Memory grows linearly except at first, so the secant method needs only a few steps.
     low, high = 1, 2
     for _ in range(6):
         slope = max((total(high) - total(low)) / (high - low), 1)
@@ -133,14 +134,14 @@ def largest_batch(config: ConfigDict, vocab: int, count: int, limit: int) -> int
 
 
 def compiled_memory(config: ConfigDict, vocab: int, count: int) -> int:
-    """XLA's own figure for a device, in bytes: arguments, results not donated, temporary."""
+    """Returns the bytes per device that XLA reports: arguments, undonated results, temporaries."""
     sizes = compiled_step(config, vocab, count).memory_analysis()
     results = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
     return sizes.argument_size_in_bytes + results + sizes.temp_size_in_bytes
 
 
 def compiled_step(config: ConfigDict, vocab: int, count: int) -> Any:
-    """The step of a round, compiled for `count` local devices; see `jax.stages.Compiled`."""
+    """Compiles a round's steps for `count` local devices; returns a `jax.stages.Compiled`."""
     setup, replicas = setup_of(config, vocab, count), Replicas(jax.local_devices()[:count])
     state = abstract_state(setup)
     batch = jax.tree.map(

@@ -1,6 +1,6 @@
-"""What a run will take, as numbers and as tables to read: memory, time, efficiency on more devices.
+"""The plan of a run, as numbers and tables: memory, time per step, efficiency on more devices.
 
-Nothing is allocated but for a matrix product that is timed, unless it is said what devices do.
+Nothing is allocated, except for a matrix product that is timed if no FLOP rate is given.
 """
 
 import dataclasses
@@ -33,15 +33,15 @@ EFFICIENCY = (
 
 @dataclasses.dataclass(frozen=True)
 class Assumptions:
-    """What a plan takes for given.
+    """The hardware that a plan assumes.
 
     Attributes:
-      devices: of the run.
+      devices: number of devices.
       bandwidth_gbps: Gbit/s that a device can send.
-      latency_us: microseconds that a message takes.
+      latency_us: microseconds per message.
       flop_rate: FLOP/s that a device reaches.
-      measured: whether that was timed here.
-      memory: bytes of a device.
+      measured: whether flop_rate was timed on this host.
+      memory: bytes of memory per device.
     """
 
     devices: int
@@ -53,21 +53,21 @@ class Assumptions:
 
     @property
     def link(self) -> tuple[float, float]:
-        """Bytes per second that a device sends, and seconds that a message takes."""
+        """The bytes per second that a device sends, and the seconds per message."""
         return self.bandwidth_gbps * 1e9 / 8, self.latency_us / 1e6
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a run will take; a notebook shows it as tables.
+    """Predictions about a run; a notebook shows them as tables.
 
     Attributes:
-      assumptions: what was taken for given.
+      assumptions: the hardware.
       memory: bytes per device.
-      largest_batch: sequences per device that fit.
-      seconds: that a step computes.
+      largest_batch: the most sequences per device that fit.
+      seconds: computing time per step.
       efficiency: {method: {devices: compute / (compute + communication)}}.
-      tables: {title: {row: text}}, all of this to be read.
+      tables: {title: {row: text}}, all of the above as text.
     """
 
     assumptions: Assumptions
@@ -78,7 +78,7 @@ class Plan:
     tables: dict[str, dict[str, str]]
 
     def __repr__(self) -> str:
-        """The tables, as the command prints them to a file."""
+        """Returns the tables as text, as the command prints them to a file."""
         lines = []
         for title, rows in self.tables.items():
             width = max(map(len, rows))
@@ -101,18 +101,18 @@ def plan(
     """Predicts a run's memory per device, time per step, and efficiency on more devices.
 
     Args:
-      config: with the keys of configs/default.py.
-      devices: of the run; by default this host's.
+      config: a config with the keys of configs/default.py.
+      devices: number of devices; by default those of this host.
       bandwidth_gbps: Gbit/s that a device can send.
-      latency_us: microseconds that a message takes.
+      latency_us: microseconds per message.
       tflops: 10^12 FLOP/s that a device reaches; by default a matrix product is timed here.
-      memory_gib: of a device; by default this host's devices'.
-      vocab_size: of the tokenizer, which then need not be asked.
-      check: whether to compile the step, too, and to compare XLA's figure.
-      report: is told in a line what takes time.
+      memory_gib: GiB of memory per device; by default that of this host's devices.
+      vocab_size: vocabulary size; if given, the tokenizer is not opened.
+      check: whether to compile the step as well, and compare the memory that XLA reports.
+      report: called with a line of text before something slow.
 
     Raises:
-      ConfigError: the config is wrong, or can't be planned here.
+      ConfigError: the config is wrong, or can't be planned on this host.
     """
     vocab = vocabulary(config, vocab_size, report)
     count = devices or jax.local_device_count()
@@ -143,16 +143,16 @@ def plan(
 
 
 def vocabulary(config: ConfigDict, given: int | None, report: Callable[[str], None]) -> int:
-    """The number of tokens, from the config alone where possible; validates the config.
+    """Returns the vocabulary size, from the config alone if possible; validates the config.
 
     Raises:
-      ConfigError: the config is wrong, or the tokenizer has to be made and can't be.
+      ConfigError: the config is wrong, or the tokenizer is needed and can't be opened.
     """
     configs.check_values(config)
     size = re.fullmatch(r"train:bpe:(\d{3,7})", config.tokenizer)
     if size:
         given = given or int(size[1])
-    elif config.tokenizer == "byte":  # 256 bytes, the end of a text, and a mask.
+    elif config.tokenizer == "byte":  # 256 bytes, an end-of-text token, and a mask token.
         given = given or 257 + (config.objective == "masked")
     if given and not config.data.path:
         config = ConfigDict(config.to_dict())
@@ -164,16 +164,16 @@ def vocabulary(config: ConfigDict, given: int | None, report: Callable[[str], No
 def memory_rows(
     config: ConfigDict, given: Assumptions, remat: dict[bool, Memory], batch: int
 ) -> dict[str, str]:
-    """Parameters, memory with and without remat, and the batch that fits."""
+    """Returns rows about parameters, memory with and without remat, and the largest batch."""
     predicted = remat[memory.remat_saves(config)]
     activations = [in_bytes(remat[on].activations) for on in (False, True)]
     parameters = predicted.parameters // 4  # float32
     useless = not memory.remat_saves(memory.changed(config, "model.remat", True))
-    note = " (not by this XLA, but with model.scan_layers)" if useless else ""
+    note = " (on this XLA only with model.scan_layers)" if useless else ""
     bad = [str(n) for n in COUNTS if not splits(config, n)]
     return {
         "parameters": f"{quantity(parameters)} in {in_bytes(predicted.parameters)}",
-        **({"their average": in_bytes(predicted.average)} if config.ema.decay else {}),
+        **({"their EMA": in_bytes(predicted.average)} if config.ema.decay else {}),
         "optimizer state": in_bytes(predicted.optimizer),
         "gradients": in_bytes(predicted.gradients),
         "activations": f"{activations[0]}, with remat {activations[1]}{note}",
@@ -188,7 +188,7 @@ def memory_rows(
 
 
 def check_rows(config: ConfigDict, vocab: int, count: int) -> dict[str, str]:
-    """Compiles the step, and compares XLA's figure with the prediction."""
+    """Compiles the step; returns rows that compare the prediction with XLA's memory."""
     actual = memory.compiled_memory(config, vocab, count)
     predicted = memory.predict_memory(memory.effective(config), vocab, count).total
     return {
@@ -199,7 +199,7 @@ def check_rows(config: ConfigDict, vocab: int, count: int) -> dict[str, str]:
 
 
 def time_rows(config: ConfigDict, vocab: int, given: Assumptions) -> dict[str, str]:
-    """FLOPs, and the seconds that they and a ring all-reduce of the gradient take."""
+    """Returns rows about FLOPs, computing time, and a ring all-reduce of the gradient."""
     count, rate = given.devices, given.flop_rate
     per_token, per_step = scaling.step_flops(config, vocab, count)
     params = parameter_shapes(Transformer(ModelConfig.from_config(config, vocab)))
@@ -218,7 +218,7 @@ def time_rows(config: ConfigDict, vocab: int, given: Assumptions) -> dict[str, s
 
 
 def efficiency_rows(table: dict[str, dict[int, float]]) -> dict[str, str]:
-    """`efficiencies` as text, a row per number of devices."""
+    """Formats the result of `scaling.efficiencies`, a row per number of devices."""
     rows = {"devices": "  ".join(f"{name:>14}" for name in table)}
     for n in COUNTS:
         cells = (f"{by_count[n]:.1%}" if n in by_count else "-" for by_count in table.values())
@@ -227,10 +227,10 @@ def efficiency_rows(table: dict[str, dict[int, float]]) -> dict[str, str]:
 
 
 def draw(found: Plan) -> Any:
-    """A matplotlib figure of efficiency over devices, a line per sync.method."""
+    """Draws efficiency over devices with matplotlib, a line per sync.method."""
     figure = png.new(7, 4.5)
     axes = figure.subplots()
-    # Small on top of large, for gradient_mean and sharded send the same.
+    # Small markers on large ones: the lines of gradient_mean and sharded coincide.
     sizes = itertools.chain([10], itertools.repeat(6))
     styles = zip(found.efficiency.items(), itertools.cycle("os^DvP*"), sizes, strict=False)
     for (name, by_count), marker, size in styles:

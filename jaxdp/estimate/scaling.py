@@ -1,6 +1,6 @@
-"""How fast a run will be: FLOPs, time per step, and efficiency on more devices.
+"""Predicts the speed of a run: FLOPs, time per step, and efficiency on more devices.
 
-Shapes only: nothing is allocated but for a matrix product that `measure_rate` times.
+Only shapes are used; nothing is allocated, except for a matrix product that `measure_rate` times.
 """
 
 import time
@@ -26,22 +26,22 @@ MEASURE_SECONDS = 0.3
 
 
 def step_flops(config: ConfigDict, vocab: int, count: int) -> tuple[int, int]:
-    """Per token, and per device and optimizer step, without what remat repeats."""
+    """Returns FLOPs per token, and per device and optimizer step, without remat's recomputation."""
     model = ModelConfig.from_config(config, vocab)
     per_token = flops_per_token(model, num_parameters(parameter_shapes(Transformer(model))))
     return per_token, per_token * config.global_batch_size // count * config.seq_len
 
 
 def compute_seconds(config: ConfigDict, vocab: int, count: int, rate: float) -> float:
-    """Of an optimizer step at `rate` FLOP/s per device; remat does the forward third twice."""
+    """Returns seconds per optimizer step at `rate` FLOP/s per device; remat adds a third."""
     return step_flops(config, vocab, count)[1] * (4 / 3 if config.model.remat else 1) / rate
 
 
 def measure_rate(config: ConfigDict) -> float:
-    """FLOP/s of a device in the feed-forward layer's product: a whole step reaches less."""
+    """Times the feed-forward matrix product; returns FLOP/s of a device. A step reaches less."""
     dtype, width = config.model.dtype, config.model.embed_dim
     hidden = config.model.mlp_dim or 4 * width
-    # More rows than a few thousand make it no faster.
+    # More than a few thousand rows make it no faster.
     rows = min(config.global_batch_size * config.seq_len, 4096)
     product = jax.jit(jnp.matmul)
     x, kernel = jnp.ones((rows, width), dtype), jnp.ones((width, hidden), dtype)
@@ -50,7 +50,7 @@ def measure_rate(config: ConfigDict) -> float:
     while (seconds := time.perf_counter() - start) < MEASURE_SECONDS:
         product(x, kernel).block_until_ready()
         done += 1
-    # Virtual CPU devices share the cores that one of them had to itself here.
+    # In a run, virtual CPU devices share the cores that one used alone here.
     sharing = jax.local_device_count() if jax.default_backend() == "cpu" else 1
     return done * 2 * rows * width * hidden / seconds / sharing
 
@@ -58,10 +58,10 @@ def measure_rate(config: ConfigDict) -> float:
 def communication(
     collectives: list[Collective], count: int, bandwidth: float, latency: float
 ) -> float:
-    """Seconds per optimizer step: bytes / bandwidth, and the latency of messages in a row.
+    """Returns seconds per optimizer step: bytes / bandwidth, and latency of consecutive messages.
 
     Args:
-      collectives: of a round.
+      collectives: the collectives of one round.
       count: N devices.
       bandwidth: bytes per second that a device sends.
       latency: seconds per message.
@@ -72,10 +72,10 @@ def communication(
 def efficiencies(
     config: ConfigDict, vocab: int, count: int, rate: float, bandwidth: float, latency: float
 ) -> dict[str, dict[int, float]]:
-    """Predicted efficiency of each method on each number of devices, where it can be used.
+    """Predicts the efficiency of each sync method on each number of devices that it supports.
 
-    Weak scaling: each device has the batch that one of `count` devices has. Communication is not
-    overlapped with computing, and all links are equal, as in one ring.
+    Weak scaling: the batch per device stays what it is with `count` devices. Communication does
+    not overlap with computing, and all links are equal, as in one ring.
 
     Args:
       config: a valid config; its sync.method is replaced.

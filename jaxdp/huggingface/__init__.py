@@ -1,1 +1,1 @@
-"""Models of Hugging Face transformers: folders to start from, and folders to export."""
+"""Hugging Face models: loading folders to start a run from, and exporting runs as folders."""

@@ -1,6 +1,6 @@
-"""The model families of Hugging Face's transformers that the model can be, in their words.
+"""The model families of Hugging Face's transformers that `Transformer` can be.
 
-Those are the keys of config.json and the names of modules, as transformers writes them.
+Each is a table that pairs keys of config.json and names of modules with our names.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ from typing import Any
 from jaxdp.common.errors import ConfigError, shown
 from jaxdp.model.transformer import ModelConfig
 
-# What `model.activation` is called there; the first name is written, all are read.
+# Their names of `model.activation`: the first is written, all are read.
 ACTIVATIONS = {
     "gelu": ("gelu_new", "gelu_pytorch_tanh"),
     "gelu_exact": ("gelu",),
@@ -20,24 +20,23 @@ ACTIVATIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A family, as a table.
+    """A model family, as a table.
 
     Attributes:
-      architecture: its class in transformers.
-      is_: the values that fields of `ModelConfig` may have.
-      keys: of config.json, by field of `ModelConfig`. Fields in neither follow: `num_kv_heads` is
-        `num_heads`, and there are biases.
-      dropout: keys of config.json for `ModelConfig.dropout`.
-      no_dropout: those for dropout that is never done here.
-      fixed: keys of config.json that change what is computed, and the only value that is computed
-        here; also what they mean where they are left out.
-      defaults: what other keys mean where they are left out.
-      base: the first part of most names of weights; some folders leave it out.
-      modules: name -> ours, of those outside of layers.
-      layer: likewise in each layer; several of ours become one, side by side.
-      layers: the name of layer {}.
-      head_bias: the name of that of the output; "" where there is none.
-      token_types: the name of the table of segments; "" where there is none.
+      architecture: the family's class in transformers.
+      is_: fields of `ModelConfig` that the family restricts, with the values it allows.
+      keys: field of `ModelConfig` -> key of config.json. Of the fields in neither `is_` nor `keys`,
+        `num_kv_heads` equals `num_heads` and `bias` is true.
+      dropout: keys of config.json that hold `ModelConfig.dropout`.
+      no_dropout: keys of config.json for kinds of dropout that `Transformer` lacks.
+      fixed: keys of config.json with the only supported value, which is also their default.
+      defaults: defaults of other keys of config.json.
+      base: the first part of most tensors' names; some folders leave it out.
+      modules: their module name -> our path, outside of layers.
+      layer: their module name -> our paths, within a layer; several of ours are concatenated.
+      layers: their name of a layer, with {} for its number.
+      head_bias: name of the output bias; "" if there is none.
+      token_types: name of the table of segment embeddings; "" if there is none.
     """
 
     architecture: str
@@ -165,7 +164,7 @@ LLAMA = Family(
     },
 )
 
-# Llama without the gate.
+# Llama with an MLP without gate.
 ARCEE = dataclasses.replace(
     LLAMA,
     architecture="ArceeForCausalLM",
@@ -218,7 +217,7 @@ BERT = Family(
     },
 )
 
-# BERT whose positions are counted from the padding token's id + 1, and other names of the head.
+# BERT with positions counted from the padding token's id + 1, and other names for the head.
 ROBERTA = dataclasses.replace(
     BERT,
     architecture="RobertaForMaskedLM",
@@ -242,10 +241,10 @@ FAMILIES = {"gpt2": GPT2, "llama": LLAMA, "arcee": ARCEE, "bert": BERT, "roberta
 
 
 def family_of(model: ModelConfig) -> str:
-    """Which of FAMILIES a model is. RoBERTa is BERT here, and found by its tokenizer only.
+    """Returns the name of a model's family; RoBERTa counts as "bert", the same model here.
 
     Raises:
-      ConfigError: none; names the key that would have to be another.
+      ConfigError: there is none; names a key to change.
     """
     if not model.causal:
         name = "bert"
@@ -261,19 +260,19 @@ def family_of(model: ModelConfig) -> str:
         value = getattr(model, field)
         if value not in values:
             raise ConfigError(
-                f"model.{field}={value!r} makes a model that transformers doesn't know: for the "
+                f"model.{field}={value!r} makes a model that transformers doesn't have: for the "
                 f"nearest, {family.architecture}, train with {' or '.join(map(repr, values))}"
             )
     return name
 
 
 def to_json(model: ModelConfig, name: str, pad_id: int | None) -> dict[str, Any]:
-    """What config.json says of a model.
+    """Returns the content of a model's config.json.
 
     Args:
-      model: the model.
-      name: of its family.
-      pad_id: the id of the padding token, if there is one; there is for "roberta".
+      model: the model's config.
+      name: the family's name.
+      pad_id: id of the padding token, if there is one; "roberta" needs one.
     """
     family = FAMILIES[name]
     found = {key: getattr(model, field) for field, key in family.keys.items()}
@@ -293,11 +292,11 @@ def to_json(model: ModelConfig, name: str, pad_id: int | None) -> dict[str, Any]
 
 
 def offset(name: str, pad_id: int | None) -> int:
-    """How many rows of the table of positions come before that of the first."""
+    """Returns the number of unused rows at the start of the table of position embeddings."""
     if name != "roberta":
         return 0
     if pad_id is None:
-        raise ConfigError("pad_token_id=null leaves positions without a beginning")
+        raise ConfigError("pad_token_id=null is not supported, as positions are counted from it")
     return pad_id + 1
 
 
@@ -305,10 +304,10 @@ def from_json(values: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """Reads a config.json.
 
     Returns:
-      The name of the family, and what `ModelConfig` has to be, by field.
+      The family's name, and the fields of `ModelConfig` with their values.
 
     Raises:
-      ConfigError: it is of no family, or has a setting that is not computed here.
+      ConfigError: its family is unknown, or a setting is not supported.
     """
     name = values.get("model_type")
     if name not in FAMILIES:
@@ -348,10 +347,10 @@ def _activation(family: Family, theirs: Any) -> str:
 
 
 def _flatten_rope(values: dict[str, Any]) -> None:
-    """Moves rope_theta to the top, where version 4 of transformers has it."""
+    """Moves rope_theta to the top level, where transformers 4 writes it."""
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     if not isinstance(rope, dict):
-        raise TypeError("rope_parameters is no JSON object")
+        raise TypeError("rope_parameters is not a JSON object")
     kind = rope.get("rope_type", rope.get("type", "default"))
     share = rope.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0))
     if kind != "default" or share != 1.0:

@@ -1,4 +1,4 @@
-"""Folders of Hugging Face's transformers, whose weights a run can begin with."""
+"""Loads weights from folders of Hugging Face's transformers, for a run to start from."""
 
 import dataclasses
 import functools
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-import ml_dtypes  # noqa: F401  NumPy knows bfloat16 by it, in which many weights are.
+import ml_dtypes  # noqa: F401  Registers bfloat16, in which many weights are stored, with NumPy.
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -22,27 +22,27 @@ from jaxdp.model.transformer import ModelConfig
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 PREFIX = "hf:"
-# What a folder may hold besides: masks and tables that are computed, other heads, ties.
+# Further tensors that a folder may hold: computed masks and tables, other heads, tied copies.
 LEFT_OUT = re.compile(
     r"\.attn\.(masked_)?bias$|\.rotary_emb\.inv_freq$|\.position_ids$|\.pooler\.|"
     r"^cls\.seq_relationship\.|\.decoder\.bias$"
 )
 TIED = re.compile(r"^lm_head\.weight$|\.decoder\.weight$")
 TYPES = ("F32", "F16", "BF16")
-# Of `ModelConfig`, what changes neither weights nor what is computed with them.
+# Fields of `ModelConfig` that change neither the weights nor the function they compute.
 FREE = ("dropout", "dtype", "remat", "scan_layers")
 
 
 @dataclasses.dataclass(frozen=True)
 class Folder:
-    """A folder of transformers with a model.
+    """A folder with a model, as transformers' save_pretrained writes it.
 
     Attributes:
-      spec: what the user calls it.
-      path: where it is.
-      name: of the family.
-      fields: of `ModelConfig`, as the folder has them.
-      pad_id: the id of the padding token, by config.json.
+      spec: the user's name for it, hf:FOLDER or hf:NAME.
+      path: the local folder.
+      name: the family's name.
+      fields: the folder's values for fields of `ModelConfig`.
+      pad_id: id of the padding token, from config.json.
     """
 
     spec: str
@@ -52,14 +52,14 @@ class Folder:
     pad_id: int | None
 
     def check(self, model: ModelConfig, vocab_size: bool = True) -> None:
-        """Refuses a model of another shape; the context may be shorter than the folder's.
+        """Checks that a model has the folder's architecture; its context may be shorter.
 
         Args:
-          model: to compare with.
-          vocab_size: whether its vocabulary is known, too.
+          model: config of the model.
+          vocab_size: whether to compare vocabularies and tensors, too.
 
         Raises:
-          ConfigError: names all keys that differ.
+          ConfigError: they differ; names all keys that do.
         """
         differing = []
         for field, theirs in self.fields.items():
@@ -76,7 +76,7 @@ class Folder:
             raise ConfigError(
                 f"init_from={self.spec!r} has a vocabulary of {theirs} tokens, and tokenizer and "
                 f"model.vocab_multiple give {model.vocab_size}: use tokenizer={self.spec!r}, and a "
-                "model.vocab_multiple by which that becomes as large"
+                f"model.vocab_multiple that pads it to {theirs}"
             )
         self._open(model)
 
@@ -84,13 +84,13 @@ class Folder:
         """Reads the weights.
 
         Args:
-          model: of the shape that `check` wants.
+          model: config of a model that `check` accepts.
 
         Returns:
           Parameters of `Transformer`, float32, on the host; see `tensors.to_params`.
 
         Raises:
-          ConfigError: the folder is damaged, or has weights of another kind.
+          ConfigError: the folder is damaged, or holds other weights.
         """
         found = self._open(model)
         params = tensors.to_params(found.read, model, self.name, self.pad_id)
@@ -101,68 +101,68 @@ class Folder:
         return params
 
     def _open(self, model: ModelConfig) -> "_Tensors":
-        """The tensors, none of them read, but of the right names, types and shapes."""
+        """Opens the tensors and checks their names, dtypes and shapes; reads none of them."""
         rows = families.offset(self.name, self.pad_id) + self.fields["seq_len"]
         found, wanted = _Tensors(self), tensors.shapes(model, self.name, rows)
         for name, shape in wanted.items():
             found.check(name, shape)
         for name in found.names():
             if name not in wanted and not (LEFT_OUT.search(name) or TIED.search(name)):
-                raise self.damaged(f"{name} belongs to no such model")
+                raise self.damaged(f"{name} does not belong to this model")
         return found
 
     def damaged(self, reason: str) -> ConfigError:
-        """The error for what can't be used."""
+        """Returns the error for a folder that can't be used."""
         return ConfigError(
-            f"init_from={self.spec!r} can't be used ({reason}): give what save_pretrained of "
-            f"transformers has written, of {', '.join(f.architecture for f in FAMILIES.values())}"
+            f"init_from={self.spec!r} can't be used ({reason}): give a folder that "
+            f"transformers saved, of {', '.join(f.architecture for f in FAMILIES.values())}"
         )
 
 
 def open_folder(spec: str) -> Folder:
-    """Finds what "hf:FOLDER" or "hf:NAME" stands for; a name is downloaded if it has not been.
+    """Opens the folder of "hf:FOLDER" or "hf:NAME"; downloads a name that is not in the cache.
 
     Raises:
-      ConfigError: there is none, or it is of no known family.
+      ConfigError: there is no such folder, or its family is unknown.
     """
     where = spec.removeprefix(PREFIX)
     path = Path(os.path.expanduser(where))
     if not where or not os.path.isdir(path):
         try:
             path = _downloaded(where)
-        except Exception as error:  # Of the network, the hub, or a name that can be none.
+        except Exception as error:  # From the network, the hub, or an impossible name.
             raise ConfigError(
-                f"init_from={shown(spec)} can't be had ({first_line(error)}): give hf:FOLDER "
-                "with a folder that is there, or hf:NAME with a model of the Hugging Face hub"
+                f"init_from={shown(spec)} can't be loaded ({first_line(error)}): give hf:FOLDER "
+                "with a folder that exists, or hf:NAME with a model on the Hugging Face hub"
             ) from None
     unknown = Folder(spec, path, "", {}, None)
     try:
         values = json.loads((path / CONFIG).read_text(encoding="utf-8"))
         if not isinstance(values, dict):
-            raise TypeError("no JSON object")
+            raise TypeError("not a JSON object")
         name, fields = families.from_json(values)
     except FileNotFoundError:
         raise unknown.damaged(f"it has no {CONFIG}") from None
     except (ValueError, TypeError, ArithmeticError, RecursionError, OSError) as error:
-        said = str(error) if isinstance(error, ConfigError) else first_line(error)
-        raise unknown.damaged(f"{CONFIG}: {said}") from None
+        reason = str(error) if isinstance(error, ConfigError) else first_line(error)
+        raise unknown.damaged(f"{CONFIG}: {reason}") from None
     return Folder(spec, path, name, fields, values.get("pad_token_id", 1))
 
 
 @functools.cache
 def _downloaded(name: str) -> Path:
-    """The folder of a name on the hub, which is asked once, though a start looks several times."""
+    """Returns the local folder of a name on the hub; cached, as a start asks several times."""
     patterns = [CONFIG, "model*.safetensors", INDEX]
     return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
 
 
 def read(spec: str, model: ModelConfig) -> Any:
-    """The parameters that "hf:FOLDER" or "hf:NAME" stands for; see `Folder.read`."""
+    """Reads the parameters of "hf:FOLDER" or "hf:NAME"; see `Folder.read`."""
     return open_folder(spec).read(model)
 
 
 class _Tensors:
-    """The tensors of a folder, each read when it is taken."""
+    """The tensors of a folder, each read on request."""
 
     def __init__(self, folder: Folder):
         """Opens all files."""
@@ -171,7 +171,7 @@ class _Tensors:
         self._all = dict(self._find())
 
     def _find(self) -> Iterator[tuple[str, tuple[Any, str]]]:
-        """The files, and the names in them, by the name that the family has for it."""
+        """Yields the family's name of each tensor, and its file and its name in there."""
         index = self._folder.path / INDEX
         try:
             if index.exists():
@@ -180,7 +180,7 @@ class _Tensors:
                 names = {WEIGHTS}
             for name in sorted(names):
                 file = safe_open(self._folder.path / name, framework="numpy")
-                for key in file.keys():  # noqa: SIM118  It is no dict.
+                for key in file.keys():  # noqa: SIM118  It isn't a dict.
                     yield self._known(key), (file, key)
         except FileNotFoundError as error:
             raise self._folder.damaged(
@@ -191,30 +191,32 @@ class _Tensors:
             raise self._folder.damaged(first_line(error)) from None
 
     def _known(self, name: str) -> str:
-        """A name as the family has it: base models leave out its first part, old BERTs differ."""
+        """Returns the family's name of a tensor: base models omit its base, old BERTs say gamma."""
         if not name.startswith((f"{self._base}.", "lm_head.", "cls.")):
             name = f"{self._base}.{name}"
         return re.sub("gamma$", "weight", re.sub("beta$", "bias", name))
 
     def names(self) -> list[str]:
-        """Of all there are."""
+        """Returns all tensors' names."""
         return list(self._all)
 
     def check(self, name: str, shape: tuple[int | None, ...]) -> None:
-        """Refuses one that isn't there, or is no such array."""
+        """Raises ConfigError if a tensor is missing, or has another dtype or shape."""
         if name not in self._all:
             raise self._folder.damaged(f"{name} is missing")
         file, key = self._all[name]
         header = file.get_slice(key)
         found, kind = tuple(header.get_shape()), header.get_dtype()
         if kind not in TYPES:
-            raise self._folder.damaged(f"{name} is of the type {kind}, none of {', '.join(TYPES)}")
+            raise self._folder.damaged(
+                f"{name} has the dtype {kind}, not one of {', '.join(TYPES)}"
+            )
         fits = [n in (m, None) for n, m in zip(shape, found, strict=False)]
         if len(found) != len(shape) or not all(fits):
             raise self._folder.damaged(f"{name} has the shape {found}, not {shape}")
 
     def read(self, name: str) -> np.ndarray:
-        """One of them, float32."""
+        """Reads a tensor, as float32."""
         file, key = self._all[name]
         return file.get_tensor(key).astype(np.float32)
 

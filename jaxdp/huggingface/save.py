@@ -1,4 +1,4 @@
-"""A trained model as a folder that Hugging Face's transformers opens."""
+"""Exports a trained model as a folder that Hugging Face's transformers opens."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from jaxdp.workdir import finished
 from jaxdp.workdir.finished import Trained
 from jaxdp.workdir.metrics import read_jsonl
 
-# What well-known tokenizers call their special tokens, the likeliest first.
+# Special tokens of well-known tokenizers, the likeliest first.
 NAMES = {
     "bos_token": ("<|begin_of_text|>", "<bos>", "<s>", tokenizer.END_OF_TEXT),
     "eos_token": tokenizer.END_NAMES,
@@ -42,19 +42,19 @@ def export(
     which: str = "newest",
     report: Callable[[str], None] = print,
 ) -> int:
-    """Writes a checkpoint as a folder of transformers, whole or not at all.
+    """Writes a checkpoint as a folder for transformers, completely or not at all.
 
     Args:
-      workdir: of the run.
-      output: is not there yet.
+      workdir: the run's folder.
+      output: the folder to write; must not exist.
       which: "newest", "best" or a number of steps.
-      report: is told in a line what is wrong with a checkpoint.
+      report: called with a line of text on each damaged checkpoint.
 
     Returns:
       The step of the checkpoint.
 
     Raises:
-      ConfigError: transformers has no such model, or the folder is there or can't be written.
+      ConfigError: transformers has no such model, or the folder exists or can't be written.
       RunError: the checkpoint is damaged.
     """
     workdir, output = Path(workdir), Path(output)
@@ -63,7 +63,7 @@ def export(
     family, special = families.family_of(run.model.config), special_tokens(run)
     pad_id = _id(run.words, special.get("pad_token"))
     if family == "bert" and special.get("mask_token") == "<mask>" and pad_id is not None:
-        family = "roberta"  # Whose tokenizer it is.
+        family = "roberta"  # Only the tokenizer tells it from BERT.
     params, step = run.params(which, report)
     texts = {
         "config.json": families.to_json(run.model.config, family, pad_id) | _ids(run, special),
@@ -79,14 +79,14 @@ def export(
 
 
 def special_tokens(run: Trained) -> dict[str, str]:
-    """The special tokens that a tokenizer has, by what transformers calls them."""
+    """Returns a tokenizer's special tokens, by their names in transformers."""
     special = {t.content for t in run.words.get_added_tokens_decoder().values() if t.special}
     names = NAMES | ({} if run.model.config.causal else MASKED_NAMES)
     found = {
         role: next((name for name in candidates if name in special), None)
         for role, candidates in names.items()
     }
-    # These two are what the model was trained with, whatever the tokenizer thinks of them.
+    # The model was trained with these two, even if the tokenizer doesn't call them special.
     found["eos_token"] = _token(run.words, tokenizer.end_id(run.words))
     if not run.model.config.causal:
         found["mask_token"] = _token(run.words, tokenizer.mask_id(run.words))
@@ -94,7 +94,7 @@ def special_tokens(run: Trained) -> dict[str, str]:
 
 
 def tokenizer_config(run: Trained, special: dict[str, str]) -> dict[str, Any]:
-    """tokenizer_config.json: which tokens are special, and how long a text may be."""
+    """Returns tokenizer_config.json: the special tokens and the longest text."""
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": run.config.seq_len,
@@ -105,7 +105,7 @@ def tokenizer_config(run: Trained, special: dict[str, str]) -> dict[str, Any]:
 
 
 def generation_config(run: Trained, special: dict[str, str]) -> dict[str, Any]:
-    """generation_config.json: to draw text as `jaxdp.generate` does."""
+    """Returns generation_config.json, with which transformers samples as `jaxdp.generate` does."""
     padding = range(tokenizer.vocab_size(run.words), run.model.config.vocab_size)
     return {
         "do_sample": True,
@@ -118,7 +118,7 @@ def generation_config(run: Trained, special: dict[str, str]) -> dict[str, Any]:
 
 
 def card(run: Trained, family: str, step: int, parameters: int) -> str:
-    """README.md: what is known of the model, and nothing else."""
+    """Returns README.md, the model card: only what is known of the model."""
     config, architecture = run.config, families.FAMILIES[family].architecture
     causal = run.model.config.causal
     task = "text-generation" if causal else "fill-mask"
@@ -187,11 +187,11 @@ def _token(words: Tokenizer, number: int | None) -> str | None:
 def _check_absent(output: Path) -> None:
     check_text("--output", str(output))
     if os.path.lexists(output):
-        raise ConfigError(f"--output={shown(str(output))} is there already: give another folder")
+        raise ConfigError(f"--output={shown(str(output))} exists already: give another folder")
 
 
 def _write(output: Path, weights: dict[str, Any], texts: dict[str, Any]) -> None:
-    """Makes the folder under another name first, so that it is never seen in part."""
+    """Writes the folder under another name, then renames it, so it is never seen half-written."""
     temporary = output.with_name(f"{output.name}.tmp-{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
@@ -199,7 +199,7 @@ def _write(output: Path, weights: dict[str, Any], texts: dict[str, Any]) -> None
         for name, content in texts.items():
             text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
             (temporary / name).write_text(text, encoding="utf-8")
-        # safetensors lets nobody else read it.
+        # safetensors creates a file that only its owner can read.
         shutil.copymode(temporary / "config.json", temporary / load.WEIGHTS)
         _check_absent(output)
         temporary.rename(output)

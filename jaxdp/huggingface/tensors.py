@@ -1,4 +1,4 @@
-"""The parameters of the model as the tensors of Hugging Face's transformers, and back.
+"""Converts the model's parameters to the tensors of Hugging Face's transformers, and back.
 
 Shapes: D model width, I inputs, O outputs of a linear layer.
 """
@@ -15,7 +15,7 @@ from jaxdp.huggingface import families
 from jaxdp.huggingface.families import FAMILIES, Family
 from jaxdp.model.transformer import ModelConfig, Transformer, parameter_shapes
 
-# What is trained here has no segments; BERT's two are alike then.
+# Our models have no segment embeddings, so both of BERT's are zero.
 TOKEN_TYPES = 2
 POSITIONS = "position_embed/embedding"
 
@@ -23,16 +23,16 @@ POSITIONS = "position_embed/embedding"
 def to_tensors(
     params: Any, model: ModelConfig, name: str, pad_id: int | None
 ) -> dict[str, np.ndarray]:
-    """The weights of a model as transformers has them.
+    """Converts a model's parameters to transformers' tensors.
 
     Args:
-      params: of `Transformer`.
-      model: its config.
-      name: of its family.
-      pad_id: the id of the padding token, if there is one.
+      params: parameters of `Transformer`.
+      model: the model's config.
+      name: the family's name.
+      pad_id: id of the padding token, if there is one.
 
     Returns:
-      Arrays by name. Biases that the family has and the model lacks are zeros.
+      Arrays by tensor name. Biases that the family has and the model lacks are zeros.
     """
     family, shapes = FAMILIES[name], _flat_shapes(model, name)
     flat = _unstacked(traverse_util.flatten_dict(params, sep="/"))
@@ -55,17 +55,17 @@ def to_tensors(
 def to_params(
     read: Callable[[str], np.ndarray], model: ModelConfig, name: str, pad_id: int | None
 ) -> Any:
-    """What `to_tensors` undoes.
+    """Converts transformers' tensors to a model's parameters, the inverse of `to_tensors`.
 
     Args:
-      read: gives a tensor of the shape that `shapes` has for it, float32, by name.
-      model: its config.
-      name: of its family.
-      pad_id: the id of the padding token, if there is one.
+      read: tensor name -> float32 array with the shape in `shapes`.
+      model: the model's config.
+      name: the family's name.
+      pad_id: id of the padding token, if there is one.
 
     Returns:
-      Parameters of `Transformer`. BERT's first segment is in the table of positions; a context
-      shorter than the table has its first rows.
+      Parameters of `Transformer`. BERT's first segment embedding is added to the position
+      embeddings. A context shorter than the table of positions takes the table's first rows.
     """
     family, ours_shapes = FAMILIES[name], _flat_shapes(model, name)
     flat = {}
@@ -83,12 +83,12 @@ def to_params(
 
 
 def shapes(model: ModelConfig, name: str, rows: int) -> dict[str, tuple[int | None, ...]]:
-    """The shapes of a model's tensors, by name; None is any number.
+    """Returns the shapes of a model's tensors, by name; None stands for any size.
 
     Args:
-      model: its config.
-      name: of its family.
-      rows: those of the table of positions.
+      model: the model's config.
+      name: the family's name.
+      rows: number of rows of the table of positions.
     """
     family, ours_shapes = FAMILIES[name], _flat_shapes(model, name)
     found: dict[str, tuple[int | None, ...]] = {}
@@ -104,14 +104,14 @@ def shapes(model: ModelConfig, name: str, rows: int) -> dict[str, tuple[int | No
 
 
 def _flat_shapes(model: ModelConfig, name: str) -> dict[str, Any]:
-    """By path, of the parameters that the family has: layers one by one, with their biases."""
+    """Returns parameter shapes by path, unscanned, with biases unless the family may lack them."""
     bias = model.bias or "bias" not in FAMILIES[name].keys
     full = dataclasses.replace(model, bias=bias, scan_layers=False)
     return traverse_util.flatten_dict(parameter_shapes(Transformer(full)), sep="/")
 
 
 def _rules(family: Family, shapes: Mapping[str, Any]) -> Iterator[tuple[str, list[str], bool]]:
-    """Yields the name of a tensor, the paths of what it holds, whether it is [O, I]."""
+    """Yields a tensor's name, the paths of its parameters, and whether it is [O, I]."""
     modules: list[tuple[str, tuple[str, ...]]]
     modules = [(theirs, (ours,)) for theirs, ours in family.modules.items()]
     count = sum(path.endswith("/mlp/up/kernel") for path in shapes)
@@ -124,7 +124,7 @@ def _rules(family: Family, shapes: Mapping[str, Any]) -> Iterator[tuple[str, lis
     for theirs, ours in modules:
         for leaf in ("embedding", "kernel", "scale", "bias"):
             if f"{ours[0]}/{leaf}" in shapes:
-                # GPT-2's layers, as opposed to its head, are [I, O].
+                # GPT-2's layers, unlike its head, are [I, O].
                 transposed = leaf == "kernel" and not theirs.rpartition(".")[2].startswith("c_")
                 tensor = f"{theirs}.{'bias' if leaf == 'bias' else 'weight'}"
                 yield tensor, [f"{one}/{leaf}" for one in ours], transposed
@@ -133,7 +133,7 @@ def _rules(family: Family, shapes: Mapping[str, Any]) -> Iterator[tuple[str, lis
 
 
 def _as_matrix(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape without heads: [I, O] of a kernel, [O] of a bias."""
+    """Returns the shape with attention heads merged: [I, O] of a kernel, [O] of a bias."""
     if path.endswith("embedding"):
         return shape
     if not path.endswith("kernel"):
@@ -143,7 +143,7 @@ def _as_matrix(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _unstacked(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Scanned layers one by one."""
+    """Splits scanned layers into single ones: layers/... becomes layer_0/..., layer_1/..., ..."""
     found: dict[str, Any] = {}
     for path, array in flat.items():
         if path.startswith("layers/"):
@@ -154,7 +154,7 @@ def _unstacked(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _stacked(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """What `_unstacked` undoes."""
+    """Stacks single layers for nn.scan, the inverse of `_unstacked`."""
     found: dict[str, Any] = {}
     layers: dict[str, list] = {}
     for path, array in flat.items():

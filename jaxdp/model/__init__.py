@@ -1,1 +1,1 @@
-"""The transformer and text drawn from it; nothing here knows of devices."""
+"""The transformer, and sampling text from it; nothing here depends on devices."""

@@ -13,14 +13,14 @@ SMALLEST_BLOCK = 64
 
 
 def kernel(dtype: jnp.dtype, width: int, masked: bool) -> str:
-    """Which implementation `attend` uses, "cudnn" or "xla".
+    """Returns which implementation `attend` uses, "cudnn" or "xla".
 
-    That of cuDNN (FlashAttention, Dao et al. 2022; it stores no [L, S] array) has been on NVIDIA
-    GPUs since Ampere, for 16 bits and such head widths. Other masks than the causal one it takes as
-    an array of all pairs only, so masked attention stays with XLA.
+    cuDNN's (FlashAttention, Dao et al. 2022) stores no [L, S] array. It needs an NVIDIA GPU, Ampere
+    or newer, a 16-bit dtype and a suitable head width. Masks other than the causal one would have
+    to be [L, S] arrays, so masked attention stays with XLA.
 
     Args:
-      dtype: of query, key and value.
+      dtype: dtype of query, key and value.
       width: K.
       masked: whether there is a mask.
     """
@@ -43,21 +43,21 @@ def attend(
     *,
     causal: bool = False,
 ) -> jax.Array:
-    """Scaled dot-product attention (Vaswani et al. 2017); products and softmax in float32.
+    """Computes scaled dot-product attention (Vaswani et al. 2017), accumulated in float32.
 
-    By the `kernel` for its platform, which without a GPU is the one of this file: as
-    `jax.nn.dot_product_attention`, but for three things. Causal attention goes through blocks of
-    queries and leaves out the keys after each. The backward pass takes the softmax's sum from the
-    results, which are smaller than the weights (Dao et al. 2022, FlashAttention, section B.2). And
-    the softmax divides by multiplying, for a division is compiled differently for one device and
-    for several, which `reductions.fixed_order` must not be.
+    `kernel` chooses the implementation. Without cuDNN it is this file's, which differs from
+    `jax.nn.dot_product_attention` in three ways. Causal attention goes through blocks of queries
+    and skips the keys after each block. The backward pass computes the softmax's sum from the
+    outputs, which are smaller than the weights (Dao et al. 2022, section B.2). The softmax
+    multiplies by a reciprocal: XLA compiles a division differently for one device and for several,
+    and sync.method="fixed_order" needs the same bits on both.
 
     Args:
       query: [B, L, H, K].
       key: [B, S, G, K], G dividing H.
       value: [B, S, G, K].
-      mask: bool [B or 1, L, S]: whom a query may look at; None: everyone.
-      causal: whether a query looks at no later key; S is L then.
+      mask: bool [B or 1, L, S], True where a query may attend to a key; None: everywhere.
+      causal: whether queries attend to no later keys; S is L then.
 
     Returns:
       [B, L, H, K] in the dtype of value.
@@ -68,7 +68,7 @@ def attend(
             query, key, value, is_causal=causal, implementation="cudnn"
         )
     query = query * width**-0.5
-    # The heads that share keys are rows of the same matrix.
+    # Queries of heads that share keys become rows of one matrix.
     query = query.reshape(batch, length, key.shape[2], -1, width)
     query = query.transpose(0, 2, 1, 3, 4).reshape(batch, key.shape[2], -1, width)
     key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
@@ -79,7 +79,7 @@ def attend(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attend(causal, heads, query, key, value, mask):
-    """Queries [B, G, L * heads, K], keys and values [B, G, S, K], mask [B, L, S] -> as queries."""
+    """Attends from [B, G, L * heads, K] to [B, G, S, K], mask [B, L, S]; shaped like query."""
     return _forward(causal, heads, query, key, value, mask)[0]
 
 
@@ -101,7 +101,7 @@ def _forward(causal, heads, query, key, value, mask):
 
 def _backward(causal, heads, residuals, d_out):
     query, key, value, out, saved = residuals
-    # The softmax's backward pass needs sum(weights * d_weights), which is this.
+    # Equal to sum(weights * d_weights), which the softmax's backward pass needs.
     sums = (out.astype(jnp.float32) * d_out).sum(-1, keepdims=True)
     d_query, d_key, d_value = [], [], []
     blocks = _blocks(causal, heads, query)
@@ -119,7 +119,7 @@ _attend.defvjp(_forward, _backward)
 
 
 def _blocks(causal, heads, query):
-    """The tokens of a block, their rows among the queries, and the keys that they can see."""
+    """Yields the tokens of each block, their rows among the queries, and the keys they may see."""
     length, count = query.shape[2] // heads, 1
     while causal and count < MAX_BLOCKS and length % (2 * count * SMALLEST_BLOCK) == 0:
         count *= 2
@@ -130,7 +130,7 @@ def _blocks(causal, heads, query):
 
 
 def _allowed(causal, heads, mask, tokens, seen):
-    """Which keys the rows of a block may look at, bool [B or 1, 1, R, keys]; None: all."""
+    """Returns a block's mask, bool [B or 1, 1, R, keys]; None: rows attend to all keys."""
     allowed = None if mask is None else mask[:, tokens, seen]
     if causal:
         earlier = jnp.tri(tokens.stop - tokens.start, seen.stop, tokens.start, dtype=bool)[None]
@@ -139,13 +139,13 @@ def _allowed(causal, heads, mask, tokens, seen):
 
 
 def _product(subscripts, first, second):
-    """Of matrices [B, G, ·, ·], accumulated in float32."""
+    """Multiplies [B, G, ., .] by einsum, with subscripts of the matrices only, in float32."""
     subscripts = "bg" + subscripts.replace(",", ",bg").replace("->", "->bg")
     return jnp.einsum(subscripts, first, second, preferred_element_type=jnp.float32)
 
 
 def _sum(terms):
-    """The sum of what each block has for the keys that it sees, the last for all."""
+    """Sums the blocks' gradients by key: each block has the first keys, the last block all."""
     *rest, total = terms
     for term in reversed(rest):
         total = total.at[:, :, : term.shape[2]].add(term)
@@ -153,12 +153,12 @@ def _sum(terms):
 
 
 def rotate(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
-    """Rotary position embedding (Su et al. 2021), halves rotated as in Llama.
+    """Applies rotary position embedding (Su et al. 2021), rotating halves as Llama does.
 
     Args:
       x: [B, L, H, K], K even.
       positions: [B, L] int32.
-      base: of the wavelengths, the longest of which is nearly 2 pi times this; 10,000 in the paper.
+      base: base of the wavelengths; the longest is nearly 2 pi * base. 10,000 in the paper.
 
     Returns:
       [B, L, H, K] in the dtype of x; the angles are computed in float32.

@@ -1,4 +1,4 @@
-"""Matrix products of activations with weights, as XLA's CPU backend is fast at them.
+"""Products of activations and weights, in forms that XLA's CPU backend computes fast.
 
 Shapes: R rows, I inputs, O outputs.
 """
@@ -11,16 +11,16 @@ from jax import lax
 
 
 def matmul(x: jax.Array, kernel: jax.Array, dimension_numbers, **options) -> jax.Array:
-    """A `lax.dot_general` of x's last dimensions with the kernel's first, as of two matrices.
+    """Contracts x's last dimensions with the kernel's first ones, as a product of two matrices.
 
-    The kernel's gradient contracts over rows then, not over batch and length, for which XLA's CPU
-    backend copies both operands: steps of nanoGPT's character model take 1.2 times as long.
+    The kernel's gradient then contracts over one axis of rows. Over batch and length, XLA's CPU
+    backend would copy both operands: 1.2 times the step time for nanoGPT's character model.
 
     Args:
-      x: [..., I...], with I... as many dimensions as are contracted.
+      x: [..., I...], where I... are the contracted dimensions.
       kernel: [I..., O...].
-      dimension_numbers: of `lax.dot_general`, which must say just that.
-      **options: of `lax.dot_general`.
+      dimension_numbers: as for `lax.dot_general`; must name these dimensions.
+      **options: other arguments of `lax.dot_general`.
 
     Returns:
       [..., O...].
@@ -38,9 +38,10 @@ def matmul(x: jax.Array, kernel: jax.Array, dimension_numbers, **options) -> jax
 
 @jax.custom_vjp
 def _rounded_last(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """bfloat16 [R, I] and [I, O] -> [R, O]; a CPU's fast products of such have float32 results.
+    """Multiplies bfloat16 [R, I] and [I, O], with a float32 result rounded to bfloat16 at the end.
 
-    Twice as fast as those with bfloat16 results, and four times as fast as float32 (AVX512-BF16).
+    On CPUs with AVX512-BF16 this is twice as fast as a product with a bfloat16 result, and four
+    times as fast as a float32 product.
     """
     return _float32(x, kernel, 1, 0).astype(x.dtype)
 
@@ -59,5 +60,5 @@ _rounded_last.defvjp(_forward, _backward)
 
 
 def _float32(x, y, i, j):
-    """The product of matrices, summed over axis i of x and j of y."""
+    """Multiplies two matrices, contracting axis i of x and axis j of y; float32."""
     return lax.dot_general(x, y, (((i,), (j,)), ((), ())), preferred_element_type=jnp.float32)

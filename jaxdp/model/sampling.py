@@ -28,19 +28,20 @@ def sample(
 ) -> list[np.ndarray]:
     """Continues each prompt by `num_tokens` tokens.
 
-    A prompt's continuation doesn't depend on the other prompts. Where the context is full, the
-    newer half of it is kept and read anew, so a text can be longer than the context.
+    A prompt's continuation doesn't depend on the other prompts. When the context is full, its newer
+    half is read again into an empty cache, so a text can be longer than the context.
 
     Args:
-      model: causal.
+      model: a causal model.
       params: its parameters, on one device or on the host.
-      prompts: R arrays of at least one token id each; of a longer one than S, the end is used.
-      vocab_size: of the tokenizer; what pads the model's vocabulary beyond is never drawn.
-      num_tokens: how many tokens to add.
-      temperature: divides the logits; 0 takes the likeliest token always.
+      prompts: R arrays of at least one token id each; only the end of a prompt beyond S is used.
+      vocab_size: size of the tokenizer's vocabulary; ids beyond it, padding, are never drawn.
+      num_tokens: number of tokens to add.
+      temperature: divides the logits; 0 always takes the likeliest token.
       top_k: draw from the k likeliest tokens only; 0: from all.
-      top_p: draw from the likeliest tokens whose probabilities reach p (Holtzman et al. 2020).
-      seed: of the draws.
+      top_p: draw from the fewest likeliest tokens whose probabilities sum to at least p
+        (Holtzman et al. 2020).
+      seed: seed of the draws.
 
     Returns:
       R arrays of [num_tokens] int32: the new tokens only.
@@ -83,10 +84,10 @@ def sample(
 def _continue(
     model, params, tokens, starts, drawn, count, temperature, top_k, top_p, seed, *, vocab_size
 ):
-    """Fills tokens[r, starts[r]:starts[r] + count]; the number of draws so far seeds each draw.
+    """Fills tokens[r, starts[r]:starts[r] + count]; drawn: [R], each row's draws before these.
 
-    All rows, padded on the right, are read in one pass. The cache's entries beyond a row's prompt
-    are then those of padding, but a token is written over each before it is looked at.
+    All rows, padded on the right, are read in one pass. This leaves cache entries of padding after
+    each prompt, but a drawn token overwrites each before it is attended to.
     """
     read = functools.partial(model.apply, decode=True, mutable=["cache"])
     row_numbers = jnp.arange(len(tokens))
@@ -113,18 +114,18 @@ def _continue(
 def filter_logits(
     logits: jax.Array, top_k: jax.Array, top_p: jax.Array, temperature: jax.Array
 ) -> jax.Array:
-    """Divides by the temperature and puts all but the likeliest tokens at minus infinity.
+    """Divides logits by the temperature and sets all but the likeliest to minus infinity.
 
     Args:
       logits: [R, V] float32.
-      top_k: how many tokens may be drawn, at least 1.
-      top_p: what their probabilities must reach, more than 0.
-      temperature: 0 leaves only the likeliest.
+      top_k: [] int32, number of tokens to keep, at least 1.
+      top_p: [] float32, sum of probabilities to keep, more than 0.
+      temperature: [] float32; 0 keeps only the likeliest token.
 
     Returns:
       [R, V] float32.
     """
-    warm = temperature > 1e-6  # Less would overflow.
+    warm = temperature > 1e-6  # Dividing by less would overflow.
     top_k = jnp.where(warm, top_k, 1)
     logits = logits / jnp.where(warm, temperature, 1.0)
     falling = jnp.sort(logits, axis=-1, descending=True)

@@ -1,4 +1,4 @@
-"""The transformer, in Flax linen; it knows nothing of devices.
+"""The transformer, in Flax linen; nothing in it depends on devices.
 
 Shapes: B batch, L length, D model width, G key/value heads, K head width, V vocabulary, S context
 (the KV cache's length).
@@ -19,7 +19,7 @@ from jaxdp.model.matmul import matmul
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """What the model is; the fields are explained in configs/default.py."""
+    """The architecture of a model; configs/default.py explains the fields."""
 
     vocab_size: int
     seq_len: int
@@ -45,7 +45,7 @@ class ModelConfig:
 
     @classmethod
     def from_config(cls, config: ConfigDict, vocab_size: int) -> "ModelConfig":
-        """Fills in what the config leaves open; `vocab_size` is that of the tokenizer."""
+        """Fills in what the config leaves open; vocab_size: size of the tokenizer's vocabulary."""
         fields = config.model.to_dict()
         multiple = fields.pop("vocab_multiple")
         return cls(
@@ -61,22 +61,22 @@ class ModelConfig:
         )
 
 
-# GPT-2's initialisation: 0.02 everywhere, less for what adds to the residual stream.
+# GPT-2's initialisation: 0.02, and less for layers that write to the residual stream.
 INIT_STDDEV = 0.02
 
 
 class Transformer(nn.Module):
-    """Transformer with a language-model head: of itself GPT-2 (Radford et al. 2019).
+    """A transformer with a language-model head: by default GPT-2 (Radford et al. 2019).
 
     Options make it Llama (Touvron et al. 2023): rotary positions, RMSNorm, SwiGLU, grouped-query
-    attention, an untied head. Others make it BERT (Devlin et al. 2019): norms after the sums and
-    after the embeddings, exact GELU, a layer before the head.
+    attention, an untied head. Others make it BERT (Devlin et al. 2019): norms after residual sums
+    and after the embeddings, exact GELU, a dense layer before the head.
     """
 
     config: ModelConfig
 
     def setup(self) -> None:
-        """Makes what `hidden` and `logits` share, and what the latter needs."""
+        """Creates the embedding, which `hidden` and `logits` share, and the layers of `logits`."""
         c = self.config
         self.embed = nn.Embed(c.vocab_size, c.embed_dim, dtype=c.dtype, embedding_init=_init())
         if c.head_transform:
@@ -88,7 +88,7 @@ class Transformer(nn.Module):
             self.head_bias = self.param("head_bias", nn.initializers.zeros, (c.vocab_size,))
 
     def __call__(self, inputs: jax.Array, **options: Any) -> jax.Array:
-        """Maps tokens [B, L] to logits [B, L, V]; the options are those of `hidden`."""
+        """Maps tokens [B, L] to logits [B, L, V]; options: see `hidden`."""
         return self.logits(self.hidden(inputs, **options))
 
     @nn.compact
@@ -101,19 +101,19 @@ class Transformer(nn.Module):
         segments: jax.Array | None = None,
         decode: bool = False,
     ) -> jax.Array:
-        """Maps tokens to what logits are made of.
+        """Maps tokens to the last hidden states, the input of `logits`.
 
         Args:
           inputs: [B, L] int32 token ids.
-          rows: [B] int32, the number of each sequence in the global batch. Turns dropout on, with
-            the 'dropout' rng: each row's masks depend on its number, not on where it is computed.
-          positions: [B, L] int32; counted from 0 when left out.
-          segments: [B, L] int32; a token attends to those of its own segment only. None: to all.
-          decode: read and write the 'cache' collection, at `positions`; each token attends to the
-            cached ones at its own and lower positions.
+          rows: [B] int32, each sequence's number in the global batch. Turns dropout on, with the
+            'dropout' rng: a row's masks depend on its number, not on the device it is on.
+          positions: [B, L] int32; 0, 1, 2, ... if None.
+          segments: [B, L] int32; tokens attend only within their own segment. None: to all.
+          decode: whether to write keys and values to the 'cache' collection at `positions`; each
+            token attends to cached tokens up to its own position.
 
         Returns:
-          [B, L, D] in the dtype of computation.
+          [B, L, D] in config.dtype.
         """
         c = self.config
         if positions is None:
@@ -131,7 +131,7 @@ class Transformer(nn.Module):
         return _norm(c, "final_norm")(x) if c.norm_position == "pre" else x
 
     def logits(self, x: jax.Array) -> jax.Array:
-        """Maps [..., D] of `hidden` to logits [..., V] in the dtype of computation."""
+        """Maps hidden states [..., D] to logits [..., V] in config.dtype."""
         c = self.config
         if c.head_transform:
             x = self.head_norm(_activate(c, self.head_transform(x)))
@@ -142,7 +142,7 @@ class Transformer(nn.Module):
         c = self.config
         block = Block
         if c.remat:
-            # Inside a scan, the loop already keeps XLA from merging the recomputation away.
+            # Inside a scan, the loop already keeps XLA from removing the recomputation (CSE).
             block = nn.remat(Block, static_argnums=(4,), prevent_cse=not c.scan_layers)
         if not c.scan_layers:
             for i in range(c.num_layers):
@@ -162,13 +162,13 @@ class Transformer(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each added to the residual stream; its input or the sum is normalised."""
+    """Attention and MLP, each added to the residual stream, with norms before or after."""
 
     config: ModelConfig
 
     @nn.compact
     def __call__(self, x, rows, positions, decode, segments):
-        """[B, L, D] -> [B, L, D]; the other arguments are those of `Transformer`."""
+        """Maps [B, L, D] to [B, L, D]; other arguments: see `Transformer.hidden`."""
         c = self.config
         before, after = (_norm, _same) if c.norm_position == "pre" else (_same, _norm)
         y = before(c, "attention_norm")(x)
@@ -185,7 +185,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x, positions, decode, segments):
-        """[B, L, D] -> [B, L, D]."""
+        """Maps [B, L, D] to [B, L, D]; other arguments: see `Transformer.hidden`."""
         c = self.config
         head_dim = c.embed_dim // c.num_heads
         query = _dense(c, (c.num_heads, head_dim), "query")(x)
@@ -210,7 +210,7 @@ class Attention(nn.Module):
         return out_dense(out)
 
     def _cached(self, key, value, positions):
-        """Writes [B, L, G, K] into the cache at `positions`; returns all of it, [B, S, G, K]."""
+        """Writes keys and values [B, L, G, K] to the cache; returns the caches, [B, S, G, K]."""
         shape = (key.shape[0], self.config.seq_len, *key.shape[2:])
         batch = jnp.arange(key.shape[0])[:, None]
         caches = []
@@ -228,7 +228,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        """[B, L, D] -> [B, L, D]."""
+        """Maps [B, L, D] to [B, L, D]."""
         c = self.config
         y = _dense(c, c.mlp_dim, "up")(x)
         if c.activation == "swiglu":
@@ -239,17 +239,17 @@ class MLP(nn.Module):
 
 
 class Dropout(nn.Module):
-    """Dropout whose mask for a row depends on (rng, row) only.
+    """Dropout whose mask for a row depends only on (rng, row).
 
-    So a run with dropout, too, is the same run on any number of devices. `nn.Dropout` draws one
-    mask for the whole batch that a device happens to hold.
+    So a run with dropout is the same on any number of devices. `nn.Dropout` would draw one mask for
+    the part of the batch that a device holds.
     """
 
     rate: float
 
     @nn.compact
     def __call__(self, x: jax.Array, rows: jax.Array | None) -> jax.Array:
-        """[B, ...] -> [B, ...]; the identity where `rows` is None."""
+        """Maps [B, ...] to [B, ...]; the identity if `rows`, [B] int32, is None."""
         if rows is None or self.rate == 0:
             return x
         rng = self.make_rng("dropout")
@@ -260,31 +260,31 @@ class Dropout(nn.Module):
 
 @functools.partial(jax.jit, static_argnums=0)
 def initial_params(model: Transformer, seed: int) -> Any:
-    """Draws the parameters; traced once for each model."""
+    """Draws the initial parameters; compiled once per model."""
     inputs = jnp.zeros((1, model.config.seq_len), jnp.int32)
     return model.init(jax.random.key(seed), inputs)["params"]
 
 
 def parameter_shapes(model: Transformer) -> Any:
-    """Shapes and dtypes of the parameters; nothing is computed."""
+    """Returns the parameters' shapes and dtypes; nothing is computed."""
     return initial_params.eval_shape(model, 0)
 
 
 def num_parameters(params) -> int:
-    """How many numbers a pytree of parameters holds."""
+    """Returns the number of elements in a pytree of parameters."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def flops_per_token(config: ModelConfig, parameters: int) -> int:
-    """Floating-point operations of forward and backward pass per token.
+    """Counts the floating-point operations of forward and backward pass per token.
 
-    6 per parameter that is multiplied, and 12 per layer, context position and unit of width for
-    attention, all positions counted (PaLM, Chowdhery et al. 2022, appendix B).
+    6 per parameter in matrix products, and 12 * layers * context * width for attention, as if all
+    tokens attended to all (PaLM, Chowdhery et al. 2022, appendix B).
     """
     if config.positions == "learned":
         parameters -= config.seq_len * config.embed_dim
     if not config.tied_head:
-        parameters -= config.vocab_size * config.embed_dim  # A table is looked up, not multiplied.
+        parameters -= config.vocab_size * config.embed_dim  # A lookup multiplies nothing.
     return 6 * parameters + 12 * config.num_layers * config.embed_dim * config.seq_len
 
 
@@ -314,7 +314,7 @@ def _norm(c: ModelConfig, name=None):
 
 
 def _same(c: ModelConfig, name):
-    """In place of a norm that isn't there."""
+    """Returns the identity, in place of a norm."""
     del c, name
     return lambda x: x
 

@@ -1,1 +1,1 @@
-"""Devices and processes: where arrays lie, and how processes hear of each other."""
+"""Devices and processes: where arrays are placed, and how processes communicate."""

@@ -1,4 +1,4 @@
-"""What makes a CPU fast, set before JAX starts: how many devices it is, and how it gets memory."""
+"""Sets up fast training on CPUs before JAX starts: the number of devices, and malloc."""
 
 import ctypes
 import glob
@@ -7,19 +7,19 @@ import os
 import jax
 from ml_collections import ConfigDict
 
-# mallopt's, of glibc's malloc.h.
+# Parameters of mallopt, from glibc's malloc.h.
 TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8
-HEAP_MAX = 64 * 2**20  # Bytes; what is larger, glibc puts into no arena but the first.
+HEAP_MAX = 64 * 2**20  # Bytes; glibc puts larger blocks into the first arena only.
 
 
 def prepare(config: ConfigDict, *, two_devices: bool) -> None:
-    """Sets up this process for a run on CPUs; what the user has set for it stays.
+    """Sets up this process for a run on CPUs, except for what the user has set.
 
-    Call it before JAX has devices.
+    Call it before JAX looks for devices.
 
     Args:
-      config: a valid one.
-      two_devices: whether two devices train the same run as one; see `setup.same_on_two_devices`.
+      config: a valid config.
+      two_devices: whether two devices may train the run; see `setup.same_on_two_devices`.
     """
     if two_devices:
         _be_two_devices()
@@ -28,30 +28,30 @@ def prepare(config: ConfigDict, *, two_devices: bool) -> None:
 
 
 def _be_two_devices() -> None:
-    """Makes two devices of a CPU, unless the user has said how many.
+    """Splits a CPU into two devices, unless the user has set a number of devices.
 
-    Much of a small model's step is too small for XLA to split over cores, or isn't split at all: a
-    device for each of two cores is up to 1.5 times as fast as one for both (benchmarks/RESULTS.md).
-    Not so for one of several processes.
+    XLA doesn't split much of a small model's step over cores: a device for each of two cores is up
+    to 1.5 times as fast as one device for both (benchmarks/RESULTS.md). A process that is one of
+    several stays one device.
     """
-    said = jax.config.values["jax_num_cpu_devices"] > 0 or "device_count" in os.environ.get(
+    is_set = jax.config.values["jax_num_cpu_devices"] > 0 or "device_count" in os.environ.get(
         "XLA_FLAGS", ""
     )
     alone = not jax.distributed.is_initialized()
     cores = len(os.sched_getaffinity(0))
-    if cores > 1 and alone and not said:
+    if cores > 1 and alone and not is_set:
         jax.config.update("jax_num_cpu_devices", 2)
 
 
 def _keep_memory(step_bytes: int) -> None:
-    """Has glibc keep the pages that a step has freed for the next one.
+    """Makes glibc keep the memory that a step frees, for the next step.
 
-    It gives large blocks back to the kernel, which clears each page of the next step's anew: up to
-    a third of the time (benchmarks/RESULTS.md). What doesn't fit into a thread's arena is kept only
-    if there are no others, which costs small models a tenth of their speed.
+    By default it returns large blocks to the kernel, which clears every page before the next step:
+    up to a third of the time (benchmarks/RESULTS.md). Blocks too large for a thread's arena are
+    kept only if all threads share one arena, which costs small models a tenth of their speed.
 
     Args:
-      step_bytes: what a device needs for a step, about.
+      step_bytes: approximate bytes that a device needs for a step.
     """
     libc = ctypes.CDLL(None)
     libc.mallopt(MMAP_MAX, 0)
@@ -61,10 +61,10 @@ def _keep_memory(step_bytes: int) -> None:
 
 
 def activation_bytes(config: ConfigDict) -> int:
-    """About what a device stores between forward and backward pass, without the logits.
+    """Estimates the bytes a device stores between forward and backward pass, without the logits.
 
-    16 arrays of the model's width and 3 of attention's weights for each layer, in float32; what is
-    exact is `liveness.peak_bytes`, which takes seconds.
+    It counts 16 arrays of the model's width and 3 of attention weights per layer, in float32. The
+    exact figure is `liveness.peak_bytes`, which takes seconds.
     """
     model = config.model
     devices = max(1, jax.config.values["jax_num_cpu_devices"])

@@ -1,4 +1,4 @@
-"""The processes of a run: how they find, hear and wait for each other, by `jax.distributed`."""
+"""The processes of a run: how they connect, communicate and wait, by `jax.distributed`."""
 
 import contextlib
 import os
@@ -11,28 +11,28 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax._src import distributed  # For its client, which has no public name; Orbax uses it, too.
+from jax._src import distributed  # Its client has no public name; Orbax uses it, too.
 from jax.experimental import multihost_utils
 
 from jaxdp.common.errors import ConfigError, RunError
 
-WAITING = 20.0  # Seconds in which processes that were started together usually find each other.
+WAITING = 20.0  # Seconds in which processes that start together usually connect.
 LATE = (
     "jaxdp: still waiting for the other processes: check that every one was started and can reach "
-    "process 0; JAX ends this one when 300 s have passed"
+    "process 0; JAX ends this process after 300 s"
 )
 
 
 def initialize(
     coordinator_address: str | None, num_processes: int | None, process_id: int | None
 ) -> None:
-    """Joins the processes of a run by `jax.distributed`, where there are several.
+    """Connects the processes of a run by `jax.distributed`, if there are several.
 
-    With no argument given it asks the environment (SLURM, Open MPI, Kubernetes, TPU pods); a
-    single process then stays alone.
+    Without arguments it follows the environment (SLURM, Open MPI, Kubernetes, TPU pods); without a
+    launcher there this process runs alone.
 
     Raises:
-      ConfigError: the arguments don't go together, or the others can't be reached.
+      ConfigError: the arguments don't go together, or the other processes can't be reached.
     """
     given = [coordinator_address, num_processes, process_id]
     if any(x is not None for x in given) and any(x is None for x in given):
@@ -47,7 +47,7 @@ def initialize(
             f"--process_id={process_id} is out of range: number the processes from 0 to "
             f"num_processes - 1 = {(num_processes or 0) - 1}"
         )
-    # JAX waits for 300 s, and then aborts with a stack of its own.
+    # JAX waits for 300 s without a word, then aborts with a stack trace.
     late = threading.Timer(WAITING, print, [LATE], {"file": sys.stderr, "flush": True})
     late.daemon = True
     late.start()
@@ -63,56 +63,56 @@ def initialize(
 
 
 def _scheduled() -> bool:
-    """Whether a launcher started this process as one of several; jax.distributed finds the rest."""
+    """Returns whether a launcher known to jax.distributed started this process with others."""
     environ = os.environ
     counts = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
     return (
         any(int(environ.get(name, "1")) > 1 for name in counts)
         or "," in environ.get("TPU_WORKER_HOSTNAMES", "")
-        or "JOB_COMPLETION_INDEX" in environ  # A Kubernetes indexed job, or a JobSet of them.
+        or "JOB_COMPLETION_INDEX" in environ  # A Kubernetes indexed job or JobSet.
         or "JAX_COORDINATOR_ADDRESS" in environ
     )
 
 
 def is_main() -> bool:
-    """Whether this is process 0, the one that writes logs."""
+    """Returns whether this is process 0, the one that writes logs."""
     return jax.process_index() == 0
 
 
 def barrier(name: str) -> None:
-    """Returns when all processes have come here."""
+    """Waits until all processes have reached this barrier."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
 def tell(text: str) -> None:
-    """Shows the other processes a text of this one, in place of the one before."""
+    """Publishes a text of this process to the others, in place of its last one."""
     key = f"jaxdp/told/{jax.process_index()}"
     _client().key_value_set(key, text, allow_overwrite=True)
 
 
 def told() -> dict[int, str]:
-    """What each process told last; waits while process 0, which keeps it, does not answer."""
+    """Returns each process's last text from `tell`; waits until process 0, their store, answers."""
     found = _client().key_value_dir_get("jaxdp/told/")
     return {int(key.rsplit("/", 1)[1]): text for key, text in found}
 
 
 def _client() -> Any:
-    return distributed.global_state.client  # None in a process that is alone.
+    return distributed.global_state.client  # None if this process runs alone.
 
 
 @contextlib.contextmanager
 def others_needed() -> Iterator[None]:
-    """Makes a line of the error that a collective raises when another process has died.
+    """Turns a collective's error after another process has died into one line.
 
     Raises:
-      RunError: in its place.
+      RunError: instead of JaxRuntimeError.
     """
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         reason = " ".join(str(error).split())
-        # On GPUs it is NCCL's; that of JAX's coordination service can be first.
+        # Gloo's error on CPUs, NCCL's on GPUs; JAX's coordination service can be first.
         if jax.process_count() == 1 or not re.search("gloo|nccl|coordination", reason, re.I):
             raise
         raise RunError(
@@ -122,27 +122,27 @@ def others_needed() -> Iterator[None]:
 
 
 def end(status: int, seconds: float = 5.0) -> None:
-    """Ends a process that has failed, where it is one of several; else returns.
+    """Ends this process after a failure, if it is one of several; else returns.
 
-    An ordinary exit would wait for the others, and these for it.
+    At an ordinary exit the processes would wait for each other.
 
     Args:
-      status: of the exit.
-      seconds: the others have to come here, too, if they have failed alike.
+      status: exit status.
+      seconds: how long to wait for others that failed in the same way.
     """
     if _client() is None:
         return
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         _client().wait_at_barrier("jaxdp/end", round(1000 * seconds))
     if distributed.global_state.process_id == 0:
-        time.sleep(1)  # Its end kills the others, who may still be printing.
+        time.sleep(1)  # The end of process 0 kills the others, which may still be printing.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
 
 
 def from_main(text: str) -> str:
-    """The text of process 0, up to its first 1,000 bytes, on all processes; all have to call it."""
+    """Returns process 0's text, cut to 1,000 bytes, on all processes; all have to call this."""
     if jax.process_count() == 1:
         return text
     data = np.frombuffer(text.encode()[:1000].ljust(1000, b"\0"), np.uint8)
@@ -151,7 +151,7 @@ def from_main(text: str) -> str:
 
 
 def on_main(action: Callable[[], None]) -> None:
-    """Runs something on process 0; a ConfigError there is raised in all processes."""
+    """Runs an action on process 0; raises its ConfigError in all processes."""
     problem = ""
     if is_main():
         try:

@@ -1,4 +1,4 @@
-"""The devices that train together: the only file that knows of `jax.pmap`.
+"""The devices that train together; the only file that uses `jax.pmap`.
 
 Shapes: N devices of this process, b sequences per device.
 """
@@ -17,19 +17,19 @@ AXIS = "batch"
 
 
 class Replicas:
-    """The devices that hold one copy of the state each and share every batch.
+    """The devices of a run: each holds a copy of the state and gets a part of every batch.
 
-    The state crosses `pmap` as one replicated array per leaf (in_axes=None, out_axes=None): no
-    leading device axis, no replicate and unreplicate, and on one device the same shapes as on
-    eight.
+    The state enters and leaves `pmap` as one replicated array per leaf (in_axes=None,
+    out_axes=None). So it has no leading device axis, needs no replicate and unreplicate, and has
+    the same shapes on any number of devices.
 
     Attributes:
-      devices: those of this process.
-      device_count: of all processes.
+      devices: this process's devices.
+      device_count: number of devices over all processes.
     """
 
     def __init__(self, devices: Sequence[jax.Device] | None = None):
-        """Takes all devices, or in a single process some of them."""
+        """Uses all devices by default; a single process may choose some."""
         assert devices is None or jax.process_count() == 1
         self.devices = list(devices or jax.local_devices())
         self.device_count = len(self.devices) if devices else jax.device_count()
@@ -47,7 +47,7 @@ class Replicas:
         )
 
     def shard_steps(self, batches: Sequence[Any]) -> Any:
-        """Splits batches of several steps, leaves [N * b, ...], likewise: [N, steps, b, ...]."""
+        """Splits the leaves [N * b, ...] of several steps' batches: [N, steps, b, ...]."""
         count = len(self.devices)
 
         def split(*xs):
@@ -56,30 +56,30 @@ class Replicas:
         return self.put(jax.tree.map(split, *batches))
 
     def put(self, tree: Any) -> Any:
-        """Gives each device its part of leaves [N, ...]."""
+        """Puts leaves [N, ...] on the devices, an entry on each."""
         return jax.device_put(tree, NamedSharding(self._mesh, PartitionSpec(AXIS)))
 
     def zeros(self, shapes: Any) -> Any:
-        """What `put` makes of zeros of these shapes on each device: to compile for.
+        """Puts zeros of these shapes on each device, as arguments to compile for.
 
-        Among several processes `pmap` compiles for arrays only, not for their shapes.
+        With several processes `pmap` can't compile for shapes alone.
         """
         count = len(self.devices)
         return self.put(jax.tree.map(lambda x: np.zeros((count, *x.shape), x.dtype), shapes))
 
     def put_own(self, tree: Any) -> Any:
-        """Gives each device its part of leaves [device_count, ...], the same on all processes."""
+        """Puts leaves [device_count, ...], equal on all processes, on devices: an entry each."""
         first = jax.process_index() * len(self.devices)
         return self.put(jax.tree.map(lambda x: x[first : first + len(self.devices)], tree))
 
     def gather_own(self, tree: Any) -> Any:
-        """The inverse of `put_own`, as NumPy arrays on every process."""
+        """Undoes `put_own`: returns NumPy arrays [device_count, ...] on every process."""
         if jax.process_count() == 1:
             return jax.device_get(tree)
         return jax.tree.map(lambda x: multihost_utils.process_allgather(x, tiled=True), tree)
 
     def global_shapes(self, tree: Any) -> Any:
-        """The shapes of a pytree, as Orbax restores it: arrays that all processes hold together."""
+        """Returns a pytree's shapes with the sharding that Orbax restores: over all processes."""
         mesh = self._mesh if jax.process_count() == 1 else _all_devices()
         sharding = NamedSharding(mesh, PartitionSpec())
         return jax.tree.map(
@@ -94,13 +94,13 @@ class Replicas:
         out_axes: Any = None,
         donate: bool = False,
     ) -> Any:
-        """Runs step(state, batch) on every device, over the axis 'batch'.
+        """Maps step(state, batch) over the devices, with the axis name 'batch'.
 
         Args:
           step: a pure function of a state and the device's own batch [b, ...].
           state_axes: None where the state is equal on all devices, 0 where it is [N, ...].
-          out_axes: likewise, of the results.
-          donate: the state's memory is used for the results, and the state is lost.
+          out_axes: None where results are equal on all devices, 0 where they are [N, ...].
+          donate: whether results may take the state's memory, which deletes the state.
         """
         return jax.pmap(
             step,
@@ -113,7 +113,7 @@ class Replicas:
 
 
 def prefetch(items: Iterable[Any], put: Callable[[Any], Any], ahead: int = 2) -> Iterator[Any]:
-    """Yields put(item), copied to the devices while those before are worked on."""
+    """Yields put(item); later items are copied to the devices while earlier ones are in use."""
     waiting = []
     for item in items:
         waiting.append(put(item))
@@ -123,12 +123,12 @@ def prefetch(items: Iterable[Any], put: Callable[[Any], Any], ahead: int = 2) ->
 
 
 def row_numbers(per_device: int) -> jax.Array:
-    """The numbers of this device's sequences in the global batch, [b] int32, inside of pmap."""
+    """Returns this device's sequence numbers in the global batch, [b] int32; for use in pmap."""
     return lax.axis_index(AXIS) * per_device + lax.iota(np.int32, per_device)
 
 
 def to_local(tree: Any) -> Any:
-    """Makes arrays of all processes, which Orbax insists on, this process's own."""
+    """Converts global arrays, as Orbax needs them, to arrays local to this process."""
     if jax.process_count() == 1:
         return tree
     return multihost_utils.global_array_to_host_local_array(tree, _all_devices(), PartitionSpec())
@@ -139,7 +139,7 @@ def _all_devices() -> Mesh:
 
 
 def device_memory() -> int:
-    """Bytes of a device; where the backend doesn't tell, its share of the host's."""
+    """Returns a device's memory in bytes; on backends that don't say, its share of the host's."""
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return limit or host // jax.local_device_count()

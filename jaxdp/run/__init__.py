@@ -1,1 +1,1 @@
-"""A run under way: the loop, and what watches over it."""
+"""A run in progress: the training loop, and what watches over it."""

@@ -1,4 +1,4 @@
-"""Does a run still learn? Updates that were skipped, losses that leap, and why."""
+"""Divergence of a run: skipped updates, loss spikes, and a diagnosis of the cause."""
 
 import dataclasses
 import functools
@@ -16,43 +16,43 @@ from jaxdp.step.objective import Batch, Objective
 from jaxdp.step.setup import Setup
 from jaxdp.step.state import State
 
-WINDOW = 100  # Losses that a spike is measured against.
-# Median absolute deviation of a normal distribution -> its standard deviation.
+WINDOW = 100  # Number of losses that a spike is compared with.
+# Standard deviation / median absolute deviation, of a normal distribution.
 MAD_TO_DEVIATION = 1.4826
 
 
 @dataclasses.dataclass(frozen=True)
 class Trouble:
-    """Why a run must not go on like this, seen at the end of a round that ends at `step`."""
+    """Why a run must not go on like this, found in the round that ended at `step`."""
 
     step: int
     reason: str
 
 
 class Divergence:
-    """Judges a run by its figures alone, so that all processes, and a resumed run, judge alike.
+    """Detects divergence from metrics alone, so that all processes and resumed runs agree.
 
     Attributes:
-      skipped: updates skipped in all, as their loss or gradient wasn't finite.
-      in_a_row: of these, those since the last update that was made.
-      rollbacks: times that the run went back to a checkpoint.
-      trouble: what the last round has shown; None while all is well.
+      skipped: updates skipped in all, because loss or gradient wasn't finite.
+      in_a_row: updates skipped since the last one that was applied.
+      rollbacks: how often the run went back to a checkpoint.
+      trouble: what is wrong since the last round; None while all is well.
     """
 
     def __init__(self, config: ConfigDict):
-        """Takes a valid config; nothing has happened yet."""
+        """Takes a valid config; starts with nothing observed."""
         self._config = config.divergence
         self.skipped, self.in_a_row, self.rollbacks = 0, 0, 0
         self._losses: deque[float] = deque(maxlen=WINDOW)
         self.trouble: Trouble | None = None
 
     def add(self, end: int, losses: Sequence[float], skipped: Sequence[float]) -> None:
-        """Takes the steps of a round that ends at step `end`.
+        """Adds the steps of a round; sets `trouble` if the run diverges.
 
         Args:
-          end: steps done with it.
-          losses: of each of its steps, nats per token.
-          skipped: for each of them whether its update was skipped, not 0, on any device.
+          end: steps done after the round.
+          losses: the loss of each step, in nats per token.
+          skipped: for each step, not 0 if its update was skipped on any device.
         """
         for step, (loss, skip) in enumerate(
             zip(losses, skipped, strict=True), end + 1 - len(losses)
@@ -83,35 +83,36 @@ class Divergence:
         )
 
     def roll_back(self) -> None:
-        """Begins anew with judging, after a return to a checkpoint."""
+        """Counts a roll-back to a checkpoint, and forgets the losses before it."""
         self.rollbacks += 1
         self.in_a_row, self.trouble = 0, None
         self._losses.clear()
 
     def to_json(self) -> dict[str, Any]:
-        """What a checkpoint has to hold of this."""
+        """Returns what a checkpoint must save of this object."""
         counts = {name: getattr(self, name) for name in ("skipped", "in_a_row", "rollbacks")}
         return counts | {"losses": list(self._losses)}
 
     def load(self, saved: dict[str, Any]) -> None:
-        """The inverse of `to_json`."""
+        """Restores what `to_json` returned."""
         self.skipped, self.in_a_row = saved["skipped"], saved["in_a_row"]
         self.rollbacks = saved["rollbacks"]
         self._losses.extend(saved["losses"])
 
 
 def diagnose(setup: Setup, replicas: Replicas, trouble: Trouble, state: State) -> dict[str, Any]:
-    """What is known of the step at which a run got into trouble.
+    """Gathers what is known about the step at which a run got into trouble.
 
     Args:
-      setup: of the run.
-      replicas: its devices.
-      trouble: what has been seen.
-      state: after that step.
+      setup: the setup of the run.
+      replicas: the devices.
+      trouble: what is wrong.
+      state: the state after that step.
 
     Returns:
-      step, reason, loss (nats per token), sequences_begin_at_tokens (of the whole global batch, in
-      the training split), and norms {layer: {"parameters": norm, "gradient": norm}}.
+      step, reason, loss (nats per token), sequences_begin_at_tokens (where each sequence of the
+      global batch begins, in tokens of the training split), and norms {layer: {"parameters": norm,
+      "gradient": norm}}.
     """
     step = trouble.step - 1  # Counted from 0, as the state and the data count.
     of_batch = functools.partial(
@@ -132,17 +133,17 @@ def diagnose(setup: Setup, replicas: Replicas, trouble: Trouble, state: State) -
 def norms(
     state: State, batch: Batch, *, objective: Objective, grad_accum_steps: int
 ) -> dict[str, Any]:
-    """Norms of the parameters and of a batch's gradient; call it under the axis 'batch'.
+    """Computes norms of the parameters and of a batch's gradient, under the pmap axis 'batch'.
 
     Args:
-      state: at the step whose batch it is; its opt_state isn't looked at.
-      batch: that of `Objective.gradients`.
-      objective: of the run.
-      grad_accum_steps: A; divides b.
+      state: the state at the batch's step; its opt_state isn't read.
+      batch: a batch as in `Objective.gradients`.
+      objective: the objective of the run.
+      grad_accum_steps: A; divides the batch size per device.
 
     Returns:
-      parameters and gradient: {layer: norm}, [] float32, or [layers] of scanned ones; and loss [],
-      nats per token.
+      "parameters" and "gradient": {layer: norm}, [] float32, or [layers] if layers are scanned;
+      and "loss", [] float32, in nats per token.
     """
     grads, figures = objective.gradients(state, batch, grad_accum_steps=grad_accum_steps)
     return {
@@ -163,7 +164,7 @@ def _layer_norms(tree: Any) -> dict[str, jax.Array]:
 
 
 def by_layer(found: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """{layer: {"parameters": norm, "gradient": norm}} of `norms`, in the order of the model."""
+    """Sorts the result of `norms` by layer: {layer: {"parameters": norm, "gradient": norm}}."""
     rows: dict[str, dict[str, float]] = {}
     for kind in ("parameters", "gradient"):
         for name, values in found[kind].items():

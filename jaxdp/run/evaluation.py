@@ -1,4 +1,4 @@
-"""Exact passes over validation splits: of a run under way, or of a checkpoint."""
+"""Exact evaluation on validation splits, during a run or from a checkpoint."""
 
 import dataclasses
 import functools
@@ -27,12 +27,12 @@ from jaxdp.workdir import checkpoints
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """The result of a pass.
+    """The result of evaluating on one validation split.
 
     Attributes:
-      loss: mean over tokens, nats.
-      tokens: how many there were.
-      tokens_per_byte: of the text.
+      loss: mean over all tokens, in nats.
+      tokens: number of tokens that were predicted.
+      tokens_per_byte: tokens per byte of the text.
     """
 
     loss: float
@@ -41,7 +41,7 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        """exp(loss), infinite where that is beyond a float."""
+        """exp(loss); infinite where that overflows a float."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
     @property
@@ -55,12 +55,12 @@ class Evaluation:
         return self.loss / math.log(2) * self.tokens_per_byte
 
 
-# By name of the set; that of the validation split is "".
+# By name of the eval set; "" names the run's own validation split.
 Evaluations = dict[str, Evaluation]
 
 
 def figures(found: Evaluations) -> dict[str, float]:
-    """As they are logged: eval/loss of the validation split, eval/NAME/loss of a set, ..."""
+    """Returns the metrics to log: eval/loss for the validation split, eval/NAME/loss for a set."""
     names = ("loss", "perplexity", "bits_per_byte")
     return {
         "/".join(filter(None, ("eval", of, name))): getattr(evaluation, name)
@@ -70,7 +70,7 @@ def figures(found: Evaluations) -> dict[str, float]:
 
 
 def compiled(model: Any, objective: Objective, replicas: Replicas) -> Callable:
-    """The pmapped `Objective.eval_step` of a model."""
+    """Returns the pmapped `Objective.eval_step` of a model."""
     return replicas.pmap(functools.partial(objective.eval_step, apply_fn=model.apply))
 
 
@@ -81,14 +81,14 @@ def evaluate_all(
     replicas: Replicas,
     watch: Callable[[Iterable], Iterable] = iter,
 ) -> Evaluations:
-    """Evaluates on the validation split of each feed, in one pass.
+    """Evaluates on the validation split of each feed.
 
     Args:
-      p_eval_step: of `compiled`.
-      params: replicated.
-      feeds: by name.
+      p_eval_step: the result of `compiled`.
+      params: the parameters, replicated.
+      feeds: data by name.
       replicas: the devices.
-      watch: gives on what it is given; hears so that there is progress.
+      watch: wraps an iterable of batches and yields them, for example to report progress.
     """
     found = {}
     for name, feed in feeds.items():
@@ -100,15 +100,15 @@ def evaluate_all(
 def evaluate(
     p_eval_step: Callable, params: Any, batches: Iterable[Batch], replicas: Replicas
 ) -> Evaluation:
-    """Sums losses and weights over all batches and divides once.
+    """Evaluates batches: sums losses and weights over all of them, and divides once.
 
     Args:
-      p_eval_step: of `compiled`.
-      params: replicated.
-      batches: this process's part; equally many on every process.
+      p_eval_step: the result of `compiled`.
+      params: the parameters, replicated.
+      batches: this process's batches; every process has the same number.
       replicas: the devices.
     """
-    # The sums of one batch are read after the next is dispatched: the devices never wait, and
+    # The sums of a batch are fetched after the next is dispatched: the devices never wait, and
     # never more than two steps are in flight (more can deadlock on CPU devices).
     total = np.zeros(2)
     previous = (0.0, 0.0)
@@ -129,20 +129,20 @@ def evaluate_checkpoint(
     devices: Sequence[jax.Device] | None = None,
     say: Callable[[str], None] = print,
 ) -> tuple[int, Evaluations]:
-    """Evaluates a checkpoint.
+    """Evaluates a checkpoint on the validation split and each of eval_sets.
 
     Args:
-      workdir: of a run.
-      which: "newest", "best" or a number of steps.
-      changes: {"group.key": value}, in place of the run's; with other data, the run's tokenizer.
-      devices: to evaluate on; all by default.
-      say: is told in a line what takes time, or is wrong with a checkpoint.
+      workdir: the folder of a run.
+      which: "newest", "best" (by validation loss), or a number of steps such as "1000".
+      changes: {"group.key": value} that replace the run's; other data keep the run's tokenizer.
+      devices: the devices to evaluate on; all by default.
+      say: called with a line of text before something slow, or about a damaged checkpoint.
 
     Returns:
-      The step of the checkpoint, and the evaluation of the validation split and each of eval_sets.
+      The step of the checkpoint, and its evaluations; the validation split's has the name "".
 
     Raises:
-      ConfigError: the workdir, the changes or the data are not fit for use.
+      ConfigError: the workdir, the changes or the data can't be used.
       RunError: the checkpoint is damaged.
     """
     workdir, changes = Path(workdir), dict(changes or {})
@@ -151,7 +151,7 @@ def evaluate_checkpoint(
     preflight.check_same_run(config, saved)
     other = any(key.startswith("data.") and key != "data.cache_dir" for key in changes)
     if other:
-        # The tokenizer could be made from the data.
+        # A tokenizer trained on the new data would not be the run's.
         config.tokenizer = str(workdir / "tokenizer.json")
     replicas = Replicas(devices)
     batch_sizes(config, 1, replicas.device_count)
@@ -173,14 +173,14 @@ def evaluate_checkpoint(
 
 
 def completed(saved: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
-    """A valid config of what `config.load` read, which may be of another version, and some changes.
+    """Returns a valid config from a saved one, which may be of another version, and changes to it.
 
     Args:
-      saved: keys it lacks get their defaults; those that are unknown now are left out.
-      changes: {"group.key": value}.
+      saved: the result of `config.load`; missing keys get defaults, unknown keys are left out.
+      changes: {"group.key": value} that replace saved values.
 
     Raises:
-      ConfigError: it isn't valid.
+      ConfigError: the resulting config isn't valid.
     """
     config = default.get_config()
     known = configs.flatten(config)

@@ -1,4 +1,4 @@
-"""The figures of a logged step: the mean loss, the speed, how equally the work was spread."""
+"""Metrics of a logged step: the mean loss, the speed, and the load balance."""
 
 import math
 import time
@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-# Dense bf16 peak per device, FLOP/s, as the makers' data sheets give it (V100, T4: fp16).
+# Dense bf16 peak per device in FLOP/s, from the vendors' data sheets (V100, T4: fp16).
 PEAK_FLOPS = {
     "H200": 989e12,
     "H100": 989e12,
@@ -23,52 +23,53 @@ PEAK_FLOPS = {
 
 
 class MeanLoss:
-    """The mean loss of the tokens since the last logged step, in nats.
+    """The mean loss per token since the last logged step, in nats.
 
-    A step whose loss isn't finite is left out. A checkpoint holds the part of a mean that lies
-    before it, so that a resumed run logs the same means.
+    A step whose loss isn't finite is left out. Checkpoints save an unfinished mean, so that a
+    resumed run logs the same values.
     """
 
     def __init__(self) -> None:
-        """Nothing has been added yet."""
+        """Starts empty."""
         self.clear()
 
     def clear(self) -> None:
-        """Begins anew."""
+        """Starts over."""
         self._mean, self._tokens = 0.0, 0.0
 
     def add(self, loss: float, tokens: float) -> None:
-        """Adds a step: its mean loss, and the tokens it is a mean over."""
+        """Adds a step: its mean loss, and the number of tokens in that mean."""
         if math.isfinite(loss) and tokens:
             self._tokens += tokens
             self._mean += (loss - self._mean) * (tokens / self._tokens)
 
     def read(self) -> float:
-        """The mean, NaN if there was no token; begins anew."""
+        """Returns the mean, NaN if there was no token, and starts over."""
         mean = self._mean if self._tokens else math.nan
         self.clear()
         return mean
 
     def to_json(self) -> dict[str, float]:
-        """What a checkpoint has to hold of this."""
+        """Returns what a checkpoint must save of this object."""
         return {"mean": self._mean, "tokens": self._tokens}
 
     def load(self, saved: Mapping[str, float]) -> None:
-        """The inverse of `to_json`; an older checkpoint holds nothing."""
+        """Restores what `to_json` returned; older checkpoints have nothing, and it starts empty."""
         self._mean, self._tokens = saved.get("mean", 0.0), saved.get("tokens", 0.0)
 
 
 def load_balance(metrics: Mapping[str, Any], index: int, positions: int) -> dict[str, float]:
-    """How equally a step's work was spread.
+    """Returns metrics of how evenly a step's work was spread over devices and processes.
 
     Args:
-      metrics: of `train_step.train_step`, on the host.
-      index: which of its steps.
-      positions: tokens that a device's batch has room for.
+      metrics: metrics of `train_step.train_step`, fetched to the host.
+      index: which step of the round, counted from 0.
+      positions: tokens that fit in a device's batch.
 
     Returns:
-      Real tokens on the devices that have fewest and most, the share of positions without one, and
-      the process that was busy longest between two steps (with its data, not its devices), in ms.
+      Tokens that count in the loss, on the devices with the fewest and the most; the share of
+      positions that don't count; and the process that was busy longest between two steps (fetching
+      data, not waiting for devices), with its time in ms.
     """
     tokens, busy = metrics["tokens"][index], metrics["busy"][index]
     per_process = len(busy) // jax.process_count()
@@ -82,19 +83,19 @@ def load_balance(metrics: Mapping[str, Any], index: int, positions: int) -> dict
 
 
 class Throughput:
-    """Speed since it was last asked for, by the clock on the wall.
+    """Training speed since it was last read, in wall-clock time.
 
-    Waiting for data and for checkpoints counts; what `pause` is told of does not.
+    Waiting for data and for checkpoints counts; seconds given to `pause` don't.
     """
 
     def __init__(self, flops_per_token: int, device_count: int):
-        """Takes the model's FLOPs per token and how many devices share the work."""
+        """Takes the model's FLOPs per token, and the number of devices that share the work."""
         self._flops_per_token = flops_per_token
         self._peak = peak_flops(jax.local_devices()[0]) * device_count
         self.start()
 
     def start(self, steps: int = 0) -> None:
-        """Begins to measure; the next -`steps` steps don't count, they were done before."""
+        """Starts to measure; the next -`steps` steps were dispatched before and don't count."""
         self._since = time.perf_counter()
         self._steps, self._tokens, self._data_wait = steps, 0, 0.0
 
@@ -106,13 +107,13 @@ class Throughput:
             self._data_wait += data_wait
 
     def pause(self, seconds: float) -> None:
-        """Takes time out that was spent on something else than training."""
+        """Excludes seconds spent on something other than training."""
         self._since += seconds
 
     def read(self) -> dict[str, float | None]:
-        """Figures over the steps since the last call.
+        """Returns the speed over the steps since the last call.
 
-        All are None if there was no step; mfu is None on unknown hardware.
+        All values are None if there was no step; mfu is None on unknown hardware.
         """
         if self._steps <= 0:
             return dict.fromkeys(("tokens_per_second", "step_time_ms", "data_wait_ms", "mfu"))
@@ -129,6 +130,6 @@ class Throughput:
 
 
 def peak_flops(device: jax.Device) -> float:
-    """A device's peak in FLOP/s; 0 where it isn't known (CPUs)."""
+    """Returns a device's bfloat16 peak in FLOP/s; 0 where it isn't known (CPUs)."""
     kind = device.device_kind
     return next((peak for name, peak in PEAK_FLOPS.items() if name in kind), 0.0)

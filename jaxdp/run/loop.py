@@ -1,4 +1,4 @@
-"""A run, from a config to a trained model."""
+"""The training loop: from a config to a trained model."""
 
 import contextlib
 import importlib
@@ -33,16 +33,16 @@ def train(
     devices: Sequence[jax.Device] | None = None,
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> Result:
-    """Trains, or goes on where the workdir's newest checkpoint ends.
+    """Trains a model, or resumes from the workdir's newest checkpoint.
 
     Args:
-      config: with the keys of configs/default.py.
-      workdir: takes config.json, metrics.jsonl, tensorboard/, checkpoints/ and tokenizer.json.
-      devices: to train on; all by default.
-      stop_requested: asked before each batch; if true in any process, all of them save and return.
+      config: a config with the keys of configs/default.py.
+      workdir: folder for config.json, metrics.jsonl, tensorboard/, checkpoints/, tokenizer.json.
+      devices: the devices to train on; all by default.
+      stop_requested: called before each batch; if true in any process, all of them save and return.
 
     Raises:
-      ConfigError: the config, the data or the workdir are not fit for use; nothing was changed.
+      ConfigError: the config, the data or the workdir can't be used; nothing was changed.
     """
     validate(config)
     return train_valid(config, workdir, devices=devices, stop_requested=stop_requested)
@@ -55,7 +55,7 @@ def train_valid(
     devices: Sequence[jax.Device] | None = None,
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> Result:
-    """Does what `train` does, with a config that `validate` has accepted."""
+    """Trains like `train`, with a config that `validate` has accepted."""
     workdir, replicas, display = Path(workdir), Replicas(devices), Display(not processes.is_main())
     setup = _prepare(config.copy_and_resolve_references(), workdir, replicas, display.line)
     watchdog = Watchdog(config.hang_seconds)
@@ -71,16 +71,16 @@ def train_valid(
 def _prepare(
     config: ConfigDict, workdir: Path, replicas: Replicas, say: Callable[[str], None]
 ) -> Setup:
-    """Checks everything before anything is compiled, and opens the data.
+    """Opens the data, checks everything before anything is compiled, and returns the setup.
 
     Args:
-      config: a valid config, completed in place.
-      workdir: of the run; made where it isn't there.
+      config: a valid config; values that it leaves open are filled in in place.
+      workdir: the run's folder; created if it doesn't exist.
       replicas: the devices.
-      say: is told in a line what takes time.
+      say: called with a line of text before something slow.
 
     Raises:
-      ConfigError: something is not fit for use.
+      ConfigError: the data, the workdir or the config can't be used.
     """
     say(f"Opening {config.data.path} ...")
     counts = jax.process_count(), replicas.device_count
@@ -120,8 +120,8 @@ def _train(run: Run) -> Result:
 def train_steps(run: Run, state: State, start: int) -> Result:
     """Trains from step `start` to the end, or until asked to stop.
 
-    The recipe of data parallelism, round by round: each device gets its part of the data, goes
-    forward and backward, synchronises with the others, and updates its parameters.
+    Data parallelism, round by round: each device takes its part of the batch, runs forward and
+    backward, synchronises with the others, and updates its parameters.
     """
     run.display.line("Compiling the training step ...")
     rounds, done, ended = run.rounds(start), start, False
@@ -143,17 +143,17 @@ def train_steps(run: Run, state: State, start: int) -> Result:
         ended = run.stop or finished
 
         run.check_replicas(before, done, state, always=ended or saving)
-        # Parameters in doubt don't take the place of good ones.
+        # After a skipped update the parameters may be bad: they don't replace good ones.
         if ended or (saving and run.judge.in_a_row == 0):
             run.save(done, state, evaluations)
     return Result(done, finished, evaluations, state)
 
 
 def _import_tensorflow() -> None:
-    """It takes seconds, in which a step can be compiled: the first batch is not needed before.
+    """Imports TensorFlow, which takes seconds, in a thread beside the compilation of the step.
 
-    Not TFDS, which harms what other threads import meanwhile. What goes wrong is raised where it is
-    imported again, to be used.
+    TFDS is left out, because its import breaks imports in other threads. Errors are raised where
+    the module is imported again for use.
     """
     with contextlib.suppress(Exception):
         importlib.import_module("jaxdp.data.tensorflow")

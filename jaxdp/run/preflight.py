@@ -1,4 +1,4 @@
-"""What can be found wrong before anything is compiled, beyond the config itself."""
+"""Checks before anything is compiled, beyond the config: data, workdir, weights, memory, disk."""
 
 import contextlib
 import os
@@ -33,7 +33,7 @@ from jaxdp.workdir import integrity
 
 
 def check_same_run(config: ConfigDict, saved: ConfigDict) -> None:
-    """Refuses to continue a run of which `saved` (its config.json) tells another story.
+    """Refuses to resume a run whose config.json (`saved`) differs in keys that must not change.
 
     Raises:
       ConfigError: names the keys that differ where they must not.
@@ -44,11 +44,11 @@ def check_same_run(config: ConfigDict, saved: ConfigDict) -> None:
         for key in sorted(configs.identity(new | old))
         if key not in configs.NOT_IDENTITY and new.get(key) != old.get(key)
     ]
-    # A method with an outer optimizer has a state that no other can go on from.
+    # No other method can go on from the state of a method with an outer optimizer.
     names = [flat.get("sync.method", "gradient_mean") for flat in (new, old)]
     if names[0] != names[1] and any(METHODS.get(str(name), Sync).has_outer for name in names):
         differing.append(f"sync.method={names[0]!r} (was {shown(names[1])})")
-    # An average has to begin with the run, and can't be forgotten by a part of it.
+    # An EMA must cover a run from its beginning to its end.
     decays = [flat.get("ema.decay", 0.0) for flat in (new, old)]
     if bool(decays[0]) != bool(decays[1]):
         differing.append(f"ema.decay={decays[0]!r} (was {shown(decays[1])})")
@@ -60,11 +60,11 @@ def check_same_run(config: ConfigDict, saved: ConfigDict) -> None:
 
 
 def check_data(feed: Feed) -> None:
-    """Refuses splits that hold not even one sequence, and a sample prompt that can't be read."""
-    # A process that is alone imports it later, while its step is compiled; several would drift
-    # apart.
+    """Refuses splits without a single sequence, and a sample prompt that can't be tokenized."""
+    # A single process imports TensorFlow later, while its step compiles; several processes would
+    # drift apart.
     if "tensorflow" in sys.modules or jax.process_count() > 1:
-        import jaxdp.data.tensorflow  # noqa: F401  It refuses to share the accelerators.
+        import jaxdp.data.tensorflow  # noqa: F401  Raises if TensorFlow holds the accelerators.
 
     for split in SPLITS:
         check_split(feed, split)
@@ -82,7 +82,7 @@ def check_data(feed: Feed) -> None:
 
 
 def check_split(feed: Feed, split: str) -> None:
-    """Refuses a split, "train" or "validation", of which a source holds not even one sequence."""
+    """Refuses a split, "train" or "validation", if one of its sources has no sequence."""
     config, cache = feed.config, feed.cache
     if split == "train":
         name, paths, sequences = "training", list(feed.shares), feed.training
@@ -94,7 +94,7 @@ def check_split(feed: Feed, split: str) -> None:
     for path, count, tokens in zip(paths, counts, np.diff(borders, prepend=0), strict=True):
         if config.data.packing == "padded" and not count:
             raise ConfigError(
-                f"data.path={path!r} gives no {name} example of which seq_len="
+                f"data.path={path!r} gives no {name} example in which seq_len="
                 f"{config.seq_len} leaves a token to predict: give more, or a larger seq_len"
             )
         if config.data.packing != "padded" and tokens <= config.seq_len:
@@ -114,7 +114,7 @@ def check_split(feed: Feed, split: str) -> None:
 def open_eval_sets(
     config: ConfigDict, cache: TokenCache, report: Callable[[str], None]
 ) -> dict[str, Feed]:
-    """Opens eval_sets with the tokenizer of a cache, and refuses those that can't be used."""
+    """Opens eval_sets with the cache's tokenizer; refuses those that can't be used."""
     sets = {}
     for name in eval_sets.parse(config.eval_sets):
         with eval_sets.named(config, name):
@@ -124,7 +124,7 @@ def open_eval_sets(
 
 
 def same_tokens(feed: Feed, step: int, saved: dict) -> bool:
-    """True; refuses other data than a checkpoint was trained on, whose JSON has their digest."""
+    """Returns True; raises ConfigError if a checkpoint, with JSON `saved`, has seen other data."""
     del step
     if feed.cache.digest != saved["digest"]:
         raise ConfigError(
@@ -135,7 +135,7 @@ def same_tokens(feed: Feed, step: int, saved: dict) -> bool:
 
 
 def check_workdir(workdir: Path) -> None:
-    """Refuses a workdir in which something else has the name of what the run writes."""
+    """Refuses a workdir with a file in place of a folder that the run writes, or vice versa."""
     check_text("--workdir", str(workdir))
     kinds = dict.fromkeys(("checkpoints", "tensorboard", profiling.FOLDER), Path.is_dir)
     kinds |= dict.fromkeys(("config.json", "tokenizer.json", "metrics.jsonl"), Path.is_file)
@@ -145,7 +145,7 @@ def check_workdir(workdir: Path) -> None:
             if (path.exists() or path.is_symlink()) and not fits(path):
                 kind = "folder" if fits is Path.is_dir else "file"
                 raise ConfigError(
-                    f"{path} is no {kind}, as a run needs it: move it away, or use another "
+                    f"{path} is not a {kind}, which a run needs: move it away, or use another "
                     "--workdir"
                 )
     except OSError as error:
@@ -156,14 +156,14 @@ def check_workdir(workdir: Path) -> None:
 
 
 def check_init(config: ConfigDict, workdir: Path, vocab_size: int | None = None) -> None:
-    """Refuses weights to start from that are of another model, or aren't there.
+    """Refuses initial weights (init_from) that are missing or belong to another model.
 
-    A run that has a checkpoint needs them no more.
+    Once a run has a checkpoint, it doesn't need them, and they aren't checked.
 
     Args:
-      config: of the run.
-      workdir: of the run.
-      vocab_size: of the tokenizer, where it is known already.
+      config: the config of the run.
+      workdir: the folder of the run.
+      vocab_size: the tokenizer's vocabulary size, if it is known already.
     """
     if config.init_from and not integrity.steps(workdir / "checkpoints"):
         model = ModelConfig.from_config(config, vocab_size or 1)
@@ -171,9 +171,9 @@ def check_init(config: ConfigDict, workdir: Path, vocab_size: int | None = None)
 
 
 def check_memory(setup: Setup) -> None:
-    """Refuses what can't fit whatever the compiler does.
+    """Refuses a model or batch that can't fit in a device's memory, however it is compiled.
 
-    At least parameters and gradients are held, the input of one layer, and the batch.
+    The lower bound counts parameters and gradients, the input of one layer, and the batch.
     """
     model, sizes = setup.model.config, setup.sizes
     layer = 2 * model.embed_dim**2 + 2 * model.embed_dim * model.mlp_dim
@@ -190,7 +190,7 @@ def check_memory(setup: Setup) -> None:
 
 
 def create_workdir(workdir: Path) -> None:
-    """Makes the workdir where there is none yet, and makes sure that it can be written."""
+    """Creates the workdir if it doesn't exist, and checks that it can be written."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=workdir).close()
@@ -201,10 +201,10 @@ def create_workdir(workdir: Path) -> None:
 
 
 def check_devices() -> None:
-    """Refuses a platform that was asked for and isn't there."""
+    """Refuses a platform in JAX_PLATFORMS that isn't available."""
     try:
         jax.local_devices()
-    except (RuntimeError, AssertionError) as error:  # The latter where no plugin is installed.
+    except (RuntimeError, AssertionError) as error:  # AssertionError: no plugin is installed.
         platforms = os.environ.get("JAX_PLATFORMS", "")
         reason = (str(error).splitlines() or ["JAX has no such platform here"])[0]
         raise ConfigError(
@@ -215,9 +215,9 @@ def check_devices() -> None:
 
 @contextlib.contextmanager
 def locked(workdir: Path) -> Iterator[None]:
-    """Keeps other runs out of a workdir; the lock of a process that died is free.
+    """Locks a workdir against other runs; when a process dies, its lock is released.
 
-    Process 0 holds it for all of a run's processes.
+    Process 0 holds the lock for all processes of a run.
     """
     if not processes.is_main():
         yield
@@ -237,11 +237,11 @@ def locked(workdir: Path) -> Iterator[None]:
 
 
 def check_disk(workdir: Path, state: Any) -> None:
-    """Refuses a disk that hasn't room for a checkpoint; the old one stays while one is written.
+    """Refuses a disk without room for one more checkpoint beside the existing ones.
 
     Args:
-      workdir: exists.
-      state: what a checkpoint holds, or its shapes and dtypes.
+      workdir: an existing folder.
+      state: the arrays that a checkpoint holds, or their shapes and dtypes.
     """
     needed = files.num_bytes(state)
     free = shutil.disk_usage(workdir).free

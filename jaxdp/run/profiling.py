@@ -1,4 +1,4 @@
-"""A record of what the devices do in some steps of a run, by JAX's profiler."""
+"""Profiles some steps of a run with JAX's profiler."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -14,44 +14,44 @@ FOLDER = "profile"
 
 
 class Profile:
-    """Records profile.num_steps whole steps, or as many rounds as have so many, in process 0.
+    """Records a trace of profile.num_steps steps, or the rounds that contain them, in process 0.
 
-    The first is the first after profile.start_step whose program is compiled already.
+    It begins with the first round from profile.start_step on whose program is already compiled.
     """
 
     def __init__(self, config: ConfigDict, workdir: Path, say: Callable[[str], None]):
-        """Nothing is recorded before `start`.
+        """Prepares; nothing is recorded before `start`.
 
         Args:
-          config: a valid one.
-          workdir: of the run; the record goes into its folder "profile".
-          say: is told in a line where it is.
+          config: a valid config.
+          workdir: the run's folder; the trace goes into its folder "profile".
+          say: called with a line of text about where the trace is.
         """
         self._config, self._folder, self._say = config.profile, workdir / FOLDER, say
         self._wanted = False
         self._began: int | None = None
 
     def start(self, done: int) -> None:
-        """The run begins, or goes on, after so many steps; what is past is not recorded."""
+        """Enables recording in a run that starts after `done` steps, if start_step isn't past."""
         wanted = self._config.num_steps > 0 and processes.is_main()
         self._wanted = wanted and done <= self._config.start_step
 
     @contextlib.contextmanager
     def round(self, done: int, state: Any, new: bool) -> Iterator[None]:
-        """Marks a round in the record, and begins with that if it is time.
+        """Annotates a round in the trace, and starts the trace before it if that is due.
 
         Args:
-          done: steps done before.
-          state: at that step; recording begins when it is there, so that no part of the steps
-            before is in it.
-          new: whether the round has to be compiled first.
+          done: steps done before the round.
+          state: the state before the round; recording waits for it, so that the trace holds no
+            part of earlier steps.
+          new: whether the round was compiled just now.
         """
         if self._wanted and done >= self._config.start_step and not new:
             jax.block_until_ready(state)
             self._wanted, self._began = False, done
             try:
                 jax.profiler.start_trace(self._folder, create_perfetto_trace=True)
-            except (RuntimeError, OSError) as error:  # The user has it on already, say.
+            except (RuntimeError, OSError) as error:  # For example, another trace is on.
                 self._fail(error)
         if self._began is None:
             yield
@@ -60,11 +60,11 @@ class Profile:
             yield
 
     def stop(self, done: int, metrics: Any) -> bool:
-        """To be called after each round: whether recording has ended with it.
+        """Ends the trace after its last round; returns whether it did. Call it after each round.
 
         Args:
-          done: steps done with it.
-          metrics: of it; recording ends when they are there.
+          done: steps done after the round.
+          metrics: the metrics of the round; recording ends once they are computed.
         """
         if self._began is None or done < self._began + self._config.num_steps:
             return False
@@ -73,7 +73,7 @@ class Profile:
         return True
 
     def close(self) -> None:
-        """Ends the record of a run that ends early."""
+        """Ends the trace of a run that ends before its last profiled step."""
         if self._began is not None:
             self._write(f"the steps after {self._began:,}")
 
@@ -81,7 +81,7 @@ class Profile:
         self._began = None
         try:
             jax.profiler.stop_trace()
-        except (RuntimeError, OSError, ValueError) as error:  # The disk is full, say.
+        except (RuntimeError, OSError, ValueError) as error:  # For example, the disk is full.
             self._fail(error)
             return
         self._say(

@@ -1,4 +1,4 @@
-"""A run in words: its header, its evaluations, its summary."""
+"""Texts and tables about a run: its header, evaluations, and summary."""
 
 import importlib.util
 import shlex
@@ -26,7 +26,7 @@ from jaxdp.sync.traffic import Collective, sent_per_step
 
 
 def header(setup: Setup, workdir: Path, device_kind: str) -> dict[str, str]:
-    """What a user wants to see before anything is trained."""
+    """Returns the table that is shown before training."""
     config, sizes, cache = setup.config, setup.sizes, setup.feed.cache
     per_step = sizes.global_ * config.seq_len
     tokens = per_step * config.num_train_steps
@@ -64,7 +64,7 @@ def _eval_sets(feeds: Mapping[str, Feed]) -> dict[str, str]:
 
 
 def _kernel(config: ConfigDict) -> str:
-    """What computes attention in training."""
+    """Returns the name of the kernel that computes attention in training."""
     masked = "segments" in token_keys(config.objective, config.data.packing)
     model = config.model
     found = attention.kernel(model.dtype, model.embed_dim // model.num_heads, masked)
@@ -72,7 +72,7 @@ def _kernel(config: ConfigDict) -> str:
 
 
 def _sources(feed: Feed) -> dict[str, str]:
-    """The sources of a mixture: the share of each, and how often it is gone through."""
+    """Returns a row for each source of a mixture: its share, tokens, and epochs."""
     config, total, first = feed.config, sum(feed.shares.values()), 0
     rows: dict[str, str] = {}
     if len(feed.shares) == 1:
@@ -90,7 +90,7 @@ def _sources(feed: Feed) -> dict[str, str]:
 
 
 def _examples(feed: Feed) -> dict[str, str]:
-    """How many examples of data.packing="padded" are used, cut, and left out."""
+    """Returns rows that count the examples of data.packing="padded": all, cut, and left out."""
     rows = {}
     sequences = {"train": feed.training, "validation": feed.validation}
     for split, index in feed.cache.examples.items():
@@ -104,7 +104,7 @@ def _examples(feed: Feed) -> dict[str, str]:
 
 
 def in_words(evaluation: Evaluation) -> str:
-    """An evaluation in short."""
+    """Formats an evaluation in short."""
     return (
         f"loss {evaluation.loss:.4f}  perplexity {evaluation.perplexity:.2f}  "
         f"bits/byte {evaluation.bits_per_byte:.4f}  ({evaluation.tokens:,} tokens)"
@@ -112,13 +112,13 @@ def in_words(evaluation: Evaluation) -> str:
 
 
 def evaluated(step: int, evaluation: Evaluation, name: str = "") -> str:
-    """An evaluation of the validation split, or of the set of that name, in a line."""
+    """Formats a line about an evaluation; `name` is the eval set, "" the validation split."""
     of = f" of {name}" if name else ""
     return f"evaluation{of} at step {step}: {in_words(evaluation)}"
 
 
 def already_finished(step: int, stopping: Stopping) -> str:
-    """What to say where there is nothing to do."""
+    """Says why there is nothing left to train, and how to train on."""
     if stopping.over:
         return (
             f"Already finished: stopped early after step {step:,}, for {stopping.reason()}. To "
@@ -128,7 +128,7 @@ def already_finished(step: int, stopping: Stopping) -> str:
 
 
 def summary(config: ConfigDict, workdir: Path, result: Any, seconds: float) -> dict[str, str]:
-    """What was reached, and where everything lies."""
+    """Returns the table that is shown at the end: steps, losses, and where the files are."""
     rows = {
         "steps": f"{result.step:,} of {config.num_train_steps:,}, in {duration(seconds)}",
         "checkpoints": str(workdir / "checkpoints"),
@@ -145,7 +145,7 @@ def summary(config: ConfigDict, workdir: Path, result: Any, seconds: float) -> d
 
 
 def _curves(workdir: Path) -> dict[str, str]:
-    """A command that shows the curves, where what it needs is installed."""
+    """Returns a row with a command that shows the curves, if what it needs is installed."""
     if importlib.util.find_spec("matplotlib"):
         return {"curves": f"{_command('plot')} {_quoted(workdir)} --output=plot.png"}
     if importlib.util.find_spec("tensorboard"):
@@ -155,7 +155,7 @@ def _curves(workdir: Path) -> dict[str, str]:
 
 
 def _command(name: str) -> str:
-    """A command of jaxdp, by the interpreter that runs, ready to be pasted."""
+    """Returns a shell command that runs a command of jaxdp with this interpreter."""
     return f"{_quoted(sys.executable)} -m jaxdp.{name}"
 
 
@@ -164,7 +164,7 @@ def _quoted(path: str | Path) -> str:
 
 
 def traffic(config: ConfigDict, round_: list[Collective], count: int) -> dict[str, str]:
-    """What agreement sends, by the definition of the method."""
+    """Returns a row about what synchronisation sends, by the definition of the method."""
     if count == 1:
         return {"synchronised": f"nothing: one device (sync.method={config.sync.method})"}
     payload, sent = sum(c.bytes for c in round_), sent_per_step(round_, count)
@@ -180,7 +180,7 @@ def traffic(config: ConfigDict, round_: list[Collective], count: int) -> dict[st
 
 
 def collectives(program: Program) -> str:
-    """Those of the compiled training step, counted."""
+    """Counts the collectives of the compiled training step, in words."""
     found = list((program.collectives or {}).values())
     if not found:
         return "no collectives"
@@ -193,7 +193,7 @@ def _kinds(found: list[Collective]) -> str:
 
 
 def agreement(program: Program, drift: float | None, count: int) -> dict[str, str]:
-    """What the replicas' agreement cost."""
+    """Returns rows about synchronisation: bytes, collectives, waiting, and drift."""
     rows = traffic(program.config, program.traffic(), count)
     if count == 1:
         return rows
@@ -202,12 +202,12 @@ def agreement(program: Program, drift: float | None, count: int) -> dict[str, st
     if program.waiting is not None:
         rows["waiting"] = f"{program.waiting:.1%} of the devices' time in collectives, as profiled"
     if drift is not None:
-        rows["drift"] = f"{drift:.2e} of the parameters' norm, before the last agreement"
+        rows["drift"] = f"{drift:.2e} of the parameters' norm, before the last synchronisation"
     return rows
 
 
 def diagnosis(found: dict[str, Any]) -> dict[str, str]:
-    """What is known of a step at which a run diverges; see `divergence.diagnose`."""
+    """Returns a table about the step at which a run diverged; see `divergence.diagnose`."""
     positions = found["sequences_begin_at_tokens"]
     first = ", ".join(f"{position:,}" for position in positions[:8])
     more = f", and {len(positions) - 8} more" if len(positions) > 8 else ""

@@ -1,4 +1,4 @@
-"""Going back to a good checkpoint where a run diverges, and giving up with a diagnosis."""
+"""Rolling a diverged run back to a good checkpoint, or giving up with a diagnosis."""
 
 import functools
 import json
@@ -15,17 +15,16 @@ from jaxdp.step.state import State, abstract_state
 
 
 def roll_back(run: Run, state: State) -> tuple[int, State]:
-    """Takes back what came after the last good checkpoint, and skips its data.
+    """Restores the last good checkpoint, and skips the data since then.
 
-    What was dispatched since the trouble is forgotten: where a run ends must not depend on it.
-    Nor does the checkpoint: it is a scheduled one, as others depend on when a run happened to
-    be interrupted.
+    The result depends on the training alone: rounds dispatched after the trouble are dropped, and
+    only scheduled checkpoints count, because others depend on when the run was interrupted.
 
     Returns:
-      The step to go on from, and the state, at that step.
+      The step to go on from, and the state, its step set to it.
 
     Raises:
-      RunError: it has been done often enough; says what is known of the cause.
+      RunError: divergence.max_rollbacks is used up; says what is known of the cause.
     """
     began = time.perf_counter()
     trouble, c = run.judge.trouble, run.config.divergence
@@ -35,7 +34,7 @@ def roll_back(run: Run, state: State) -> tuple[int, State]:
     run.watchdog.beat("going back", trouble.step, slow=True)
     found = run.checkpoints.restore(abstract_state(run.setup), functools.partial(_good, run))
     step, extra, state = found or (0, {}, run.first_state())
-    run.stopping.load(extra.get("stopping", {}))  # Evaluations since were of what is given up.
+    run.stopping.load(extra.get("stopping", {}))  # Later evaluations are dropped.
     run.judge.roll_back()
     run.forget_figures()
     run.display.line(
@@ -55,13 +54,13 @@ def _good(run: Run, step: int, extra: dict[str, Any]) -> bool:
 
 
 def _diagnosis(run: Run, trouble: Trouble, state: State) -> RunError:
-    """Shows and writes what is known of a step that the run can't get past."""
+    """Shows and writes what is known of a step that the run can't get past; returns the error."""
     run.watchdog.beat("looking for the cause", trouble.step, slow=True)
     found = divergence.diagnose(run.setup, run.replicas, trouble, state)
     run.display.table("Diverged", report.diagnosis(found))
     path = run.workdir / "diagnosis.json"
     if processes.is_main():
-        # JSON has neither infinity nor NaN, which here are what matters: they become strings.
+        # JSON has neither infinity nor NaN, which matter most here: they become strings.
         values = json.loads(json.dumps(found), parse_constant=str)
         write_whole(path, json.dumps(values, indent=2) + "\n")
     return RunError(

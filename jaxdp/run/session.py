@@ -1,6 +1,6 @@
-"""A run under way: its parts, and what the loop does with them at each step.
+"""The parts of a run (devices, data, checkpoints, metrics), and the phases of its loop.
 
-The loop itself is in `loop`.
+The loop itself is `loop.train_steps`.
 """
 
 import contextlib
@@ -44,14 +44,14 @@ from jaxdp.workdir.metrics import MetricsWriter
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What has become of a run.
+    """The outcome of a call to `train`.
 
     Attributes:
-      step: optimizer steps done in all.
-      finished: whether these are all, or it stopped early; if not, it was asked to stop, and has
-        saved.
-      evaluations: of the last step, where this call evaluated it; see `evaluation.Evaluations`.
-      state: the last one, replicated over the devices.
+      step: optimizer steps done, those of earlier calls included.
+      finished: whether all steps are done or early stopping ended the run. If False, it was asked
+        to stop, and has saved a checkpoint.
+      evaluations: by eval set, at the last step; empty if this call made none there.
+      state: the final training state, on the devices.
     """
 
     step: int
@@ -61,20 +61,20 @@ class Result:
 
     @property
     def evaluation(self) -> Evaluation | None:
-        """On the validation split, of the last step, where this call evaluated it."""
+        """The validation split's result at the last step; None if this call made no evaluation."""
         return self.evaluations.get("")
 
     def __repr__(self) -> str:
-        """Without the state, whose arrays would fill a notebook."""
+        """Returns a line without the state, whose arrays would fill a notebook."""
         loss = f", validation_loss={self.evaluation.loss:.4f}" if self.evaluation else ""
         return f"Result(step={self.step}, finished={self.finished}{loss})"
 
 
 class Run:
-    """A run under way, between `with` and its end.
+    """A run in progress, for the length of a `with` block.
 
     Attributes:
-      stop: whether any process was asked to stop, as far as figures have been read.
+      stop: whether any process was asked to stop, according to the metrics fetched so far.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Run:
         watchdog: Watchdog,
         stop_requested: Callable[[], bool],
     ):
-        """Prepares the parts; compiles nothing yet, and writes nothing."""
+        """Creates the parts of the run; compiles and writes nothing yet."""
         self.setup, self.config, self.workdir = setup, setup.config, workdir
         self.replicas, self.display, self.watchdog = replicas, display, watchdog
         self.program = Program(setup, replicas)
@@ -98,11 +98,11 @@ class Run:
         self._tokenizer_digest = tokenizer.digest(setup.feed.cache.tokenizer)
         self._replica_check = ReplicaCheck(replicas)
         self._loss = MeanLoss()
-        # A round whose figures have not been read: steps before it, its metrics, and the seconds
-        # that it waited for data.
+        # The last round, until its metrics are fetched: steps done before it, its metrics, and the
+        # seconds that it waited for data.
         self._pending: tuple[int, dict[str, jax.Array], float] | None = None
-        self._busy = 0.0  # Seconds that this process was last busy with a step, not with waiting.
-        self._asked = self._waited = 0.0  # When the last batch was asked for, and how long it took.
+        self._busy = 0.0  # Seconds from requesting the last batch to dispatching its round.
+        self._asked = self._waited = 0.0  # When the last batch was requested; how long it took.
         self._resources = contextlib.ExitStack()
 
     def __enter__(self) -> "Run":
@@ -115,13 +115,13 @@ class Run:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Waits for what is being written."""
+        """Waits for background writes, and closes everything."""
         self._resources.close()
 
     # The start.
 
     def restore(self) -> tuple[int, State]:
-        """The steps done and the state after them: of the newest checkpoint, or the initial one."""
+        """Restores the newest checkpoint, or starts at step 0; returns steps done and the state."""
         same = functools.partial(preflight.same_tokens, self.setup.feed)
         found = self.checkpoints.restore(abstract_state(self.setup), same)
         if found is None:
@@ -136,20 +136,20 @@ class Run:
         return step, state
 
     def first_state(self) -> State:
-        """The state of step 0: random parameters, or the weights that init_from names."""
+        """Creates the state of step 0: random parameters, or the weights that init_from names."""
         name, model = self.config.init_from, self.setup.model.config
         read = functools.partial(load.read, name, model) if name else None
         return create_state(self.setup, self.replicas, read)
 
     def show_header(self) -> None:
-        """Shows what is about to be trained."""
+        """Shows a table of what is about to be trained."""
         kind = self.replicas.devices[0].device_kind
         rows = report.header(self.setup, self.workdir, kind)
         rows |= report.traffic(self.config, self.program.traffic(), self.replicas.device_count)
         self.display.table("jaxdp", rows)
 
     def begin(self, start: int) -> None:
-        """Writes what the run is, opens its metrics, and begins to measure its speed."""
+        """Writes config and tokenizer, opens the metrics files, and starts to measure speed."""
         processes.on_main(self._describe)
         self._writer = self._resources.enter_context(
             MetricsWriter(self.workdir, self.config, start, active=processes.is_main())
@@ -172,11 +172,11 @@ class Run:
     # A round of optimizer steps.
 
     def rounds(self, start: int) -> Iterator[Any]:
-        """The batches of rounds from `start` on, on the devices."""
+        """Returns an iterator over each round's batches from step `start` on, on the devices."""
         return prefetch(self._host_rounds(start), self.replicas.shard_steps)
 
     def _host_rounds(self, start: int) -> Iterator[list[Batch]]:
-        """This process's batches, round by round, with what it tells the other processes."""
+        """Yields each round's batches; they carry this process's stop request and busy time."""
         feed, done = self.setup.feed.train(start), start
         while done < self.config.num_train_steps:
             steps = self.program.round_length(done)
@@ -187,7 +187,7 @@ class Run:
             done += steps
 
     def compile(self, done: int, state: State) -> bool:
-        """Compiles the round after `done` steps, unless it has been; returns whether it did."""
+        """Compiles the round after `done` steps if it is new; returns whether it was."""
         if not self.program.is_new(done):
             return False
         self.watchdog.beat("compiling a step", done, slow=True)
@@ -197,7 +197,7 @@ class Run:
         return True
 
     def fetch(self, rounds: Iterator[Any], done: int) -> Any:
-        """The batches of the round after `done` steps."""
+        """Waits for the batches of the round after `done` steps, and returns them."""
         self.watchdog.beat("waiting for data", done)
         self._asked = time.perf_counter()
         batch = next(rounds)
@@ -205,19 +205,19 @@ class Run:
         return batch
 
     def train(self, done: int, state: State, batch: Any, new: bool) -> tuple[int, State]:
-        """One round on all devices: forward, backward, synchronise, update.
+        """Runs one round on all devices: forward, backward, synchronise, update.
 
-        The figures of the round before are read when this one is dispatched, so that the devices
-        never wait for Python. More than two rounds in flight can deadlock CPU devices.
+        The metrics of the previous round are fetched after this one is dispatched, so that the
+        devices never wait for Python. More than two rounds in flight can deadlock CPU devices.
 
         Args:
-          done: steps done before.
-          state: after them; it is used up.
-          batch: of the round.
+          done: steps done before the round.
+          state: the state after `done` steps; its arrays are donated.
+          batch: the batches of the round, on the devices.
           new: whether the round was compiled just now.
 
         Returns:
-          The steps done, and the state after them.
+          The steps done after the round, and the state after them.
         """
         steps = self.program.round_length(done)
         self.watchdog.beat("training", done, slow=new)
@@ -231,47 +231,47 @@ class Run:
         if done == self._start:
             self.display.start(done, self.config.num_train_steps)
         profiled = self.program.trace(metrics) or self.profile.stop(done + steps, metrics)
-        if new or profiled:  # The time of this round is not that of training.
+        if new or profiled:  # This round also compiled or profiled.
             self._log.throughput.start(steps=-steps)
         self._busy = dispatched - self._asked
         self.checkpoints.check()
         self._pending = done, metrics, self._waited
         return done + steps, state
 
-    # What follows a round.
+    # After a round.
 
     def read_figures(self) -> None:
-        """Reads and logs the figures of the last round, unless that has been done."""
+        """Fetches and logs the metrics of the last round, unless that has been done."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             self.read(*pending)
 
     def read(self, before: int, metrics: dict[str, jax.Array], waited: float) -> None:
-        """Takes the figures of a round; see `StepLog.add`."""
+        """Fetches and logs the metrics of a round; see `StepLog.add`."""
         self.stop = self._log.add(before, metrics, waited) or self.stop
 
     def forget_figures(self) -> None:
-        """Drops what was computed since the last logged step, as when a run goes back."""
+        """Drops the metrics since the last logged step, for a roll-back."""
         self._pending = None
         self._loss.clear()
 
     def pause(self, seconds: float) -> None:
-        """Leaves time out of the speed that is logged."""
+        """Excludes seconds from the logged speed."""
         self._log.throughput.pause(seconds)
 
     @property
     def drift(self) -> float | None:
-        """See `StepLog.drift`."""
+        """The drift of the replicas before they last synchronised; see `StepLog.drift`."""
         return self._log.drift
 
     def due(self, done: int) -> tuple[bool, bool]:
-        """Whether to evaluate and whether to save after so many steps."""
+        """Returns whether to evaluate, and whether to save a checkpoint, after `done` steps."""
         last = done == self.config.num_train_steps
         evaluating = done % self.config.eval_every == 0 or last
         return evaluating, done % self.config.checkpoint.every == 0 or last
 
     def evaluate(self, done: int, state: State) -> Evaluations:
-        """Evaluates on the validation split and the sets beside it, and logs the results."""
+        """Evaluates on the validation split and each of eval_sets, and logs the results."""
         before = time.perf_counter()
         watch = functools.partial(self.watchdog.each, doing="evaluating", done=done)
         params = self.program.to_evaluate(state)
@@ -281,18 +281,18 @@ class Run:
             self.display.line(report.evaluated(done, evaluation, name), "bold")
         self.stopping.add(done, found[""].loss)
         ends = done == self.config.num_train_steps or self.stopping.over
-        if self.config.sample.at_eval and not ends:  # At the end it is shown, too.
+        if self.config.sample.at_eval and not ends:  # The summary at the end shows a sample, too.
             self.sample(done, params)
         self.pause(time.perf_counter() - before)
         return found
 
     def check_replicas(self, before: int, done: int, state: State, always: bool) -> None:
-        """Ends the run where a device holds another state than the others, when that is due.
+        """Compares the replicas if that is due; ends the run if their states differ.
 
         Args:
           before: steps done before the last round.
-          done: steps done now.
-          state: after them.
+          done: steps done after it.
+          state: the state after `done` steps.
           always: whether to compare them even if it isn't due.
         """
         every = self.config.sync.check_every
@@ -304,7 +304,7 @@ class Run:
             self._replica_check(shared, done)
 
     def save(self, done: int, state: State, evaluations: Evaluations) -> None:
-        """Starts to save a checkpoint; all figures until then go to disk, too."""
+        """Starts to save a checkpoint; writes all metrics logged until then."""
         self.watchdog.beat("saving", done, slow=True)
         self._writer.flush()
         extra = {
@@ -320,7 +320,7 @@ class Run:
     # The end.
 
     def finish(self, result: Result) -> None:
-        """Returns when all is on disk; raises RunError, in all processes, where it can't be."""
+        """Waits until everything is on disk; raises RunError in all processes if that fails."""
         self.watchdog.beat("writing the last checkpoint", result.step, slow=True)
         unsaved, unwritten = self.checkpoints.finish(result.state), self._writer.finish()
         text = "; ".join(filter(None, (unsaved, unwritten)))
@@ -332,7 +332,7 @@ class Run:
             raise RunError(text)
 
     def sample(self, done: int, params: Any) -> str:
-        """Shows a sample of text in TensorBoard and returns it; nothing where none is wanted."""
+        """Samples text, shows it in TensorBoard and returns it; empty where none is configured."""
         wanted = self.config.objective == "causal" and self.config.sample.num_tokens
         if not wanted or not processes.is_main():
             return ""

@@ -1,4 +1,4 @@
-"""Reading the figures of rounds: are they sound, and which of them are logged?"""
+"""The log of a run: fetches the metrics of each round, checks them, and logs the steps due."""
 
 from typing import Any
 
@@ -12,12 +12,13 @@ from jaxdp.workdir.metrics import MetricsWriter
 
 
 class StepLog:
-    """Takes the figures of each round, judges them, and logs the steps that are due.
+    """Fetches the metrics of each round, looks for divergence, and logs the steps that are due.
 
     Attributes:
       loss: the mean loss since the last logged step.
-      throughput: the speed since then.
-      drift: of the replicas before they agreed last, where they drift; see `reductions.drift`.
+      throughput: the speed since the last logged step.
+      drift: distance of the replicas before they last synchronised, where they train
+        independently, else None; see `reductions.drift`.
     """
 
     def __init__(
@@ -29,17 +30,17 @@ class StepLog:
         throughput: Throughput,
         loss: MeanLoss,
     ):
-        """Has logged nothing yet."""
+        """Starts with nothing logged."""
         self._setup, self._judge, self._display, self._writer = setup, judge, display, writer
         self.throughput, self.loss = throughput, loss
         self.drift: float | None = None
 
     def add(self, before: int, on_devices: dict[str, jax.Array], waited: float) -> bool:
-        """Waits for the figures of a round and takes them.
+        """Waits for the metrics of a round, checks them, and logs the steps that are due.
 
         Args:
           before: steps done before the round.
-          on_devices: metrics of `train_step`.
+          on_devices: metrics of `train_step`, not fetched yet.
           waited: seconds that the round waited for its batch.
 
         Returns:
@@ -60,7 +61,7 @@ class StepLog:
         return bool(metrics["stop"].max() > 0)
 
     def _look_for_trouble(self, done: int, metrics: dict[str, Any]) -> None:
-        """Counts skipped updates, and sees whether the run diverges."""
+        """Reports skipped updates, and checks whether the run diverges."""
         before = self._judge.skipped
         self._judge.add(done, metrics["loss"], metrics["skipped"])
         if self._judge.skipped > before:
@@ -71,7 +72,7 @@ class StepLog:
             )
 
     def _log(self, done: int, i: int, metrics: dict[str, Any]) -> None:
-        """Logs the i-th step of a round, after which `done` steps are done."""
+        """Logs step i of a round, counted from 0, after which `done` steps are done."""
         speed, loss = self.throughput.read(), self.loss.read()
         self._display.figures(done, loss, speed["tokens_per_second"])
         names = ("grad_norm", "learning_rate", "drift")

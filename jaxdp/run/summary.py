@@ -1,11 +1,11 @@
-"""What a user sees at the end of a run."""
+"""The summary of a run, shown when it ends."""
 
 from jaxdp.run import report
 from jaxdp.run.session import Result, Run
 
 
 def summarise(run: Run, result: Result) -> None:
-    """Shows a sample of text, what was reached, and where everything lies."""
+    """Shows a sample of text, the results, and where the files are."""
     run.watchdog.beat("summarising", result.step, slow=True)
     run.display.stop()
     if result.finished:

@@ -1,4 +1,4 @@
-"""Ends a process whose run makes no more progress, so that a scheduler can start it again."""
+"""Ends a process whose run makes no progress any more, so that a scheduler can restart it."""
 
 import contextlib
 import faulthandler
@@ -16,13 +16,21 @@ from jaxdp.parallel import processes
 
 T = TypeVar("T")
 
-TICK = 0.5  # Seconds.
-FACTOR = 10  # Progress may take so many times longer than ever before.
-SLOW = 10  # What compiles or writes may take so many times config.hang_seconds.
+TICK = 0.5  # Seconds between two looks at the clock.
+FACTOR = 10  # Progress may take this many times longer than the longest so far.
+SLOW = 10  # Compiling and writing may take this many times config.hang_seconds.
 
 
 class Beat(NamedTuple):
-    """A sign of progress: the how manieth, what comes next, after which step, when, is it slow."""
+    """A sign of progress.
+
+    Attributes:
+      number: counts the beats of a process.
+      doing: the activity that begins now.
+      done: steps done until now.
+      at: seconds on the watchdog's clock.
+      slow: whether the activity may take long.
+    """
 
     number: int
     doing: str
@@ -32,24 +40,24 @@ class Beat(NamedTuple):
 
 
 class Watchdog:
-    """Is told of progress, and ends the process when there is none for too long.
+    """Ends the process when no progress has been reported for too long.
 
-    Too long is `seconds`, or FACTOR times the longest that progress took until then. Where
-    something is compiled or written it is SLOW times `seconds`. Time is counted in ticks of a
-    thread: while the process is stopped (Ctrl-Z) or the machine sleeps, none passes. (JAX counts
-    for itself: a process of several that is stopped for 100 s ends the run.)
+    Too long is `seconds`, or FACTOR times the longest time between two reports so far, if that is
+    longer. Compiling and writing may take SLOW times `seconds`. A thread counts the time in ticks,
+    so that none passes while the process is stopped (Ctrl-Z) or the machine sleeps. (JAX keeps its
+    own time: where there are several processes, stopping one for 100 s ends the run.)
 
-    Each process tells the others where it is, by JAX's store of keys and values.
+    Each process tells the others where it is, through JAX's key-value store.
     """
 
     def __init__(self, seconds: float):
-        """Watches from `with` on; never if `seconds` is 0."""
+        """Prepares; watching starts with `with`, and never if `seconds` is 0."""
         self._seconds = seconds
         self._clock = self._longest = self._answered = 0.0
         self._beat = Beat(0, "starting", 0, 0.0, slow=True)
         self._known: set[str] = set()
-        self._heard: dict[int, tuple[str, float]] = {}  # By process: what it told last, and when.
-        self._every = min(5.0, max(seconds / 10, TICK))  # Seconds between telling the others.
+        self._heard: dict[int, tuple[str, float]] = {}  # By process: last message, and when.
+        self._every = min(5.0, max(seconds / 10, TICK))  # Seconds between messages to the others.
         self._ended = threading.Event()
         parts = [self._watch] + [self._talk] * (jax.process_count() > 1)
         self._threads = [
@@ -57,12 +65,12 @@ class Watchdog:
         ]
 
     def beat(self, doing: str, done: int, slow: bool = False) -> None:
-        """Tells that there was progress.
+        """Reports progress.
 
         Args:
-          doing: what comes next; the first time that it comes, it is slow.
-          done: steps done until here.
-          slow: whether it can take long and says nothing of how long things take.
+          doing: the activity that begins now; it counts as slow the first time.
+          done: steps done until now.
+          slow: whether it may take long; its time then doesn't count as the longest so far.
         """
         last, now = self._beat, self._clock
         if not last.slow:
@@ -72,14 +80,14 @@ class Watchdog:
         self._beat = Beat(last.number + 1, doing, done, now, slow)
 
     def each(self, items: Iterable[T], doing: str, done: int) -> Iterator[T]:
-        """Yields the items, with a beat before each; the first time, all of them are slow."""
+        """Yields the items, with a beat before each; the first time, all of them count as slow."""
         slow = doing not in self._known
         for item in items:
             self.beat(doing, done, slow)
             yield item
 
     def tick(self) -> None:
-        """Lets TICK seconds pass."""
+        """Advances the clock by TICK seconds; ends the process if progress is overdue."""
         self._clock += TICK
         beat = self._beat
         waited = self._clock - beat.at
@@ -96,31 +104,32 @@ class Watchdog:
         return max(limit, SLOW * self._seconds) if beat.slow else limit
 
     def _who_lags(self) -> str:
-        """What is known of the other processes, in words."""
+        """Returns a text about which of the other processes are silent or behind."""
         if jax.process_count() == 1:
             return ""
         patience = 3 * self._every
         if self._clock - self._answered > patience:
-            return "; process 0, which the others ask for news, does not answer"
+            return "; process 0 does not answer"
         beats = {i: Beat(*json.loads(text)) for i, (text, _) in self._heard.items()}
         seen = {i: f"process {i} ({b.doing} after step {b.done})" for i, b in beats.items()}
         silent = [
-            seen.get(i, f"process {i} (never heard of)")
+            seen.get(i, f"process {i} (never heard from)")
             for i in range(jax.process_count())
             if i not in seen or self._clock - self._heard[i][1] > patience
         ]
         if silent:
-            return f"; no more is heard of {', '.join(silent)}"
+            return f"; silent: {', '.join(silent)}"
         least = min(b.number for b in beats.values())
         last = [seen[i] for i, b in beats.items() if b.number == least]
         if len(last) == len(beats):
-            return "; all processes are there"
+            return "; all processes are at the same point"
         return f"; the others wait for {', '.join(last)}"
 
     def talk(self) -> None:
-        """Tells the others where this process is; asks where they are only when it has waited."""
+        """Tells the others where this process is; asks where they are only after a long wait."""
         beat = self._beat
-        processes.tell(json.dumps(beat._replace(at=self._clock)))  # Which shows that it is alive.
+        # The time is new in each message: it shows that this process is alive.
+        processes.tell(json.dumps(beat._replace(at=self._clock)))
         if self._clock - beat.at > self._limit(beat) / 2:
             for process, text in processes.told().items():
                 if self._heard.get(process, ("", 0.0))[0] != text:
@@ -151,8 +160,8 @@ class Watchdog:
 
 
 def end(message: str) -> None:
-    """Prints all stacks and the message, and ends the process whatever the main thread does."""
-    signal.alarm(10)  # Should nobody read what is printed, this ends the process.
+    """Prints all stacks and a message, and ends the process whatever the main thread does."""
+    signal.alarm(10)  # Ends the process even if nobody reads and printing blocks.
     faulthandler.dump_traceback(sys.__stderr__ or 2)
     show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
     print(f"{show_cursor}jaxdp: {message}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Losses, as a sum over tokens and the weight it is to be divided by.
+"""Losses, each as a sum over tokens and the weight by which to divide the sum.
 
 The division comes last, after the sums over micro-batches and devices: a mean of means is wrong
 as soon as the parts hold different numbers of tokens.
@@ -19,7 +19,7 @@ MASK_SHARE = 0.15
 def cross_entropy(
     logits: jax.Array, targets: jax.Array, weights: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Weighted sum of -log p(target), in nats.
+    """Computes the weighted sum of -log p(target) over tokens, in nats.
 
     Examples:
       >>> logits, targets = jnp.zeros([1, 2, 4]), jnp.array([[3, 1]])
@@ -28,7 +28,7 @@ def cross_entropy(
       (1.3863, 1.0)
 
     Args:
-      logits: [B, L, V] of any float dtype; computed with in float32.
+      logits: [B, L, V] of any float dtype; converted to float32.
       targets: [B, L] int32.
       weights: [B, L] float32.
 
@@ -46,16 +46,16 @@ def chunked_cross_entropy(
     weights: jax.Array,
     chunks: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """`cross_entropy` of to_logits(hidden), of which a part is in memory at once.
+    """Computes `cross_entropy` of to_logits(hidden), with one chunk of logits in memory at a time.
 
-    The backward pass makes each part's logits again (Chen et al. 2016, Sublinear memory cost).
+    The backward pass recomputes each chunk's logits (Chen et al. 2016, Sublinear memory cost).
 
     Args:
       to_logits: [B, L / chunks, D] -> [B, L / chunks, V].
       hidden: [B, L, D].
       targets: [B, L] int32.
       weights: [B, L] float32.
-      chunks: parts into which sequences are cut.
+      chunks: number of chunks that each sequence is cut into; divides L.
     """
     if chunks == 1:
         return cross_entropy(to_logits(hidden), targets, weights)
@@ -77,18 +77,18 @@ def mask_tokens(
 ) -> dict[str, jax.Array]:
     """Turns a batch into BERT's masked-LM task (Devlin et al. 2019).
 
-    Of the tokens with a weight, 15% are targets; of these 80% are replaced by the mask token, 10%
-    by a random token, and 10% left as they are. A row's masks depend on (key, row) only.
+    15% of the tokens with a weight become targets. 80% of the targets are replaced by the mask
+    token, 10% by a random token, and 10% stay. A sequence's masks depend only on (key, row).
 
     Args:
       key: a PRNG key.
-      rows: [B] int32, the number of each sequence in the global batch.
+      rows: [B] int32, each sequence's number in the global batch.
       batch: inputs and targets [B, L] int32, weights [B, L] float32.
-      mask_id: the mask token.
-      vocab_size: random tokens are drawn below this.
+      mask_id: id of the mask token.
+      vocab_size: random tokens have ids below this.
 
     Returns:
-      The batch with inputs corrupted and weights 0 but for the targets.
+      The batch with corrupted inputs, and weights 0 except at targets.
     """
 
     def corrupt(row, tokens):

@@ -1,4 +1,4 @@
-"""What is minimised: sums of losses over a batch's tokens, and their gradient.
+"""The training objective: the loss summed over a batch's tokens, and its gradient.
 
 Shapes: N devices, b sequences per device, A micro-batches, L length.
 """
@@ -18,26 +18,26 @@ from jaxdp.parallel.replicas import AXIS, row_numbers
 from jaxdp.step.losses import chunked_cross_entropy, mask_tokens
 from jaxdp.sync import reductions
 
-# Corrupts a batch for masked-LM training: (key, rows, batch) -> batch; the identity otherwise.
+# (key, rows, batch) -> batch: hides tokens for masked-LM training, and is `plain` otherwise.
 Transform = Callable[[jax.Array, jax.Array, Batch], Batch]
-# Keeps the keys of masks apart from those of dropout.
+# Folded into the PRNG key, so that masks and dropout are drawn independently.
 MASK_STREAM, DROPOUT_STREAM = 0, 1
 
 
 def plain(key: jax.Array, rows: jax.Array, batch: Batch) -> Batch:
-    """The transform that changes nothing."""
+    """Returns the batch unchanged."""
     del key, rows
     return batch
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """The loss of a run. Its methods are called under the axis 'batch'.
+    """The loss of a run. Call its methods inside of pmap, under the axis 'batch'.
 
     Attributes:
-      seed: of the run; what is hidden and what is dropped depend on it.
-      transform: applied to each micro-batch.
-      loss_chunks: see `losses.chunked_cross_entropy`.
+      seed: the run's seed, for masks and dropout.
+      transform: changes each micro-batch before the model sees it.
+      loss_chunks: number of chunks of a sequence; see `losses.chunked_cross_entropy`.
     """
 
     seed: int
@@ -47,13 +47,13 @@ class Objective:
     def gradient_sums(
         self, state: TrainState, batch: Batch, accumulate: Callable
     ) -> tuple[tuple[jax.Array, jax.Array], Any]:
-        """Sums over this device's tokens.
+        """Computes loss, weight and gradient, summed over this device's tokens.
 
         Args:
           state: see `train_step.train_step`.
-          batch: inputs and targets [b, L] int32, weights [b, L] float32; maybe segments and
-            positions [b, L] int32.
-          accumulate: (value_and_grad, params, batch) -> their sums over micro-batches.
+          batch: inputs and targets [b, L] int32, weights [b, L] float32; segments and positions
+            [b, L] int32 where documents are kept apart.
+          accumulate: (value_and_grad, params, batch) -> results summed over micro-batches.
 
         Returns:
           (loss_sum, weight_sum), [] float32 each, and the gradient of loss_sum, like state.params.
@@ -68,15 +68,15 @@ class Objective:
     def gradients(
         self, state: TrainState, batch: Batch, *, grad_accum_steps: int = 1
     ) -> tuple[Any, dict[str, jax.Array]]:
-        """The gradient of the global batch by `reductions.gradient_mean`.
+        """Computes the gradient of the global batch's mean loss; see `reductions.gradient_mean`.
 
         Args:
           state: see `train_step.train_step`.
-          batch: that of `gradient_sums`.
-          grad_accum_steps: A; divides b.
+          batch: as in `gradient_sums`.
+          grad_accum_steps: A, the number of micro-batches; divides b.
 
         Returns:
-          The gradient, like state.params, and loss [] (summed, nats) and tokens [N].
+          The gradient, like state.params, and a dict of loss [] (a sum, nats) and tokens [N].
         """
         add = functools.partial(reductions.accumulate, count=grad_accum_steps)
         (loss, weight), sums = self.gradient_sums(state, batch, add)
@@ -86,13 +86,13 @@ class Objective:
     def eval_step(
         self, params: Any, batch: Batch, *, apply_fn: Callable
     ) -> tuple[jax.Array, jax.Array]:
-        """Sums of loss and weight over the batches of all devices.
+        """Computes loss and weight, summed over all devices' tokens.
 
         Args:
           params: equal on all devices.
-          batch: that of `gradient_sums`, and number [b] int32, which batch of the evaluation it
-            is: what masked-LM hides depends on it.
-          apply_fn: the model's.
+          batch: as in `gradient_sums`, and number [b] int32: the batch's index in the evaluation,
+            which seeds the masks of masked-LM.
+          apply_fn: the model's apply function.
 
         Returns:
           loss_sum (nats) and weight_sum, [] float32 each.
@@ -116,12 +116,12 @@ class Objective:
 
 
 def get_objective(config: ConfigDict, vocab_size: int, mask_id: int | None) -> Objective:
-    """The one that a config asks for.
+    """Returns the objective that a config asks for.
 
     Args:
       config: with the keys of configs/default.py.
       vocab_size: V.
-      mask_id: token that hides another; None for a tokenizer without one, which only causal bears.
+      mask_id: id of the mask token; may be None where the objective is causal.
     """
     transform = plain
     if config.objective == "masked":
@@ -131,5 +131,5 @@ def get_objective(config: ConfigDict, vocab_size: int, mask_id: int | None) -> O
 
 
 def _with_rows(batch: Batch) -> Batch:
-    """The tokens of a batch, and each sequence's number in the global batch."""
+    """Returns a batch's token arrays, and its sequences' numbers in the global batch as rows."""
     return tokens_of(batch) | {"rows": row_numbers(len(batch["inputs"]))}

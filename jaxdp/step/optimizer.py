@@ -1,17 +1,17 @@
-"""The learning-rate schedule and the optax chain."""
+"""The learning-rate schedule and the optimizer, an optax chain."""
 
 import jax
 import optax
 from ml_collections import ConfigDict
 from optax.contrib import MuonDimensionNumbers
 
-MUON_RMS = 0.2  # Makes Muon's updates as large as AdamW's, so that learning rates carry over.
+MUON_RMS = 0.2  # Makes Muon's updates as large as AdamW's, so both take the same learning rate.
 
 
 def get_schedule(config: ConfigDict) -> optax.Schedule:
-    """Step -> learning rate: linear warm-up from 0, then what optimizer.schedule names.
+    """Returns step -> learning rate: a linear warm-up from 0, then optimizer.schedule.
 
-    "wsd" is warm-up, stable, decay (Hu et al. 2024): constant but for a linear decay over the last
+    "wsd" is warm-up, stable, decay (Hu et al. 2024): constant, then a linear decay over the last
     decay_fraction of all steps.
 
     Examples:
@@ -39,9 +39,9 @@ def get_schedule(config: ConfigDict) -> optax.Schedule:
 
 
 def get_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """The optimizer that optimizer.name names, with decoupled weight decay.
+    """Returns the optimizer of optimizer.name, with decoupled weight decay.
 
-    Gradients are clipped before (`train_step.clip`), by the norm over all devices' slices.
+    It doesn't clip: `train_step.clip` does so before, by the norm over all devices' slices.
     """
     c = config.optimizer
     decay = {"weight_decay": c.weight_decay}
@@ -55,7 +55,7 @@ def get_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.Gradien
             optax.add_decayed_weights(c.weight_decay, decay_mask),
             optax.scale_by_learning_rate(schedule),
         )
-    # Its AdamW part can't tell norm scales from embeddings, so it decays neither.
+    # Muon's AdamW part can't tell norm scales from embeddings, so it decays neither.
     return optax.contrib.muon(
         schedule,
         beta=c.b1,
@@ -69,16 +69,16 @@ def get_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.Gradien
 
 
 def decay_mask(params):
-    """True for matrices and embeddings, False for biases and norm scales."""
+    """Returns True for matrices and embeddings, which decay; False for biases and norm scales."""
     return jax.tree.map_with_path(lambda path, _: _name(path) in ("kernel", "embedding"), params)
 
 
 def muon_dimensions(params):
-    """Which axes of a hidden matrix are summed over and which are its outputs; None for the rest.
+    """Returns the input and output axes of each hidden matrix, and None for other parameters.
 
-    Hidden matrices only: embeddings and the head are AdamW's (Jordan et al. 2024). Query, key and
-    value kernels are [D, H, K], the attention's output kernel is [H, K, D]; with scanned layers
-    each has one axis of layers in front, which is no part of the matrix.
+    Muon updates hidden matrices only; AdamW updates embeddings and the head (Jordan et al. 2024).
+    Query, key and value kernels are [D, H, K], the attention's output kernel is [H, K, D]. Scanned
+    layers add a leading layer axis, which is not part of the matrix.
     """
 
     def dimensions(path, leaf):

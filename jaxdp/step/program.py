@@ -1,4 +1,4 @@
-"""The compiled training step of a run: which method when, how many steps at once, at what price."""
+"""The compiled training steps of a run: one for each sync method and round length it needs."""
 
 import contextlib
 from typing import Any
@@ -16,21 +16,21 @@ from jaxdp.sync import traffic
 from jaxdp.sync.methods import Sync
 from jaxdp.sync.traffic import Collective
 
-# Calls after a start that are recorded by the profiler, once everything is warm.
+# The calls of a compiled program that the profiler records; it has warmed up by then.
 TRACED = range(4, 7)
 
 
 class Program:
-    """Runs rounds of optimizer steps: one at a time, or as many as replicas train alone.
+    """Runs rounds of optimizer steps; a round ends when the replicas synchronise.
 
     Attributes:
-      method: how replicas agree (after the first sync.after steps).
-      collectives: of the program compiled last, by instruction; None before.
-      waiting: share of the devices' time that goes into collectives; None where not measured.
+      method: the sync method; the first sync.after steps use gradient_mean.
+      collectives: collectives of the program compiled last, by instruction name; None before.
+      waiting: share of the devices' time spent in collectives; None where not measured.
     """
 
     def __init__(self, setup: Setup, replicas: Replicas):
-        """Compiles nothing yet."""
+        """Prepares a program; nothing is compiled yet."""
         self.config, self.method = setup.config, setup.method
         self._setup, self._replicas = setup, replicas
         late = setup.config.sync.after > 0
@@ -46,16 +46,16 @@ class Program:
         self._trace: traffic.Trace | None = None
 
     def round_length(self, done: int) -> int:
-        """Steps of the round that begins after `done` steps; the run's end can cut it short."""
+        """Returns the number of steps of the round after `done` steps; the last may be shorter."""
         every = self._method(done).every
         return min(every - done % every, self.config.num_train_steps - done)
 
     def is_new(self, done: int) -> bool:
-        """Whether the round after `done` steps has to be compiled first."""
+        """Returns whether the round after `done` steps is still to be compiled."""
         return (self._method(done), self.round_length(done)) not in self._p_steps
 
     def __call__(self, done: int, state: Any, batch: Any) -> tuple[Any, dict[str, jax.Array]]:
-        """One round, from a state that has done so many steps; see `train_step.train_step`."""
+        """Runs the round after `done` steps; see `train_step.train_step`."""
         method, steps = self._method(done), self.round_length(done)
         assert batch["inputs"].shape[1] == steps
         if self.is_new(done):
@@ -64,27 +64,27 @@ class Program:
         return self._p_steps[method, steps](state, batch)
 
     def compile(self, done: int, state: Any, batch: Any) -> None:
-        """Compiles the round after `done` steps, for batches such as this one."""
+        """Compiles the round after `done` steps, for arrays shaped like this state and batch."""
         method = self._method(done)
         p_step = pmapped(self._setup, self._replicas, state, method)
         self._p_steps[method, self.round_length(done)] = p_step
-        # A call finds the program compiled.
+        # JAX keeps the compiled program, so calls of p_step don't compile again.
         text = p_step.lower(state, batch).compile().as_text()
         self.collectives = traffic.collectives(text, self._replicas.device_count)
         self.close()
         self._calls = 0
 
     def at_step(self, state: Any, step: int) -> Any:
-        """See `train_step.at_step`; the state's memory is used again."""
+        """Moves a state to another step by `train_step.at_step`; the given state is donated."""
         axes = state_axes(state, self.method)
         move = self._replicas.pmap(at_step, state_axes=axes, out_axes=axes, donate=True)
         here = np.full(len(self._replicas.devices), step, np.int32)
         return move(state, self._replicas.put(here))
 
     def to_evaluate(self, state: Any) -> Any:
-        """The parameters to evaluate and sample with, replicated: their average, if there is one.
+        """Returns the parameters for evaluation and sampling, replicated: their EMA, if kept.
 
-        Where devices have parts of it, all processes have to call it.
+        Where each device keeps a slice of the EMA, all processes have to call this.
         """
         if not self.method.ema_decay:
             return state.params
@@ -94,18 +94,20 @@ class Program:
         return self._p_whole({"ema": state.ema, "params": state.params}, unused)
 
     def trace(self, metrics: dict[str, jax.Array]) -> bool:
-        """To be called after each round: lets the profiler measure a few; returns whether it did.
+        """Measures `waiting` by the profiler over a few rounds; to be called after each round.
 
         Args:
-          metrics: of that round; the profiler starts and stops when they are there.
+          metrics: metrics of that round; the profiler starts and stops when they are computed.
+
+        Returns:
+          Whether a measurement ended.
         """
-        # JAX has one profiler, which the run's profile is to have.
+        # JAX has one profiler, and a profile that the config asks for goes first.
         if not self.collectives or not processes.is_main() or self.config.profile.num_steps:
             return False
         if self._calls == TRACED.start and self._trace is None:
             jax.block_until_ready(metrics)
-            # JAX has one profiler: where the user has it on already, waiting is not measured.
-            # Neither is it where there's no room for the record.
+            # Not measured where the user's own profiling is on, or the disk is full.
             with contextlib.suppress(RuntimeError, OSError):
                 self._trace = traffic.Trace(self.collectives, len(self._replicas.devices))
         elif self._calls == TRACED.stop and self._trace:
@@ -117,14 +119,14 @@ class Program:
         return False
 
     def close(self) -> None:
-        """Ends what a run that ends early, or goes on with another program, has left open."""
+        """Ends a measurement under way: the run ends, or another program is compiled."""
         if self._trace:
             with contextlib.suppress(RuntimeError, OSError):
                 self._trace.stop()
             self._trace = None
 
     def traffic(self) -> list[Collective]:
-        """What a round sends, by the method's definition."""
+        """Returns the collectives of a round, as the sync method defines them."""
         params = parameter_shapes(self._setup.model)
         opt_state = jax.eval_shape(self._setup.optimizer.init, params)
         return self.method.traffic(params, opt_state, self._replicas.device_count)
@@ -134,13 +136,13 @@ class Program:
 
 
 def pmapped(setup: Setup, replicas: Replicas, state: State, method: Sync | None = None) -> Any:
-    """The pmapped training step of a setup; a state that is given to it is lost.
+    """Returns the pmapped training step of a setup; it donates its state.
 
     Args:
-      setup: of the run.
+      setup: the run's setup.
       replicas: the devices.
-      state: with arrays or their shapes; only its structure is looked at.
-      method: how replicas agree, where it isn't the setup's own.
+      state: a state of arrays or of shapes; only its structure is used.
+      method: the sync method, if not the setup's own.
     """
     axes = state_axes(state, method or setup.method)
     step = step_of(setup, method)

@@ -1,7 +1,7 @@
 """What a run is made of, built once from its config: batch sizes, model, objective, optimizer.
 
-Keys of the config are checked against each other here, before anything is compiled; each key alone
-is checked in `common.config`.
+Keys of the config are checked against each other here, before anything is compiled. `common.config`
+checks each key by itself.
 """
 
 import dataclasses
@@ -35,19 +35,19 @@ class BatchSizes:
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What a config, a tokenizer and a number of devices decide; nothing of it changes in a run.
+    """What a config, a tokenizer and a number of devices determine; constant during a run.
 
     Attributes:
-      config: a valid config, its number of steps resolved.
-      device_count: N, of all processes.
-      vocab_size: tokens of the tokenizer; the model's vocabulary may be padded beyond.
+      config: a valid config, with its number of steps resolved.
+      device_count: N, over all processes.
+      vocab_size: size of the tokenizer's vocabulary; the model's may be padded to more.
       sizes: how the global batch is split.
-      model: the network.
-      objective: its loss.
-      method: how replicas agree.
+      model: the Flax module.
+      objective: the training loss.
+      method: the sync method.
       schedule: step -> learning rate.
       optimizer: the optax chain.
-      feeds: data by name: "" has the run's own, the others are evaluated beside it; empty in a
+      feeds: data by name: "" is the run's own, the others are extra evaluation sets; empty in a
         plan.
     """
 
@@ -63,7 +63,7 @@ class Setup:
     feeds: Mapping[str, Feed] = dataclasses.field(default_factory=dict)
 
     def __repr__(self) -> str:
-        """A line, not the tree of configs and functions."""
+        """Returns one line, without the trees of configs and functions."""
         return (
             f"Setup({self.device_count} devices, {self.sizes.global_} sequences a step, "
             f"sync.method={self.config.sync.method!r})"
@@ -84,14 +84,14 @@ def make_setup(
     mask_id: int | None = None,
     feeds: Mapping[str, Feed] | None = None,
 ) -> Setup:
-    """Builds all that a config asks for.
+    """Builds the setup that a config asks for.
 
     Args:
       config: a valid config.
-      vocab_size: tokens of the tokenizer.
-      device_count: N, of all processes.
-      process_count: how many processes share them.
-      mask_id: the mask token; only objective="masked" needs one.
+      vocab_size: size of the tokenizer's vocabulary.
+      device_count: N, over all processes.
+      process_count: number of processes.
+      mask_id: id of the mask token; only objective="masked" needs one.
       feeds: see `Setup`.
 
     Raises:
@@ -113,7 +113,7 @@ def make_setup(
 
 
 def setup_of_feeds(feeds: Mapping[str, Feed], device_count: int, process_count: int) -> Setup:
-    """Builds the setup of a run from its data, of which feeds[""] has the config and tokenizer."""
+    """Builds the setup of a run from its data; feeds[""] holds its config and tokenizer."""
     cache = feeds[""].cache
     return make_setup(
         feeds[""].config,
@@ -126,7 +126,7 @@ def setup_of_feeds(feeds: Mapping[str, Feed], device_count: int, process_count: 
 
 
 def batch_sizes(config: ConfigDict, process_count: int, device_count: int) -> BatchSizes:
-    """Splits the global batch equally; raises ConfigError where it can't be.
+    """Splits the global batch equally over processes, devices and micro-batches.
 
     Examples:
       >>> from jaxdp.configs import default
@@ -135,8 +135,11 @@ def batch_sizes(config: ConfigDict, process_count: int, device_count: int) -> Ba
 
     Args:
       config: a valid config.
-      process_count: processes in the run.
-      device_count: devices of all processes together.
+      process_count: number of processes.
+      device_count: number of devices over all processes.
+
+    Raises:
+      ConfigError: it can't be split equally.
     """
     total, accum = config.global_batch_size, config.grad_accum_steps
     parts = device_count * accum
@@ -153,7 +156,7 @@ def batch_sizes(config: ConfigDict, process_count: int, device_count: int) -> Ba
 
 
 def splits(config: ConfigDict, device_count: int) -> bool:
-    """Whether so many devices can share the batch."""
+    """Returns whether the global batch can be split over this number of devices."""
     try:
         batch_sizes(config, 1, device_count)
     except ConfigError:
@@ -162,12 +165,12 @@ def splits(config: ConfigDict, device_count: int) -> bool:
 
 
 def same_on_two_devices(config: ConfigDict) -> bool:
-    """Whether two devices can train the run, and it is the same run as on one, to rounding."""
+    """Returns whether two devices can train the run, and as one would, up to rounding."""
     return METHODS[config.sync.method].same_on_any_devices and splits(config, 2)
 
 
 def validate(config: ConfigDict) -> None:
-    """Checks all that can be checked without looking at the data or the devices.
+    """Checks everything in a config that needs neither data nor devices.
 
     Raises:
       ConfigError: for an unknown or missing key, a wrong type, or an impossible value.
@@ -198,15 +201,15 @@ def validate(config: ConfigDict) -> None:
 
 
 def resolve_steps(config: ConfigDict, feed: Feed, say: Callable[[str], None]) -> None:
-    """Sets a config's number of steps, and a warm-up that ends before the last of them.
+    """Sets a config's number of steps, and shortens a warm-up that lasts as long as the run.
 
     Args:
       config: a valid config, changed in place.
-      feed: its data, of which num_epochs are counted.
-      say: is told in a line that the warm-up is shortened.
+      feed: the run's data, which num_epochs counts passes over.
+      say: called with a line of text if the warm-up is shortened.
 
     Raises:
-      ConfigError: num_epochs has no meaning here, or the run is too short for its profile.
+      ConfigError: num_epochs doesn't fit the data, or the run is too short for its profile.
     """
     if config.num_epochs:
         if len(feed.shares) > 1:
@@ -217,8 +220,8 @@ def resolve_steps(config: ConfigDict, feed: Feed, say: Callable[[str], None]) ->
         steps = feed.epoch_steps()
         if steps > MOST:
             raise ConfigError(
-                f"num_epochs={config.num_epochs} are {steps} steps, too many: give a smaller "
-                "number, or more sequences to a step by global_batch_size"
+                f"num_epochs={config.num_epochs} is {steps} steps, too many: give a smaller "
+                "number, or raise global_batch_size"
             )
         config.num_train_steps = steps
     _check_profile(config)

@@ -1,4 +1,4 @@
-"""The state of a run: made once, and the same shapes for training, checkpoints and plans.
+"""The training state, with one definition of its shapes for training, checkpoints and plans.
 
 Shapes: N devices.
 """
@@ -21,14 +21,13 @@ FIELDS = ("step", "params", "opt_state", "outer", "ema")
 
 
 class State(TrainState):
-    """What a run is at a step: flax's TrainState, and what only some runs have.
+    """The state of a run after a step: flax's TrainState, and fields that only some runs have.
 
-    Every field is the same on all devices, except those that `own_fields` names: these are
-    [N, ...], each device with its own.
+    Fields in `own_fields` are [N, ...], one entry per device; all others are equal on all devices.
 
     Attributes:
       outer: state of DiLoCo's outer optimizer; () without one.
-      ema: average of the parameters, or a device's slice of it; () without one. See `ema`.
+      ema: EMA of the parameters (see `ema`), or each device's slice of it; () without one.
     """
 
     outer: Any = ()
@@ -36,12 +35,12 @@ class State(TrainState):
 
 
 def create_state(setup: Setup, replicas: Replicas, read: Callable[[], Any] | None = None) -> State:
-    """Makes the state of step 0 on all devices.
+    """Creates the state of step 0 on all devices.
 
     Args:
-      setup: of the run.
+      setup: the run's setup.
       replicas: the devices.
-      read: returns the parameters to start from, on the host; by default they are drawn.
+      read: returns the initial parameters, on the host; by default they are drawn at random.
     """
     params = replicas.replicate(read() if read else initial_params(setup.model, setup.config.seed))
     start = replicas.pmap(functools.partial(_of_device, setup), out_axes=_axes(setup))
@@ -49,7 +48,7 @@ def create_state(setup: Setup, replicas: Replicas, read: Callable[[], Any] | Non
 
 
 def abstract_state(setup: Setup) -> State:
-    """The state with shapes and dtypes for arrays; nothing is computed."""
+    """Returns the state with shapes and dtypes in place of arrays; nothing is computed."""
     on_all_devices = jax.vmap(
         functools.partial(_of_device, setup),
         in_axes=(None, 0),
@@ -67,7 +66,7 @@ def _axes(setup: Setup) -> State:
 
 
 def _of_device(setup: Setup, params: Any, unused: Any) -> State:
-    """What one device holds at step 0; call it under the axis 'batch'."""
+    """Returns one device's state at step 0; call it under the axis 'batch'."""
     del unused
     opt_state, outer = setup.method.init(setup.optimizer, params)
     ema = setup.method.part(params) if setup.method.ema_decay else ()
@@ -76,19 +75,19 @@ def _of_device(setup: Setup, params: Any, unused: Any) -> State:
 
 
 def own_fields(method: Sync) -> set[str]:
-    """The fields of which each device has its own, [N, ...]."""
+    """Returns the names of the fields that differ between devices, [N, ...]."""
     own = {"opt_state": method.own_opt_state, "ema": method.own_ema and method.ema_decay > 0}
     return {name for name, is_own in own.items() if is_own}
 
 
 def state_axes(state: State, method: Sync) -> State:
-    """Which fields of a state have an axis of devices, as `jax.pmap` wants to be told."""
+    """Returns 0 for fields with a device axis and None for others, as `jax.pmap` takes them."""
     own = own_fields(method)
     return state.replace(**{name: 0 if name in own else None for name in FIELDS})
 
 
 def of_one_device(state: State, method: Sync) -> State:
-    """The shapes that one device sees of an abstract state."""
+    """Returns the shapes that one device sees of an abstract state: without the device axis."""
 
     def without_devices(x):
         return jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
@@ -98,17 +97,17 @@ def of_one_device(state: State, method: Sync) -> State:
 
 
 def fields_of(state: State) -> dict[str, Any]:
-    """The fields of a state that hold anything, by name."""
+    """Returns the fields of a state that hold arrays, by name."""
     fields = {name: getattr(state, name) for name in FIELDS}
     return {name: tree for name, tree in fields.items() if jax.tree.leaves(tree)}
 
 
 def whole_fields(state: State, method: Sync) -> dict[str, Any]:
-    """The fields of which each device has its own, with the shapes that a single device has.
+    """Returns the fields in `own_fields` with the shapes they have on a single device, unsliced.
 
     Args:
-      state: with arrays or their shapes; only shapes are looked at.
-      method: how the devices agree.
+      state: a state of arrays or of shapes; only shapes are used.
+      method: the sync method.
     """
     shapes = {
         "opt_state": lambda: jax.eval_shape(state.tx.init, state.params),
@@ -118,12 +117,12 @@ def whole_fields(state: State, method: Sync) -> dict[str, Any]:
 
 
 def saved_shapes(state: State, method: Sync, device_count: int) -> dict[str, Any]:
-    """Shapes and dtypes of the arrays in a checkpoint.
+    """Returns shapes and dtypes of the arrays in a checkpoint.
 
     Args:
-      state: with arrays or their shapes; only shapes are looked at.
-      method: how the devices agreed that wrote the checkpoint.
-      device_count: how many there were.
+      state: a state of arrays or of shapes; only shapes are used.
+      method: the sync method of the run that wrote the checkpoint.
+      device_count: number of devices of that run.
     """
     own = whole_fields(state, method)
     return fields_of(state) | {

@@ -22,11 +22,11 @@ from jaxdp.sync.methods import Sync
 
 
 def step_of(setup: Setup, method: Sync | None = None) -> Callable:
-    """The training step of a setup, (state, batch) -> (state, metrics): see `train_step`.
+    """Returns the training step of a setup, (state, batch) -> (state, metrics); see `train_step`.
 
     Args:
-      setup: of the run.
-      method: how replicas agree, where it isn't the setup's own.
+      setup: the run's setup.
+      method: the sync method, if not the setup's own.
     """
     return functools.partial(
         train_step,
@@ -46,29 +46,29 @@ def train_step(
     objective: Objective,
     clip_norm: float = 0.0,
 ) -> tuple[State, dict[str, jax.Array]]:
-    """One optimizer step, or a round of several; call it under an axis named 'batch'.
+    """Runs one optimizer step, or a round of several; call it under an axis named 'batch'.
 
-    Loss and gradient are means over the weights of all tokens in the global batch, however many
-    devices and micro-batches it is spread over. Random numbers depend on (seed, step, number of
-    the sequence in the global batch), so they don't depend on that either.
+    Loss and gradient are weighted means over all tokens in the global batch. Random numbers depend
+    only on seed, step and the sequence's number in the global batch. So neither depends on the
+    number of devices and micro-batches.
 
     Args:
-      state: equal on all devices, but for what `method` keeps apart.
-      batch: this device's inputs and targets [steps, b, L] int32, weights [steps, b, L] float32,
-        where documents are kept apart segments and positions [steps, b, L] int32, and
-        stop and busy [steps, b] float32: whether this process was asked to stop, and the seconds
-        it was last busy with a step.
-      method: how replicas agree.
+      state: equal on all devices, except for `state.own_fields`.
+      batch: this device's inputs and targets [steps, b, L] int32, weights [steps, b, L] float32;
+        segments and positions [steps, b, L] int32 where documents are kept apart; stop and busy
+        [steps, b] float32: whether this process was asked to stop, and for how many seconds it
+        was busy with its last step.
+      method: the sync method.
       schedule: step -> learning rate, for the metrics only.
-      objective: whose gradient it is.
-      clip_norm: gradients with a larger norm are scaled down to it; 0: never.
+      objective: the loss to differentiate.
+      clip_norm: gradients with a larger norm are scaled down to it; 0: no clipping.
 
     Returns:
-      The new state, and metrics of each step, float32: loss (nats per token), grad_norm (before
-      clipping; a mean over devices where each has its own), learning_rate, stop (any process's) and
-      skipped (0 where the update was made; more where loss or gradient weren't finite, so that
-      parameters and moments stayed as they were), [steps] each; tokens (real ones) and busy,
-      [steps, N], of every device; drift [steps] where replicas drift apart.
+      The new state, and float32 metrics of each step. [steps]: loss (nats per token), grad_norm
+      (before clipping; a mean over devices where each has its own), learning_rate, stop (more than
+      0 if any process was asked to stop), skipped (0 where the update was made; more where loss or
+      gradient were not finite, so that parameters and moments stayed unchanged), and drift where
+      replicas train alone. [steps, N], by device: tokens (without padding) and busy.
     """
 
     def step(state, batch):
@@ -84,7 +84,7 @@ def train_step(
         if clip_norm:
             grads = clip(grads, figures["grad_norm"], clip_norm)
         figures["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
-        # A loss or gradient that isn't finite would be in the parameters for ever.
+        # An update that isn't finite would spoil the parameters for good, so it is skipped.
         good = jnp.isfinite(figures["loss"]) & jnp.isfinite(figures["grad_norm"])
         figures["skipped"] = jnp.where(good, 0.0, 1.0)
         updated, skipped = method.update(state, grads), at_step(state, state.step + 1)
@@ -106,11 +106,12 @@ def train_step(
 
 
 def _choose(first: jax.Array, one: State, other: State) -> State:
-    """One state or the other, of which one was made from the other, in the memory of the other.
+    """Picks `one` if `first`, else `other`; `one` was computed from `other` and reuses its memory.
 
-    The new moments may take the place of the old only when the new parameters, made from the old
-    ones, are there. XLA copies the moments rather than wait, unless the moments need something of
-    the parameters: here whether their first numbers are NaN, which says nothing new.
+    The new parameters are computed from the old moments, so they have to come before the new
+    moments overwrite the old ones. XLA copies the moments instead of waiting, unless the moments
+    depend on the new parameters. A harmless dependency is made here: on whether one of the
+    parameters' first elements is NaN.
     """
 
     def pick(first, one, other):
@@ -122,9 +123,9 @@ def _choose(first: jax.Array, one: State, other: State) -> State:
 
 
 def at_step(state: State, step: Any) -> State:
-    """The same parameters and moments, at another step of the run and of the schedule.
+    """Moves a state to another step of the run and of the schedule.
 
-    What counts the updates in the moments, for Adam's bias correction, stays as it is.
+    Parameters and moments stay, and so does the count of updates for Adam's bias correction.
     """
 
     def of_schedule(path, _):
@@ -135,6 +136,6 @@ def at_step(state: State, step: Any) -> State:
 
 
 def clip(grads: Any, norm: jax.Array, limit: float) -> Any:
-    """Scales a gradient of this norm down to `limit` where it is longer."""
+    """Scales a gradient with this norm down to the norm `limit`, if it is larger."""
     scale = limit / jnp.maximum(norm, limit)
     return jax.tree.map(lambda x: x * scale, grads)

@@ -1,1 +1,1 @@
-"""How replicas agree on one model, and what that costs."""
+"""How replicas are synchronised, and what that costs."""

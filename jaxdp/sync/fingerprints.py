@@ -1,4 +1,4 @@
-"""Do all devices still hold the same state? A check against silent corruption of a replica."""
+"""Checks that all devices still hold the same state: finds silent corruption of a replica."""
 
 from collections import Counter
 from typing import Any
@@ -11,7 +11,7 @@ from jax import lax
 from jaxdp.common.errors import RunError
 from jaxdp.parallel.replicas import AXIS, Replicas
 
-# Any odd multiplier; this one is Knuth's.
+# Any odd multiplier would do; this one is Knuth's.
 MULTIPLIER = 2654435761
 
 
@@ -19,21 +19,25 @@ class ReplicaCheck:
     """Compares fingerprints of a replicated pytree over all devices of all processes."""
 
     def __init__(self, replicas: Replicas):
-        """Compiles nothing yet."""
+        """Prepares the check; the first call compiles it."""
         self._p_fingerprints = replicas.pmap(
             lambda tree, _: lax.all_gather(fingerprints(tree), AXIS)
         )
         self._unused = replicas.shard(np.zeros(len(replicas.devices)))
 
     def __call__(self, tree: Any, step: int) -> None:
-        """Compares.
+        """Compares the fingerprints of all devices.
+
+        Args:
+          tree: replicated arrays.
+          step: steps done, for the message.
 
         Raises:
-          RunError: on every process; names the devices in the minority and the first leaf that
-            differs.
+          RunError: on every process, if they differ; names the devices in the minority and the
+            first leaf that differs.
         """
         found = np.asarray(self._p_fingerprints(tree, self._unused))
-        # Of two devices nobody can say which is right; the first counts as the one that is.
+        # If two devices differ, either may be right; the first is assumed to be.
         common, _ = Counter(row.tobytes() for row in found).most_common(1)[0]
         differs = found != np.frombuffer(common, found.dtype)
         if differs.any():
@@ -42,19 +46,19 @@ class ReplicaCheck:
             devices = ", ".join(str(i) for i in np.flatnonzero(differs.any(1)))
             raise RunError(
                 f"after step {step} device {devices} of 0..{len(found) - 1} holds another state "
-                f"than most, first in {first}: nothing of it was saved; check that device, and "
+                f"than most, first in {first}: this state was not saved; check that device, and "
                 "run again to go on from the newest checkpoint"
             )
 
 
 def fingerprints(tree: Any) -> jax.Array:
-    """A number for each leaf that depends on every bit of it and on where it stands.
+    """Computes a number for each leaf that depends on every bit of it and on each bit's place.
 
-    The sum, modulo 2^32, of a hash of each element's bits and index. It is exact, so equal leaves
-    have equal fingerprints on every device, in whatever order they are added.
+    It is the sum, modulo 2^32, of a hash of each element's bits and index. Integer sums are exact,
+    so equal leaves have equal fingerprints on every device, in whatever order they are added.
 
     Args:
-      tree: of arrays of at most 32 bits an element.
+      tree: arrays with at most 32 bits per element.
 
     Returns:
       [leaves] uint32.

@@ -1,7 +1,7 @@
-"""The choices of sync.method: what replicas do in a step and when they agree.
+"""The choices of sync.method: what replicas do in a step, and when they are synchronised.
 
-`Sync` is the default, gradient_mean; each other method is a subclass that changes some hooks. What
-a method allows and needs stands in its attributes and checks, and nowhere else.
+`Sync` is the default, gradient_mean; each other method is a subclass that overrides some hooks.
+A method's attributes and checks say what it allows and needs; nothing else does.
 
 Shapes: N devices, b sequences per device.
 """
@@ -26,34 +26,34 @@ from jaxdp.sync.traffic import Collective, num_bytes
 class Sync:
     """gradient_mean: all devices make the same update, with the mean gradient.
 
-    A step is accumulate -> mean -> norm -> update, a round is `every` steps and then agree. What
-    the state holds is equal on all devices between rounds, but for opt_state where a subclass says
-    `own_opt_state`: it is then [N, ...], each device's own.
+    A step is accumulate -> mean -> norm -> update; a round is `every` steps, then agree. Between
+    rounds the state is equal on all devices, except for opt_state with `own_opt_state` and ema with
+    `own_ema`: these are [N, ...], one entry per device.
     """
 
     own_opt_state = False  # Each device has its own optimizer state.
-    own_ema = False  # Each device has its own slice of the parameters' average.
-    has_outer = False  # An outer optimizer has a state, too: other methods can't go on from it.
-    elementwise_only = False  # Each device updates slices of arrays, never a whole matrix.
-    same_on_any_devices = True  # Another number of devices changes no more than rounding.
+    own_ema = False  # Each device has its own slice of the parameters' EMA.
+    has_outer = False  # An outer optimizer has state, so other methods can't resume from it.
+    elementwise_only = False  # Each device updates slices of arrays, so no optimizer sees a matrix.
+    same_on_any_devices = True  # On other numbers of devices only rounding differs.
     starts_late = False  # Can begin after sync.after steps of gradient_mean.
     dtypes: tuple[str, ...] = ("float32", "bfloat16")  # Values of sync.dtype that it can send.
     every = 1  # Optimizer steps in a round.
 
     def __init__(self, config: ConfigDict, axis_name: str):
-        """Takes a valid config and the name of the devices' axis."""
+        """Takes a valid config and the name of the device axis."""
         self.config, self.axis = config.sync, axis_name
         self.ema_decay = config.ema.decay
         self.grad_accum_steps = config.grad_accum_steps
 
     @classmethod
     def check(cls, config: ConfigDict) -> None:
-        """Raises ConfigError where the other keys of a config don't go with this method."""
+        """Raises ConfigError if other keys of a config don't go with this method."""
         c = config.sync
         if cls.elementwise_only and config.optimizer.name in WHOLE_MATRICES:
             raise ConfigError(
-                f"optimizer.name={config.optimizer.name!r} needs whole matrices, of which "
-                f"sync.method={c.method!r} gives each device a slice: use another of the two"
+                f"optimizer.name={config.optimizer.name!r} needs whole matrices, and "
+                f"sync.method={c.method!r} gives each device a slice of them: change one of the two"
             )
         if c.dtype not in cls.dtypes:
             able = [name for name, method in METHODS.items() if c.dtype in method.dtypes]
@@ -70,75 +70,81 @@ class Sync:
 
     @classmethod
     def check_devices(cls, config: ConfigDict, device_count: int) -> None:
-        """Raises ConfigError where so many devices can't share the batch by this method."""
+        """Raises ConfigError if this number of devices can't share the batch by this method."""
 
     @classmethod
     def batch_unit(cls, config: ConfigDict, device_count: int) -> int:
-        """Sequences of a device, of which its part of the batch has to be a multiple."""
+        """Returns the number that a device's count of sequences has to be a multiple of."""
         del device_count
         return config.grad_accum_steps
 
     @classmethod
     def max_devices(cls, config: ConfigDict) -> int:
-        """The largest number of devices that a config allows."""
+        """Returns the largest number of devices that a config allows."""
         del config
         return MOST
 
     def init(self, tx: optax.GradientTransformation, params: Tree) -> tuple[Tree, Tree]:
-        """This device's opt_state, and the state of an outer optimizer."""
+        """Returns this device's opt_state, and the outer optimizer's state or ()."""
         return tx.init(params), ()
 
     def accumulate(self, value_and_grad: Callable, params: Tree, batch: Tree) -> Tree:
-        """((loss_sum, weight_sum), gradient_sums) of this device's batch."""
+        """Returns ((loss_sum, weight_sum), gradient_sums) over this device's batch."""
         return reductions.accumulate(value_and_grad, params, batch, self.grad_accum_steps)
 
     def mean(self, sums: Tree, figures: Figures) -> tuple[Tree, Figures]:
-        """Gradient sums -> the gradient to use, and the figures, summed over devices or not yet."""
+        """Returns the gradient from its sums, and the figures: summed here or else in `agree`."""
         return reductions.gradient_mean(sums, figures, self.axis, self.config.dtype)
 
     def norm(self, grads: Tree) -> jax.Array:
-        """Global norm of the gradient, []."""
+        """Returns the global norm of the gradient, []."""
         return optax.tree.norm(grads)
 
     def update(self, state: Any, grads: Tree) -> Any:
-        """The state after an optimizer step."""
+        """Returns the state after an optimizer step with this gradient."""
         return state.apply_gradients(grads=grads)
 
     def agree(self, before: Any, after: Any, figures: Figures) -> tuple[Any, Figures]:
-        """Ends a round: states at its begin and end, figures [steps, ...], now to be summed."""
+        """Ends a round: returns its synchronised state, and its figures summed over devices.
+
+        `before` and `after` are the states at its start and end, figures are [steps, ...] each.
+        """
         del before
         return after, figures
 
     def part(self, params: Tree) -> Tree:
-        """The slice of the parameters whose average this device keeps; here all of them."""
+        """Returns the slice of the parameters whose EMA this device keeps: here all of them."""
         return params
 
     def whole(self, part: Tree, like: Tree) -> Tree:
-        """The inverse of `part`; `like`: shapes of the parameters."""
+        """Puts the devices' slices together, the inverse of `part`; like: parameter shapes."""
         del like
         return part
 
     def save(self, own: Tree, like: Tree) -> Tree:
-        """Own opt_state or average [N, ...] -> what a checkpoint holds; `like`: that of one."""
+        """Converts per-device opt_state or ema, [N, ...], to what a checkpoint holds.
+
+        `like` has the shapes on a single device, unsliced.
+        """
         raise NotImplementedError
 
     def saved_shapes(self, like: Tree, count: int) -> Tree:
-        """What `save` made of that of `count` devices."""
+        """Returns the shapes of what `save` returns on `count` devices; like: see `save`."""
         del count
         return like
 
     def load(self, saved: Tree, count: int) -> Tree:
-        """The inverse of `save`, for `count` devices."""
+        """Converts what `save` returned back to [count, ...], for `count` devices."""
         raise NotImplementedError
 
     def traffic(self, params: Tree, opt_state: Tree, device_count: int) -> list[Collective]:
-        """The collectives of a round that grow with the model; shapes are those of one device."""
+        """Returns the collectives of a round that grow with the model; trees are one device's."""
         del opt_state, device_count
         return [Collective("all-reduce", num_bytes(params, self.config.dtype))]
 
 
 class Sharded(Sync):
-    """sharded: ZeRO stage 1 (Rajbhandari et al. 2020), for optimizers that are elementwise."""
+    """sharded: ZeRO stage 1 (Rajbhandari et al. 2020), for elementwise optimizers."""
 
     own_opt_state = True
     own_ema = True
@@ -181,9 +187,10 @@ class Sharded(Sync):
 
 
 class FixedOrder(Sync):
-    """fixed_order: gradient_mean by a tree of sums that no device count changes.
+    """fixed_order: gradient_mean with the same order of additions on any number of devices.
 
-    The tree has a leaf for each of sync.virtual_replicas parts of the batch, a power of two.
+    Gradients are added in a binary tree, with a leaf for each of sync.virtual_replicas parts of the
+    batch, a power of two.
     """
 
     dtypes = ("float32",)
@@ -194,7 +201,7 @@ class FixedOrder(Sync):
         parts = config.sync.virtual_replicas
         if parts & (parts - 1):
             raise ConfigError(
-                f"sync.virtual_replicas={parts} is no power of two: use 8, or another"
+                f"sync.virtual_replicas={parts} is not a power of two: use 8 or 16, for example"
             )
         if config.grad_accum_steps != 1:
             raise ConfigError(
@@ -207,8 +214,8 @@ class FixedOrder(Sync):
         parts, total = config.sync.virtual_replicas, config.global_batch_size
         if parts % device_count or total % parts:
             raise ConfigError(
-                f"sync.virtual_replicas={parts} can't be split equally over {device_count} "
-                f"devices, or global_batch_size={total} not over them: both have to be multiples"
+                f"sync.virtual_replicas={parts} has to be a multiple of the {device_count} "
+                f"devices, and global_batch_size={total} a multiple of it: change one of them"
             )
 
     @classmethod
@@ -225,7 +232,7 @@ class FixedOrder(Sync):
 
     def mean(self, sums, figures):
         loss = figures.pop("loss")
-        figures = lax.psum(figures, self.axis)  # Whole numbers, and each device's own.
+        figures = lax.psum(figures, self.axis)  # Exact: integers, or 0 on all devices but one.
         sums, figures["loss"] = reductions.doubling_sum((sums, loss), self.axis)
         return lax.optimization_barrier(reductions.divide(sums, figures)), figures
 
@@ -238,11 +245,11 @@ class FixedOrder(Sync):
 
 
 class ParameterMean(Sync):
-    """parameter_mean: local SGD (Stich 2019); the optimizer's moments are averaged likewise.
+    """parameter_mean: local SGD (Stich 2019); the optimizer's moments are averaged, too.
 
-    Averaged moments keep the replicas' states equal between rounds, so that a checkpoint is one
-    replica's and fits any number of devices (Yu et al. 2019 average the momentum, too). With SGD
-    and `every` = 1 it is gradient_mean, as everything is linear.
+    Averaged moments keep the replicas' states equal between rounds, so a checkpoint holds one
+    replica's state and fits any number of devices (Yu et al. 2019 also average the momentum). With
+    SGD and `every` = 1 it equals gradient_mean, as SGD's update is linear in the gradient.
     """
 
     same_on_any_devices = False
@@ -261,8 +268,8 @@ class ParameterMean(Sync):
         for key, value in (dues | {"sync.after": config.sync.after}).items():
             if value % every:
                 raise ConfigError(
-                    f"{key}={value} is no multiple of sync.every={every}, and replicas agree only "
-                    f"then: use {value // every * every + every}, or another sync.every"
+                    f"{key}={value} is not a multiple of sync.every={every}, the steps between "
+                    f"synchronisations: use {value // every * every + every}, or another sync.every"
                 )
 
     def mean(self, sums, figures):
@@ -291,7 +298,7 @@ class ParameterMean(Sync):
 
 
 class DiLoCo(ParameterMean):
-    """diloco: Douillard et al. 2023. Each device keeps the moments of its inner optimizer."""
+    """diloco: DiLoCo (Douillard et al. 2023); each device keeps its inner optimizer's moments."""
 
     own_opt_state = True
     has_outer = True
@@ -312,7 +319,7 @@ class DiLoCo(ParameterMean):
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), like)
 
     def load(self, saved, count):
-        """On another number of devices all go on with the mean of the saved moments."""
+        """Returns the saved moments; on another number of devices, their mean for each device."""
 
         def spread(x):
             mean = x.mean(0) if jnp.issubdtype(x.dtype, jnp.floating) else x[0]
@@ -341,5 +348,5 @@ METHODS: dict[str, type[Sync]] = {
 
 
 def traffic(config: ConfigDict, params: Tree, opt_state: Tree, count: int) -> list[Collective]:
-    """`Sync.traffic` of a config's method; only shapes and dtypes of the trees are looked at."""
+    """Returns `Sync.traffic` of a config's method; only the trees' shapes and dtypes are used."""
     return METHODS[config.sync.method](config, "").traffic(params, opt_state, count)

@@ -1,13 +1,13 @@
-"""How replicas agree: pure functions over a pytree and an axis name.
+"""How replicas are synchronised: pure functions of a pytree and an axis name.
 
-`methods` puts them together to the choices of sync.method. To add one, write its function here and
-its class there.
+`methods` combines them into the choices of sync.method. To add a method, write its function here
+and its class there.
 
-Sums come undivided and with their weights: they are summed over devices and then divided, once,
-which is exact also where devices hold different numbers of tokens, as a mean of means is not.
+Sums and their weights are summed over devices, then divided once. Unlike a mean of means, this is
+exact where devices hold different numbers of tokens.
 
-`figures` is a dict of small sums that travel along: loss (this device's sum, nats), tokens [N] (the
-device's own count at its own index, zero elsewhere), and more of either kind.
+`figures` is a dict of small sums that are synchronised along with the gradient: loss (this device's
+sum, nats), tokens [N] (the device's own count at its own index, zero elsewhere), and more such.
 
 Shapes: N devices, A micro-batches, b sequences per device, S numbers in a device's slice.
 """
@@ -28,15 +28,15 @@ Figures = dict[str, jax.Array]
 
 
 def per_device(x: jax.Array, axis_name: str) -> jax.Array:
-    """[] -> [N], zero but for this device's own place: summed over devices, everyone's values."""
+    """Puts a [] value at this device's index of [N] zeros; psum then gives every device's value."""
     mine = jnp.arange(lax.axis_size(axis_name)) == lax.axis_index(axis_name)
     return jnp.where(mine, x, 0)
 
 
 def divide(sums: Tree, figures: Figures) -> Tree:
-    """Sums over tokens -> means; 0 where there was no token, as masked-LM batches can have it.
+    """Divides sums by the number of tokens; a batch without tokens, as in masked-LM, gives 0.
 
-    It multiplies by 1 / weight, which XLA would do of itself in some programs and not in others.
+    It multiplies by 1 / weight, since XLA would turn a division into that in some programs only.
     """
     weight = figures["tokens"].sum()
     scale = 1 / jnp.where(weight > 0, weight, 1)
@@ -46,13 +46,13 @@ def divide(sums: Tree, figures: Figures) -> Tree:
 def gradient_mean(
     sums: Tree, figures: Figures, axis_name: str, dtype: str = "float32"
 ) -> tuple[Tree, Figures]:
-    """The mean over all tokens of all devices, from each device's sums, in one collective.
+    """Computes means over all devices' tokens from each device's sums, in one collective.
 
     Args:
       sums: a pytree of this device's sums over its tokens.
-      figures: this device's.
-      axis_name: of the devices.
-      dtype: in which the sums are sent; "bfloat16" rounds each to 8 bits before they are added.
+      figures: this device's figures.
+      axis_name: name of the device axis.
+      dtype: dtype in which sums are sent; "bfloat16" rounds each to 8 bits before the addition.
 
     Returns:
       The means, float32, and the figures summed over devices.
@@ -64,20 +64,20 @@ def gradient_mean(
 
 
 def parameter_mean(tree: Tree, before: Tree, tokens: jax.Array, axis_name: str) -> Tree:
-    """θ' = Σ wᵢ θᵢ, the recipe's average after independent local updates (Stich 2019).
+    """Averages the replicas' trees after local updates, θ' = Σ wᵢ θᵢ (Stich 2019).
 
-    The weights wᵢ are the devices' shares of the tokens: 1 / N where all have the same number.
+    A device's weight wᵢ is its share of the tokens: 1 / N if all have the same number.
 
     Args:
-      tree: this device's; integers count its updates, of which it may have skipped some.
-      before: the tree that all devices had when they agreed last.
-      tokens: [N], of each device since the replicas agreed last.
-      axis_name: of the devices.
+      tree: this device's tree; integers in it count its updates, without skipped ones.
+      before: the tree that all devices had after the last synchronisation.
+      tokens: [N], each device's number of tokens since then.
+      axis_name: name of the device axis.
     """
     total = tokens.sum()
     shares = jnp.where(total > 0, tokens / jnp.where(total > 0, total, 1), 1 / len(tokens))
     mine = shares[lax.axis_index(axis_name)]
-    # Counts since then are small: exact as floats, so that all goes in one collective.
+    # Updates since then are few, so exact as floats: one collective for everything.
     own = jax.tree.map(lambda x, b: x if _is_float(x) else (x - b).astype(mine.dtype), tree, before)
     means = lax.psum(jax.tree.map(lambda x: x * mine, own), axis_name)
     return jax.tree.map(
@@ -90,7 +90,7 @@ def _is_float(x: jax.Array) -> bool:
 
 
 def drift(params: Tree, mean: Tree, axis_name: str) -> jax.Array:
-    """How far replicas have come apart: root mean square of |θᵢ - θ̄| over devices, / |θ̄|."""
+    """Returns how far replicas are apart: the root mean square of |θᵢ - θ̄| over devices, / |θ̄|."""
     apart = optax.tree.norm(jax.tree.map(jnp.subtract, params, mean), squared=True)
     return jnp.sqrt(lax.pmean(apart, axis_name)) / optax.tree.norm(mean)
 
@@ -98,13 +98,13 @@ def drift(params: Tree, mean: Tree, axis_name: str) -> jax.Array:
 def outer_step(
     outer: optax.GradientTransformation, before: Tree, mean: Tree, state: Tree
 ) -> tuple[Tree, Tree]:
-    """DiLoCo's outer step (Douillard et al. 2023): the mean way back is the gradient.
+    """Makes DiLoCo's outer step, with `before` - `mean` as gradient (Douillard et al. 2023).
 
     Args:
       outer: the outer optimizer, Nesterov momentum.
-      before: parameters when the replicas agreed last.
-      mean: of their parameters now.
-      state: of the outer optimizer.
+      before: parameters after the last synchronisation.
+      mean: mean of the replicas' parameters now.
+      state: state of the outer optimizer.
 
     Returns:
       The new parameters and the outer optimizer's new state.
@@ -115,7 +115,7 @@ def outer_step(
 
 
 def slices(tree: Tree, count: int) -> Tree:
-    """Each leaf flattened, padded with zeros and cut into equal parts: [...] -> [count, s]."""
+    """Flattens each leaf, pads it with zeros and cuts it into equal slices: [...] -> [count, S]."""
 
     def cut(x):
         pad = np.pad if isinstance(x, np.ndarray) else jnp.pad
@@ -125,7 +125,7 @@ def slices(tree: Tree, count: int) -> Tree:
 
 
 def unslice(parts: Tree, like: Tree) -> Tree:
-    """The inverse of `slices`; numbers of which each device has its own copy come as [count]."""
+    """Undoes `slices`; like: the shapes before. A scalar copied to all devices comes as [count]."""
     return jax.tree.map(
         lambda x, shape: x.reshape(-1)[: shape.size].reshape(shape.shape), parts, like
     )
@@ -134,7 +134,7 @@ def unslice(parts: Tree, like: Tree) -> Tree:
 def scatter_mean(
     sums: Tree, figures: Figures, axis_name: str, dtype: str = "float32"
 ) -> tuple[Tree, Figures]:
-    """`gradient_mean`, of which each device gets its own slice only: [s] of each leaf."""
+    """Computes `gradient_mean`, but returns only this device's slice of each leaf, [S]."""
     cut = slices(sums, lax.axis_size(axis_name))
     leaves, treedef = jax.tree.flatten(cut)
     sent = jnp.concatenate(leaves, axis=1).astype(dtype)
@@ -144,7 +144,7 @@ def scatter_mean(
 
 
 def all_gather(mine: Tree, like: Tree, axis_name: str) -> Tree:
-    """Puts together what each device has a slice of, in one collective."""
+    """Puts the devices' slices together, in one collective; like: the shapes of the whole."""
     leaves, treedef = jax.tree.flatten(mine)
     every = lax.all_gather(jnp.concatenate(leaves), axis_name)
     return unslice(jax.tree.unflatten(treedef, _split(every, leaves)), like)
@@ -158,17 +158,17 @@ def _split(joined: jax.Array, leaves: list[jax.Array]) -> list[jax.Array]:
 
 
 def pairwise_sum(tree: Tree) -> Tree:
-    """[n, ...] -> [...], n a power of two: neighbours are added, then neighbouring sums, ..."""
+    """Sums over the first axis, of length 2^k: neighbours, then neighbouring sums, and so on."""
     while len(jax.tree.leaves(tree)[0]) > 1:
         tree = jax.tree.map(lambda x: x[0::2] + x[1::2], tree)
     return jax.tree.map(lambda x: x[0], tree)
 
 
 def doubling_sum(tree: Tree, axis_name: str) -> Tree:
-    """Sum over a power of two of devices in the order of `pairwise_sum`, by recursive doubling.
+    """Sums over a power of two of devices in the order of `pairwise_sum`, by recursive doubling.
 
-    Round d adds what the device whose number differs in bit d has, so that after log2(N) rounds
-    all hold the same tree of sums; a + b = b + a also in floating point.
+    In round d each device adds the sum of the device whose number differs in bit d. As a + b =
+    b + a also in floating point, after log2(N) rounds all devices hold the same sum.
     """
     count, distance = lax.axis_size(axis_name), 1
     flat, unravel = ravel_pytree(tree)  # One collective a round, not one for each leaf.
@@ -180,7 +180,7 @@ def doubling_sum(tree: Tree, axis_name: str) -> Tree:
 
 
 def accumulate(value_and_grad: Callable, params: Tree, batch: Tree, count: int) -> Tree:
-    """Sums of ((loss_sum, weight_sum), gradients) over `count` micro-batches, one at a time."""
+    """Sums ((loss_sum, weight_sum), gradients) over `count` micro-batches, one at a time."""
     if count == 1:
         return value_and_grad(params, batch)
     micros = _cut(batch, count)
@@ -194,11 +194,11 @@ def accumulate(value_and_grad: Callable, params: Tree, batch: Tree, count: int) 
 
 
 def accumulate_in_order(value_and_grad: Callable, params: Tree, batch: Tree, count: int) -> Tree:
-    """Like `accumulate`, but in the order of `pairwise_sum`, every part by the same program.
+    """Sums like `accumulate`, but in the order of `pairwise_sum` and by the same program.
 
-    Nothing may be fused across the loop's border, nor may the loop be unrolled or emptied: what is
-    around it, and how often it runs, depends on the number of devices. So its length is hidden from
-    XLA, and a single part has an empty place beside it, or it would not depend on the loop at all.
+    The code around the loop and the number of its iterations depend on the number of devices; the
+    bits of a part must not. So XLA may neither fuse across the loop's border nor unroll or remove
+    the loop: its length is hidden from XLA, and a single part gets an empty place beside it.
     """
     micros = _cut(batch, count)
     places = max(count, 2)
@@ -216,7 +216,7 @@ def accumulate_in_order(value_and_grad: Callable, params: Tree, batch: Tree, cou
 
     shapes = jax.eval_shape(part, 0)
     parts = jax.tree.map(lambda x: jnp.zeros((places, *x.shape), x.dtype), shapes)
-    # Never negative, which only we know.
+    # Token ids are never negative, so length is always count; XLA can't know that.
     data = jax.tree.leaves(batch)[0].reshape(-1)[0]
     length = count - (data < -(2**30)).astype(jnp.int32)
     _, parts = lax.while_loop(lambda carry: carry[0] < length, put, (jnp.int32(0), parts))
@@ -225,7 +225,7 @@ def accumulate_in_order(value_and_grad: Callable, params: Tree, batch: Tree, cou
 
 
 def ordered_norm(tree: Tree) -> jax.Array:
-    """Global norm, []: a sum by halves, of which no compiler can choose the order."""
+    """Computes the global norm, [], in an order of additions that the compiler can't change."""
     squares = lax.optimization_barrier(jnp.square(ravel_pytree(tree)[0]))
     squares = jnp.pad(squares, (0, (1 << (squares.size - 1).bit_length()) - squares.size))
     while squares.size > 1:

@@ -1,4 +1,4 @@
-"""What agreement costs: bytes, collectives, and the time that devices spend on them."""
+"""What synchronisation costs: collectives, their bytes, and the time devices spend on them."""
 
 import dataclasses
 import re
@@ -18,8 +18,8 @@ class Collective:
 
     Attributes:
       kind: all-reduce, reduce-scatter, all-gather or collective-permute.
-      bytes: of the whole buffer that it is about, on each device.
-      steps: it happens once in so many optimizer steps.
+      bytes: size of the whole buffer, before or after it is split over devices.
+      steps: optimizer steps from one such operation to the next.
     """
 
     kind: str
@@ -27,7 +27,7 @@ class Collective:
     steps: float = 1
 
     def sent(self, device_count: int) -> float:
-        """Bytes that a device sends, on a ring (Thakur et al. 2005).
+        """Returns the bytes that each device sends, on a ring (Thakur et al. 2005).
 
         Examples:
           >>> Collective("all-reduce", 1000).sent(4), Collective("all-gather", 1000).sent(4)
@@ -39,14 +39,14 @@ class Collective:
         return rounds * (device_count - 1) / device_count * self.bytes
 
     def hops(self, device_count: int) -> int:
-        """Messages that wait for one another, on a ring."""
+        """Returns the number of messages sent one after the other, on a ring."""
         if self.kind == "collective-permute":
             return 1
         return (2 if self.kind == "all-reduce" else 1) * (device_count - 1)
 
 
 def sent_per_step(round_: Iterable[Collective], device_count: int) -> float:
-    """Bytes that a device sends per optimizer step.
+    """Returns the bytes that each device sends per optimizer step.
 
     Examples:
       >>> sent_per_step([Collective("all-reduce", 1000, steps=10)], device_count=4)
@@ -56,7 +56,7 @@ def sent_per_step(round_: Iterable[Collective], device_count: int) -> float:
 
 
 def num_bytes(tree: Any, dtype: str | None = None) -> int:
-    """Of all floating-point leaves, in `dtype` or their own."""
+    """Returns the bytes of all floating-point leaves, in `dtype` or their own dtypes."""
     floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
     return sum(x.size * jnp.dtype(dtype or x.dtype).itemsize for x in floats)
 
@@ -70,24 +70,24 @@ _BUFFER = re.compile(r"([a-z]+)(\d+)\[([\d,]*)\]")
 
 
 def collectives(program: str, device_count: int) -> dict[str, Collective]:
-    """Those in a compiled program.
+    """Finds the collectives of a compiled program.
 
     Args:
       program: its HLO text.
       device_count: N.
 
     Returns:
-      {instruction name: collective}; those in a loop are there once, whatever its length.
+      {instruction name: collective}. A collective in a loop counts once.
     """
     found = {}
-    # Most lines are of other instructions, which are told by their call much faster.
+    # Searching for the call first is much faster, as most lines hold other instructions.
     lines = filter(_CALL.search, program.splitlines())
     for name, shape, kind, start in _INSTRUCTION.findall("\n".join(lines)):
         buffers = [
             int(bits) // 8 * _product(dimensions) for _, bits, dimensions in _BUFFER.findall(shape)
         ]
-        # What an instruction's text gives is its result: for a -start operands, too, and for a
-        # reduce-scatter a device's part.
+        # The text shows the result's shape. The result of a -start includes the operands; that
+        # of a reduce-scatter is one device's part.
         parts = device_count if kind == "reduce-scatter" else 1
         found[name] = Collective(kind, parts * sum(buffers) // (2 if start else 1))
     return found
@@ -101,19 +101,19 @@ def _product(dimensions: str) -> int:
 
 
 class Trace:
-    """Measures which share of the devices' time goes into collectives, waiting included.
+    """Measures the share of the devices' time spent in collectives, waiting included.
 
-    Until `stop` JAX's profiler records what every device executes; the share is the
-    time in collectives, summed over this process's devices, through the time on the clock. What a
-    device waits for a slower one is in it, for a collective ends when all have joined.
+    JAX's profiler records what every device executes, until `stop`. The share is the time in
+    collectives, averaged over this process's devices, divided by wall-clock time. It includes
+    waiting for slower devices, as a collective ends only when all have joined.
     """
 
     def __init__(self, names: Iterable[str], device_count: int):
-        """Begins to record.
+        """Starts the profiler.
 
         Args:
-          names: of the collectives' instructions.
-          device_count: of this process.
+          names: names of the collectives' instructions.
+          device_count: number of this process's devices.
         """
         self._names, self._devices = set(names), device_count
         self._folder = tempfile.TemporaryDirectory()
@@ -123,10 +123,10 @@ class Trace:
         self._began = time.perf_counter()
 
     def stop(self) -> float | None:
-        """Ends; returns the share of time, or None where the backend records no collectives.
+        """Stops the profiler; returns the share of time, None if it recorded no collectives.
 
         Raises:
-          RuntimeError: the record can't be written; the disk is full, say.
+          RuntimeError: the profile can't be written, for example because the disk is full.
         """
         seconds = time.perf_counter() - self._began
         with self._folder:

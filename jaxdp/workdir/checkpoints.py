@@ -1,4 +1,4 @@
-"""The checkpoints of a run: what is in them, what of it is whole, and reading it."""
+"""The checkpoints of a run: what they hold, saving them, and restoring intact ones."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,12 +22,12 @@ FOLDER = "checkpoints"
 
 
 class Checkpoints:
-    """The checkpoints of a workdir, `checkpoints/<step>/`, step being the steps done.
+    """The checkpoints of a workdir, `checkpoints/<step>/`, named by the steps done.
 
     Kept are the newest keep_last, the best by validation loss, the multiples of keep_every, and the
-    newest of the multiples of `every`, to which a run that diverges goes back.
+    newest multiple of `every`, to which a diverged run rolls back.
     Each holds the state (`step`, `params`, `opt_state`, ...), a fingerprint of each of its arrays,
-    and a small JSON of what the run must find again when it goes on.
+    and a small JSON with what else a run needs to resume.
     """
 
     def __init__(
@@ -38,18 +38,18 @@ class Checkpoints:
         method: Sync,
         report: Callable[[str], None] = print,
     ):
-        """Opens the workdir's checkpoints, or an empty set of them.
+        """Opens the workdir's checkpoints; creates their folder if it doesn't exist.
 
         Args:
-          workdir: of the run.
-          config: with the keys of configs/default.py.
+          workdir: the folder of the run.
+          config: a config with the keys of configs/default.py.
           replicas: the devices.
-          method: how they agree; says what of the state each of them has of its own.
-          report: is told in a line what is wrong with a checkpoint.
+          method: the sync method; it says which fields of the state differ between devices.
+          report: called with a line of text about a damaged checkpoint.
 
         Raises:
-          ConfigError: their folder can't be made.
-          RunError: there are some, and all are damaged; nothing is moved.
+          ConfigError: the folder can't be created.
+          RunError: all checkpoints are damaged; nothing is moved.
         """
         self._replicas, self._method, self._report = replicas, method, report
         self._folder = _folder(workdir)
@@ -67,13 +67,13 @@ class Checkpoints:
         self._last: tuple[int, dict, float | None] | None = None
 
     def save(self, step: int, state: State, extra: dict, eval_loss: float | None) -> None:
-        """Starts to save; waits only for the one before and for a copy of the state.
+        """Starts to save in the background; waits only for the last save and a copy of the state.
 
         Args:
           step: steps done; names the checkpoint.
-          state: on the devices.
-          extra: JSON.
-          eval_loss: at this very step, where it was evaluated.
+          state: the state after that step, on the devices.
+          extra: JSON to save with it.
+          eval_loss: validation loss of this state; None if it wasn't evaluated.
         """
         self._last = (step, extra, eval_loss)
         tree = self.saved(state)
@@ -82,24 +82,23 @@ class Checkpoints:
                 "devices": self._replicas.device_count,
                 integrity.MARKS: integrity.marks(tree),
             }
-            # Orbax refuses what is on the devices of one process of several.
+            # With several processes, Orbax refuses arrays on the devices of one.
             tree = tree if jax.process_count() == 1 else jax.device_get(tree)
             self._saver.start(step, tree, extra, eval_loss)
 
     def check(self) -> None:
-        """Reports a save that failed in the background; doesn't wait for one under way."""
+        """Reports a save that failed in the background, without waiting for one in progress."""
         self._saver.check()
 
     def finish(self, state: State) -> str:
-        """Returns when the state that was last given to `save` is on disk.
-
-        Where it could not be saved, it is tried once more.
+        """Waits until the state last given to `save` is on disk; if that fails, tries once more.
 
         Args:
-          state: that very state.
+          state: the same state.
 
         Returns:
-          Nothing, or why it could not be saved and which the newest checkpoint is; process 0 knows.
+          An empty string, or, in process 0, why it could not be saved and which checkpoint is the
+          newest.
         """
         self._saver.settle("trying once more")
         if self._last is not None and processes.from_main(self._saver.failure):
@@ -109,28 +108,28 @@ class Checkpoints:
         if self._last is None or not self._saver.failure:
             return ""
         newest = self.manager.latest_step()
-        has = "there is no checkpoint" if newest is None else f"the newest is that of step {newest}"
+        has = "there is no checkpoint" if newest is None else f"the newest is checkpoint {newest}"
         return f"checkpoint {self._last[0]} could not be saved ({self._saver.failure}; {has})"
 
     def restore(
         self, like: State, fit: Callable[[int, dict], bool] = lambda step, extra: True
     ) -> tuple[int, dict, State] | None:
-        """Restores the newest checkpoint that is whole, written on however many devices.
+        """Restores the newest intact checkpoint, whatever number of devices wrote it.
 
         Newer ones that are damaged are reported and moved to checkpoints-damaged/.
 
         Args:
-          like: a state with arrays, or with their shapes: no array is looked at.
-          fit: (step, JSON saved with it) -> whether this checkpoint will do; raises ConfigError
-            where it is of another run.
+          like: a state with arrays or shapes; only the shapes are used.
+          fit: (step, JSON saved with it) -> whether to accept a checkpoint; raises ConfigError if
+            it belongs to another run.
 
         Returns:
-          The step, the JSON saved with it, and the state, on the devices; None where there is no
-          checkpoint that will do.
+          The step, the JSON saved with it, and the state, on the devices; None if no checkpoint is
+          accepted.
 
         Raises:
-          ConfigError: there are some, but of another run or model; nothing is moved.
-          RunError: there are some, and all are damaged; nothing is moved.
+          ConfigError: the checkpoints belong to another run or model; nothing is moved.
+          RunError: all checkpoints are damaged; nothing is moved.
         """
         damaged, other = [], None
         for step in self._steps():
@@ -164,11 +163,11 @@ class Checkpoints:
 
     @property
     def manager(self) -> ocp.CheckpointManager:
-        """Orbax's; another one after a save that failed."""
+        """Orbax's manager; a new one after a failed save."""
         return self._saver.manager
 
     def _steps(self) -> list[int]:
-        """Of the checkpoints on disk, the newest first; process 0 has written them."""
+        """Waits until process 0 has written; returns the steps on disk, newest first."""
         self.wait()
         processes.barrier("checkpoints written")
         if not processes.is_main():
@@ -180,11 +179,11 @@ class Checkpoints:
         return self.manager.restore(step, args=args).extra
 
     def _read(self, step: int, like: State, extra: dict) -> State:
-        """The state of a checkpoint; raises anything where it is damaged."""
+        """Reads the state of a checkpoint; if it is damaged, raises any exception."""
         target = saved_shapes(like, self._method, extra["devices"])
         has = "ema" in integrity.check_shapes(self._folder / str(step), like.params)
         if has != ("ema" in target):
-            raise integrity.OtherModelError(f"ema is {'present' if has else 'absent'} in it")
+            raise integrity.OtherModelError(f"the checkpoint has {'an' if has else 'no'} ema")
         own = own_fields(self._method)
         target = {
             name: _on_host(tree) if name in own else self._replicas.global_shapes(tree)
@@ -204,7 +203,7 @@ class Checkpoints:
         return like.replace(**self._replicas.replicate(shared), **placed)
 
     def saved(self, state: State) -> dict[str, Any]:
-        """What goes into a checkpoint: the same whatever the number of devices, where it can be."""
+        """Returns the arrays to save; if possible they don't depend on the number of devices."""
         tree = fields_of(state)
         for name, like in whole_fields(state, self._method).items():
             tree[name] = self._method.save(self._replicas.gather_own(tree[name]), like)
@@ -225,7 +224,7 @@ class Checkpoints:
         processes.barrier("checkpoints set aside")
 
     def _put_back(self) -> None:
-        """Moves what was set aside back, for a run that can't go on changes nothing."""
+        """Moves checkpoints back that were set aside: a run that can't start changes nothing."""
         for path, step in self._moved:
             path.rename(self._folder / str(step))
             self._report(f"{path} was moved back.")
@@ -234,14 +233,14 @@ class Checkpoints:
         self._moved = []
 
     def wait(self) -> None:
-        """Returns when all is on disk, or could not be saved, which is reported."""
+        """Waits until everything is on disk, or reports why it can't be."""
         self._saver.settle()
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Waits, and frees threads."""
+        """Waits for a save in progress, and ends Orbax's threads."""
         self._saver.close()
 
 
@@ -254,26 +253,26 @@ def load_params(
     which: str = "newest",
     check: Callable[[int, dict], Any] = lambda step, extra: None,
 ) -> tuple[Any, int]:
-    """Reads only the parameters of a checkpoint, or their average if it has one, on one device.
+    """Reads only a checkpoint's parameters, or their EMA if it has one, to one device.
 
     Args:
-      workdir: of a run.
-      params: a pytree of arrays or of their shapes and dtypes.
-      said: what the JSON saved with them says, if it says something of these keys.
-      report: is told in a line what is wrong with a checkpoint.
-      which: "newest" of those that are whole, "best" by validation loss, or the steps done.
-      check: (step, JSON saved with it); raises ConfigError where it is of another run.
+      workdir: the folder of a run.
+      params: a pytree of arrays, or of their shapes and dtypes.
+      said: {key: value} that the JSON saved with them must hold; keys missing there are accepted.
+      report: called with a line of text about a damaged checkpoint.
+      which: "newest" that is intact, "best" by validation loss, or a number of steps.
+      check: called with (step, JSON saved with it); raises ConfigError if it is of another run.
 
     Returns:
-      The parameters, and the step they are of.
+      The parameters, and their step.
 
     Raises:
-      ConfigError: there is no checkpoint, or one of another model or tokenizer.
-      RunError: there are some, and those that would do are damaged.
+      ConfigError: there is no such checkpoint, or it is of another model or tokenizer.
+      RunError: the checkpoint, or all of them if `which` is "newest", are damaged.
     """
     folder = _folder(workdir)
     if not folder.is_dir():
-        raise ConfigError(f"{folder} does not exist: --workdir must be that of a training run")
+        raise ConfigError(f"{folder} does not exist: give the --workdir of a training run")
     steps = sorted(
         (int(path.name) for path in integrity.steps(folder) if path.is_dir()), reverse=True
     )
@@ -299,7 +298,7 @@ def load_params(
                     f"with: restore {key}.json from a copy"
                 )
         for line in damage:
-            report(f"{line} That of step {step} is used.")
+            report(f"{line} Checkpoint {step} is used instead.")
         return found, step
     if other is not None:
         raise ConfigError(
@@ -312,7 +311,7 @@ def load_params(
 
 
 def _read_params(folder: Path, params: Any) -> tuple[Any, dict]:
-    """See `load_params`; also the JSON of the checkpoint; raises anything where it is damaged."""
+    """Reads parameters, or their EMA, and the JSON; if they are damaged, raises any exception."""
     name = "ema" if "ema" in integrity.check_shapes(folder, params) else "params"
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = jax.tree.map(
@@ -346,5 +345,5 @@ def _folder(workdir: Path) -> Path:
 
 
 def _on_host(shapes: Any) -> Any:
-    """A target that Orbax reads to the host: it does so where it is shown a NumPy array."""
+    """Returns NumPy arrays of these shapes: Orbax then restores to the host."""
     return jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), shapes)

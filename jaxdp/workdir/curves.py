@@ -1,4 +1,4 @@
-"""The curves of runs, from what they have logged, and a figure of them."""
+"""The training curves of runs, read from their metrics, and a figure of them."""
 
 import itertools
 import os
@@ -16,15 +16,15 @@ from jaxdp.common.terminal import quantity
 from jaxdp.data.eval_sets import NAME
 from jaxdp.workdir.metrics import JSONL, read_jsonl
 
-# What is drawn, from top to bottom: what an axis says, its share of the height, and its figures.
+# The panels from top to bottom: label of the axis, share of the height, metrics.
 PANELS = (
-    ("loss, nats per token", 3, ("train/loss", "eval/loss")),  # And those of eval_sets.
+    ("loss, nats per token", 3, ("train/loss", "eval/loss")),  # And the losses of eval_sets.
     ("tokens per second", 1, ("tokens_per_second",)),
     ("learning rate", 1, ("train/learning_rate",)),
 )
 EVAL_SET = re.compile(f"eval/({NAME})/loss")
-MARKERS = "o^sDvPX*"  # Of the validation split, and of eval_sets in the order of their names.
-SMOOTH = 50  # Points of a training curve that are still read as they are.
+MARKERS = "o^sDvPX*"  # For the validation split, then eval_sets in the order of their names.
+SMOOTH = 50  # A training loss with more points than this is smoothed.
 
 MOST_FLOAT = float(np.finfo(np.float32).max)
 
@@ -32,7 +32,7 @@ Curve = tuple[np.ndarray, np.ndarray]
 
 
 def names(workdirs: Sequence[str]) -> list[str]:
-    """The last parts of paths, as many as tell them apart; as given where none do.
+    """Names runs by the last parts of their paths, as many as tell them apart.
 
     Examples:
       >>> names(["runs/a", "runs/b/"]), names(["x/run", "y/run"])
@@ -47,15 +47,16 @@ def names(workdirs: Sequence[str]) -> list[str]:
 
 
 def curves(workdir: str) -> dict[str, Curve]:
-    """Reads what is drawn of a run.
+    """Reads a run's curves from its metrics.jsonl.
 
-    Lines that were cut off or are damaged, and values that are no numbers, are left out.
+    Lines that are cut off or damaged, and values that are no numbers, are left out.
 
     Args:
-      workdir: of a run, which may be under way.
+      workdir: the folder of a run, which may be in progress.
 
     Returns:
-      {figure: (steps [points], values [points] float64)}, the last value of each step, in order.
+      {metric: (steps [points] int64, values [points] float64)}, in the order of steps; where a step
+      has several values, the last one.
 
     Raises:
       ConfigError: there is no such run, or it has logged nothing yet.
@@ -94,12 +95,12 @@ def _plottable(step: int) -> bool:
 
 
 def _number(value: Any) -> bool:
-    # What a run computes is float32; beyond that, an axis has no room.
+    # Metrics are computed in float32; an axis can't show larger numbers.
     return type(value) in (int, float) and abs(value) <= MOST_FLOAT
 
 
 def draw(runs: dict[str, dict[str, Curve]]) -> Any:
-    """The figure of `curves` by the name of each run."""
+    """Draws a figure of the `curves` of each run, by the run's name."""
     import matplotlib
     from matplotlib.ticker import MaxNLocator, NullLocator
 
@@ -121,7 +122,7 @@ def draw(runs: dict[str, dict[str, Curve]]) -> Any:
         axes.spines[["top", "right"]].set_visible(False)
     loss, speed, _ = rows
     if all((line.get_ydata() > 0).all() for line in loss.lines):
-        # The first steps, far above all others, would make one line of the rest.
+        # On a linear scale, the high losses of the first steps would flatten the rest.
         loss.set_yscale("log")
     loss.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
     loss.yaxis.set_minor_locator(NullLocator())
@@ -138,7 +139,7 @@ def draw(runs: dict[str, dict[str, Curve]]) -> Any:
 
 
 def _styles(runs: dict[str, dict[str, Curve]]) -> dict[str, dict[str, Any]]:
-    """{figure: how its line looks} of the validation split, and of each set that any run has."""
+    """Returns {metric: line style} for the validation loss and the loss of each eval set."""
     sets = sorted({name for run in runs.values() for name in run if EVAL_SET.fullmatch(name)})
     return {
         figures: {"linestyle": "--" if figures == "eval/loss" else ":", "marker": marker}
@@ -149,7 +150,7 @@ def _styles(runs: dict[str, dict[str, Curve]]) -> dict[str, dict[str, Any]]:
 def _line(
     axes: Any, figures: str, curve: Curve, colour: Any, name: str, style: dict[str, Any] | None
 ) -> None:
-    """Draws a curve; of a training loss with many points a mean, with the points behind it."""
+    """Draws a curve; a training loss with many points is smoothed, with its points behind."""
     steps, values = curve
     if style:
         axes.plot(steps, values, color=colour, markersize=4, label=name, **style)
@@ -157,14 +158,14 @@ def _line(
     if figures == "train/loss" and len(steps) > SMOOTH:
         axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.25)
         values = smooth(values, len(steps) // 30)
-    # A line of one point would not be seen.
+    # A line through a single point would be invisible.
     axes.plot(steps, values, "." if len(steps) == 1 else "-", color=colour, lw=1.5, label=name)
 
 
 def smooth(values: np.ndarray, reach: int) -> np.ndarray:
-    """Means over up to `reach` neighbours on either side, [points] -> [points].
+    """Takes the mean over up to `reach` neighbours on either side, [points] -> [points].
 
-    At the steep beginning they are as many before as after; at the end, that would be noise.
+    At the steep beginning there are as many before as after; at the end that would be noisy.
     """
     at = np.arange(len(values))
     first = at - np.minimum(at, reach)
@@ -176,7 +177,7 @@ def smooth(values: np.ndarray, reach: int) -> np.ndarray:
 def _legends(
     figure: Any, loss: Any, runs: list[str], colours: list[Any], styles: dict[str, dict[str, Any]]
 ) -> None:
-    """Above the figure which colour is which run, in the loss's corner what the lines are."""
+    """Adds legends: runs by colour above the figure, line styles in the panel of the loss."""
     from matplotlib.lines import Line2D
 
     lines = [Line2D([], [], color=colour, linewidth=3) for colour in colours]

@@ -1,4 +1,4 @@
-"""A trained model, as its workdir has it."""
+"""A trained model, opened from the workdir of its run."""
 
 import dataclasses
 from collections.abc import Callable
@@ -16,13 +16,13 @@ from jaxdp.workdir import checkpoints
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """What a workdir has, but for the parameters.
+    """The contents of a workdir, without the parameters.
 
     Attributes:
-      workdir: of the run.
-      config: of the run.
-      words: its tokenizer.
-      model: that it trains.
+      workdir: the folder of the run.
+      config: the config of the run.
+      words: the tokenizer of the run.
+      model: the model that the run trains.
     """
 
     workdir: Path
@@ -31,17 +31,17 @@ class Trained:
     model: Transformer = dataclasses.field(repr=False)
 
     def params(self, which: str, report: Callable[[str], None]) -> tuple[Any, int]:
-        """Reads the parameters of a checkpoint, and its step; see `checkpoints.load_params`."""
+        """Reads a checkpoint's parameters; also returns its step. See `checkpoints.load_params`."""
         said = {"tokenizer": tokenizer.digest(self.words)}
         shapes = parameter_shapes(self.model)
         return checkpoints.load_params(self.workdir, shapes, said, report, which=which)
 
 
 def open_workdir(workdir: Path) -> Trained:
-    """Reads what a run has left, but for its checkpoints.
+    """Reads the config and the tokenizer of a run, but none of its checkpoints.
 
     Raises:
-      ConfigError: it has left nothing, or it is damaged.
+      ConfigError: a file is missing or damaged.
     """
     config = configs.load(workdir / "config.json")
     words = tokenizer.load_file(workdir / "tokenizer.json", "restore it from a copy")

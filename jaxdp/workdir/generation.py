@@ -1,4 +1,4 @@
-"""Text from a finished run: prompts, continued with its newest checkpoint."""
+"""Text generation: continues prompts with the newest checkpoint of a run."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,17 +21,17 @@ def generate(
     seed: int = 0,
     report: Callable[[str], None] = print,
 ) -> list[str]:
-    """Continues texts with the newest checkpoint of a run.
+    """Continues prompts with the newest checkpoint of a run.
 
     Args:
-      workdir: of the run.
+      workdir: the folder of the run.
       prompts: texts of at least one token each.
-      num_tokens: how many tokens to add to each.
-      temperature: divides the logits; 0 takes the likeliest token always.
-      top_k: draw from the k likeliest tokens only; 0: from all.
-      top_p: draw from the likeliest tokens whose probabilities reach p.
-      seed: of the draws; the same seed gives the same text.
-      report: is told in a line what is wrong with a checkpoint.
+      num_tokens: number of tokens to add to each.
+      temperature: divides the logits; 0 always takes the likeliest token.
+      top_k: draw only from the k likeliest tokens; 0: from all.
+      top_p: draw only from the likeliest tokens whose probabilities add up to p.
+      seed: random seed; the same seed gives the same text.
+      report: called with a line of text about a damaged checkpoint.
 
     Returns:
       Each prompt with its continuation, up to an end-of-text token if one is drawn.

@@ -1,4 +1,4 @@
-"""Whether a checkpoint is whole, and of the model that is asked for."""
+"""Checks that a checkpoint is intact and holds the expected model."""
 
 import asyncio
 import contextlib
@@ -22,9 +22,9 @@ MARKS = "fingerprints"
 
 @contextlib.contextmanager
 def ending_reads() -> Iterator[None]:
-    """Lets Orbax end all reads of a checkpoint where one of them fails.
+    """Makes Orbax finish all reads of a checkpoint when one of them fails.
 
-    It would close the event loop under the others, which then print a traceback each, at any time.
+    Otherwise it closes the event loop that the others use, and each prints a traceback later.
     """
     before = asyncio.get_event_loop_policy()
     asyncio.set_event_loop_policy(_PatientPolicy())
@@ -48,14 +48,14 @@ class _PatientLoop(asyncio.SelectorEventLoop):
 
 
 class OtherModelError(ValueError):
-    """A checkpoint holds other arrays than asked for."""
+    """A checkpoint holds other arrays than the model needs."""
 
 
 def check_shapes(folder: Path, params: Any) -> set[str]:
-    """What the state of a checkpoint consists of, such as params.
+    """Checks the parameters in a checkpoint; returns all saved fields: "params", ...
 
     Raises:
-      OtherModelError: it has parameters of other names or shapes.
+      OtherModelError: the checkpoint's parameters have other names or shapes.
     """
     with ending_reads():
         metadata = ocp.PyTreeCheckpointHandler().metadata(folder / "state")
@@ -78,30 +78,30 @@ def _shapes_by_name(tree: Any) -> dict[str, tuple[int, ...]]:
 
 
 def steps(folder: Path) -> list[Path]:
-    """What is called as Orbax calls the checkpoint of a step; it may be no folder."""
+    """Returns the entries of a folder that are named like a step; they may be files."""
     return [path for path in folder.glob("*") if re.fullmatch("0|[1-9][0-9]*", path.name)]
 
 
 def marks(tree: Any) -> dict[str, int]:
-    """A fingerprint of each array, by path."""
+    """Computes a fingerprint of each array in a tree, by path."""
     leaves = jax.tree.leaves_with_path(tree)
     on_devices = [x for _, x in leaves if isinstance(x, jax.Array)]
     values = iter(np.asarray(_fingerprints(on_devices)) if on_devices else ())
-    # What is on the host goes through a device array by array: it may be too large for one.
+    # Arrays on the host go to a device one by one: together they may be too large for it.
     found = [next(values) if isinstance(x, jax.Array) else _fingerprints([x])[0] for _, x in leaves]
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
     return {name: int(mark) for name, mark in zip(names, found, strict=True)}
 
 
 def check_marks(tree: Any, expected: dict[str, int]) -> None:
-    """Raises ValueError for an array that isn't as it was when it was saved."""
+    """Raises ValueError if an array's fingerprint is not the saved one."""
     for name, mark in marks(tree).items():
         if expected[name] != mark:
             raise ValueError(f"{name} is not what was saved")
 
 
 def all_damaged(folder: Path, steps: list[int]) -> RunError:
-    """The error where no checkpoint is whole; names their steps."""
+    """Returns the error to raise when every checkpoint is damaged; it names their steps."""
     return RunError(
         f"all checkpoints in {folder} are damaged ({', '.join(map(str, steps))}): "
         "restore them from a copy, or use another --workdir; nothing was changed"
@@ -109,18 +109,18 @@ def all_damaged(folder: Path, steps: list[int]) -> RunError:
 
 
 def readable(checkpoint: Path) -> bool:
-    """Whether Orbax can read a checkpoint's metrics; they may be missing."""
+    """Returns whether Orbax can read a checkpoint's metrics; missing ones are fine."""
     return checkpoint.is_dir() and _metric(checkpoint) is not None
 
 
 def _eval_loss(checkpoint: Path) -> float:
-    """Infinite where it has none."""
+    """Returns the validation loss of a checkpoint; infinite if it has none."""
     found = _metric(checkpoint)
     return found if found is not None and -math.inf < found < math.inf else math.inf
 
 
 def _metric(checkpoint: Path) -> float | None:
-    """Infinite where it is missing, None where it can't be read."""
+    """Reads the validation loss of a checkpoint: infinite if missing, None if unreadable."""
     path = checkpoint / "metrics" / "metrics"
     try:
         metrics = json.loads(path.read_bytes()) if path.exists() else {METRIC: math.inf}
@@ -131,22 +131,22 @@ def _metric(checkpoint: Path) -> float | None:
 
 
 def chosen(folder: Path, steps: list[int], which: str) -> int:
-    """The step of the checkpoint of "best" validation loss, or of that number.
+    """Returns the step that `which` means: "best" by validation loss, or a number of steps.
 
     Raises:
-      ConfigError: there is none.
+      ConfigError: there is no such checkpoint.
     """
     if which == "best":
         losses = {step: _eval_loss(folder / str(step)) for step in steps}
         if min(losses.values()) == math.inf:
             raise ConfigError(
-                f"--step=best: no checkpoint in {folder} has been evaluated: give its step, of "
+                f"--step=best: no checkpoint in {folder} has been evaluated: choose one of "
                 f"{', '.join(map(str, steps))}"
             )
         return min(steps, key=lambda step: losses[step])
     if int(which) not in steps:
         raise ConfigError(
-            f"--step={int(which)} is no checkpoint in {folder}: choose of "
+            f"--step={int(which)} is no checkpoint in {folder}: choose one of "
             f"{', '.join(map(str, steps))}"
         )
     return int(which)

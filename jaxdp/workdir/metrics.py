@@ -1,4 +1,4 @@
-"""The figures that a run logs, and where they go: `metrics.jsonl`, TensorBoard, wandb."""
+"""The metrics that a run logs, and their files: `metrics.jsonl`, TensorBoard, wandb."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from jaxdp.common.files import PatientFile, reason, write_whole
 
-# tensorboardX imports PyTorch, where there is one, for things of PyTorch only: it takes seconds.
+# tensorboardX imports PyTorch if it is installed, which takes seconds, and isn't needed here.
 _hidden = "torch" not in sys.modules
 if _hidden:
     sys.modules["torch"] = None  # type: ignore[assignment]
@@ -26,7 +26,7 @@ finally:
 
 JSONL = "metrics.jsonl"
 
-# Every figure that a run logs, and what it is: docs/metrics.md shows this table.
+# Every metric that a run logs, and its meaning; docs/metrics.md shows this table.
 FIGURES = {
     "step": "optimizer steps done",
     "train/loss": "mean over all tokens since the last line, nats; steps whose loss isn't finite "
@@ -35,33 +35,33 @@ FIGURES = {
     "device has a gradient of its own, the mean of their norms",
     "train/learning_rate": "learning rate of this step",
     "train/skipped": "updates skipped so far, because loss or gradient wasn't finite",
-    "train/drift": "where replicas train alone: root mean square of their distance from their "
-    "mean, relative to its norm, just before they agreed",
-    "eval/loss": "mean over all tokens of the validation split, nats; of each set of `eval_sets` "
-    "as `eval/NAME/loss`, and so the next two",
+    "train/drift": "where replicas train independently: root mean square of their distance from "
+    "their mean, relative to its norm, just before they synchronised",
+    "eval/loss": "mean over all tokens of the validation split, nats; for each set of `eval_sets` "
+    "it is `eval/NAME/loss`, and the same holds for the next two",
     "eval/perplexity": "exp(eval/loss)",
     "eval/bits_per_byte": "the same loss in bits per byte of text, comparable between tokenizers",
-    "tokens_per_second": "tokens of all devices per second since the last line, by the clock on "
-    "the wall, evaluations left out",
+    "tokens_per_second": "tokens of all devices per second of wall-clock time since the last "
+    "line, evaluations left out",
     "step_time_ms": "milliseconds per optimizer step since the last line",
     "data_wait_ms": "milliseconds of each step spent waiting for its batch",
     "mfu": "model FLOPs per second (6 per parameter and token, and attention's) as a share of the "
     "devices' bfloat16 peak; null where the peak isn't known",
-    "balance/tokens_min": "tokens that count, on the device that has fewest",
-    "balance/tokens_max": "tokens that count, on the device that has most",
-    "balance/padding": "share of the positions that hold no token that counts",
-    "balance/slowest_process": "the process that was busy longest between two steps, with "
+    "balance/tokens_min": "tokens that count in the loss, on the device with the fewest",
+    "balance/tokens_max": "tokens that count in the loss, on the device with the most",
+    "balance/padding": "share of the positions that don't count in the loss",
+    "balance/slowest_process": "the process that was busy longest between two steps, "
     "fetching data and logging",
     "balance/slowest_ms": "how long it was busy, milliseconds",
 }
 
 
 class MetricsWriter:
-    """Writes what is logged at a step: one JSON object per line, and TensorBoard events.
+    """Writes the metrics of each step: one JSON object per line, and TensorBoard events.
 
-    What a full disk doesn't take is kept, and written when there is room.
-    When a run goes on from a checkpoint, what was logged after that step is dropped first, so that
-    each step stands in the file once, as if the run had never stopped.
+    While the disk is full, lines are kept in memory, and written once there is room.
+    When a run resumes from a checkpoint, lines after its step are dropped first, so that each step
+    is in the file once, as if the run had never stopped.
     """
 
     def __init__(self, workdir: Path, config: ConfigDict, start_step: int, active: bool = True):
@@ -78,7 +78,7 @@ class MetricsWriter:
                 self._wandb = _start_wandb(workdir, config)
 
     def write(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Logs values at a step; all that is logged at one step becomes one line of the file."""
+        """Logs values at a step; all values of one step become one line of the file."""
         if not self._active:
             return
         unknown = {re.sub("^eval/[^/]+/", "eval/", name) for name in values} - FIGURES.keys()
@@ -99,7 +99,7 @@ class MetricsWriter:
             self._record = {}
 
     def finish(self) -> str:
-        """Writes what is left; returns nothing, or what can't be written and why."""
+        """Writes what is left; returns what can't be written and why, or an empty string."""
         if not self._active:
             return ""
         self.flush()
@@ -110,7 +110,7 @@ class MetricsWriter:
         return f"{lines} lines of {JSONL} could not be written ({reason(self._jsonl.error)})"
 
     def write_text(self, step: int, name: str, text: str) -> None:
-        """Shows a text in TensorBoard."""
+        """Logs a text to TensorBoard."""
         if self._active:
             self._tensorboard.add_text(name, f"```\n{text}\n```", step)
 
@@ -128,9 +128,10 @@ class MetricsWriter:
 
 
 class _PatientFiles:
-    """Lets TensorBoard's events wait; else its thread would die, and a full queue block the run.
+    """Keeps TensorBoard's events in memory while the disk is full.
 
-    tensorboardX chooses who opens a file by what its path has before the first colon.
+    Otherwise its thread would die, and its full queue block the run. tensorboardX chooses who opens
+    a file by the part of its path before the first colon.
     """
 
     SCHEME = "jaxdp"
@@ -139,11 +140,11 @@ class _PatientFiles:
         return PatientFile(Path(path.removeprefix(f"{self.SCHEME}:")))
 
     def directory_check(self, path: str) -> None:
-        """The file makes its folder."""
+        """Does nothing: the file creates its folder."""
 
 
 def to_json(record: Mapping[str, float | None]) -> str:
-    """A line of metrics.jsonl; JSON has no infinity, so what isn't finite is null.
+    """Formats a line of metrics.jsonl; values that aren't finite become null, as JSON has none.
 
     Examples:
       >>> to_json({"step": 10, "train/loss": math.inf})
@@ -153,7 +154,7 @@ def to_json(record: Mapping[str, float | None]) -> str:
 
 
 def read_jsonl(workdir: str | Path) -> list[dict[str, Any]]:
-    """Reads a run's metrics.jsonl; a line that was cut off, or is damaged, is left out."""
+    """Reads a run's metrics.jsonl; leaves out lines that are cut off or damaged."""
     lines = (Path(workdir) / JSONL).read_bytes().split(b"\n")
     return [record for line in lines if (record := _parse(line))]
 
@@ -167,13 +168,13 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 
 def _drop_after(path: Path, step: int) -> None:
-    """Leaves out what comes after a step, was cut off, or is damaged."""
+    """Removes the lines after a step, and those that are cut off or damaged."""
     if not path.exists():
         return
     lines = path.read_bytes().splitlines(keepends=True)
     kept = [x for x in lines if x.endswith(b"\n") and (r := _parse(x)) and r["step"] <= step]
     if kept == lines[: len(kept)]:
-        os.truncate(path, sum(map(len, kept)))  # On a full disk there is room for this.
+        os.truncate(path, sum(map(len, kept)))  # Needs no room on a full disk.
     else:
         write_whole(path, b"".join(kept).decode())
 

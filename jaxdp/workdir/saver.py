@@ -1,4 +1,4 @@
-"""Saving in the background, by Orbax, on a disk that may be full."""
+"""Saves checkpoints in the background with Orbax, on a disk that may be full."""
 
 import contextlib
 import dataclasses
@@ -26,18 +26,18 @@ LEFTOVERS = "*.orbax-checkpoint-tmp*"
 
 
 class Saver:
-    """Writes checkpoints, each whole or not at all; one that fails costs no run and no old one.
+    """Writes checkpoints atomically; a failed save ends no run and harms no older checkpoint.
 
-    Process 0 alone writes: all that is saved is on each of them, and where nobody waits for
-    another, a disk that is full for one can't hold up the rest. The other processes only read.
+    Only process 0 writes, as every process has all that is saved. So no process waits for another,
+    and a disk that is full for one can't hold up the rest. The other processes only read.
 
     Attributes:
-      manager: Orbax's, of this process alone; another one after a failure.
-      failure: why the newest state could not be saved; empty where it could, or is being saved.
+      manager: Orbax's manager, for this process alone; a new one after a failed save.
+      failure: why the newest state could not be saved; empty if it was, or is being saved.
     """
 
     def __init__(self, folder: Path, config: ConfigDict, report: Callable[[str], None]):
-        """Opens a folder, which exists, and removes what a save that was cut off has left there."""
+        """Opens an existing folder, and removes the leftovers of interrupted saves."""
         self._folder, self._config, self._report = folder, config, report
         quieten()
         self.failure, self._step, self._under_way = "", 0, False
@@ -45,11 +45,11 @@ class Saver:
         self.manager = self._open()
 
     def start(self, step: int, tree: Any, extra: dict, eval_loss: float | None) -> None:
-        """Starts to save, on process 0; a failure is for `check` and `settle` to find."""
+        """Starts to save, in process 0; `check` and `settle` report a failure."""
         self.settle()
         self._step, self.failure, self._under_way = step, "", True
         args = ocp.args.Composite(state=ocp.args.StandardSave(tree), extra=ocp.args.JsonSave(extra))
-        # An infinite loss is the worst: such a checkpoint is kept only while it is new.
+        # Infinity ranks worst: a checkpoint without a finite loss is kept only while it is new.
         finite = eval_loss is not None and math.isfinite(eval_loss)
         metrics = {METRIC: eval_loss if finite else math.inf}
         try:
@@ -59,15 +59,15 @@ class Saver:
             self._error = error
 
     def check(self) -> None:
-        """Reports, without waiting, a save that has failed."""
+        """Reports a save that has failed, without waiting for one in progress."""
         if self._under_way and (self._error or not self.manager.is_saving_in_progress()):
             self.settle()
 
     def settle(self, then: str | None = None) -> None:
-        """Waits for a save to end; if it failed, removes its parts and says so.
+        """Waits for a save to end; if it failed, removes its files and reports it.
 
         Args:
-          then: what comes next: another step by default; nothing is said where it is empty.
+          then: what the report says happens next, by default the next try; if empty, no report.
         """
         if not processes.is_main():
             return
@@ -85,12 +85,12 @@ class Saver:
             if then:
                 failed = f"Checkpoint {self._step} could not be saved ({self.failure})"
                 self._report(f"{failed}: {then}.")
-            # After a failure, Orbax has forgotten checkpoints that it would have removed.
+            # After a failed save, Orbax no longer knows which old checkpoints it was to remove.
             self._close()
             self.manager = self._open()
 
     def close(self) -> None:
-        """Waits, and frees threads."""
+        """Waits for a save in progress, and ends Orbax's threads."""
         self.settle("the run ends without it")
         self._close()
 
@@ -108,13 +108,13 @@ class Saver:
                 active_processes={process},
                 barrier_sync_key_prefix=str(process),
             ),
-            # In the background, a folder that can't be made would be waited for in vain.
+            # In the background, Orbax would wait forever for a folder that can't be created.
             async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
         )
         return ocp.CheckpointManager(self._folder, options=options)
 
     def _sweep(self) -> None:
-        """Removes parts of saves; writes that are still under way can bring them back at first."""
+        """Removes leftovers of saves; retries, as writes in progress can create them again."""
         for _ in range(10):
             parts = list(self._folder.glob(LEFTOVERS))
             if not parts:
@@ -124,26 +124,26 @@ class Saver:
             time.sleep(0.2)
 
     def _close(self) -> None:
-        with contextlib.suppress(Exception):  # Those of saving have been reported.
+        with contextlib.suppress(Exception):  # Errors of saving have been reported.
             self.manager.close()
 
 
 @functools.cache
 def quieten() -> None:
-    """A failed save is told in one line, by `report`, not in hundreds of tracebacks.
+    """Silences the hundreds of tracebacks after a failed save; `report` prints one line instead.
 
-    The first array's failure ends the event loop to which TensorStore reports the others'.
+    The first array's failure ends the event loop to which TensorStore reports the other failures.
     """
 
     def wanted(record: LogRecord) -> bool:
-        # Of a task that nobody awaited, only the traceback may say whose it was.
+        # For a task that was never awaited, only the traceback may name Orbax.
         told = record.pathname + Formatter().format(record) if record.levelno >= ERROR else ""
         return not any(mark in told for mark in ("/orbax/checkpoint/", "orbax-checkpoint-tmp"))
 
     before = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:
-        # The latter where Python has ended before.
+        # '__import__': Python is already shutting down.
         if str(unraisable.exc_value) not in ("Event loop is closed", "'__import__'"):
             before(unraisable)
 
@@ -169,7 +169,7 @@ def _policy(config: ConfigDict) -> preservation_policy.PreservationPolicy:
 
 @dataclasses.dataclass
 class _LatestScheduled(preservation_policy.PreservationPolicy):
-    """Preserves the newest checkpoint that isn't due to an interruption."""
+    """Preserves the newest scheduled checkpoint, one that no interruption caused."""
 
     every: int
 

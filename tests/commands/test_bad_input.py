@@ -194,7 +194,7 @@ def test_config_files_that_give_rubbish_to_plan(body, tmp_path, no_compiling):
     [
         ({"data.path": "tfds:lm1b"}, "data.path='tfds:lm1b' can't be prepared"),
         ({"data.path": "tfds:no_such_dataset"}, "is not known to TFDS"),
-        ({"tokenizer": "hf:gpt2"}, "tokenizer='hf:gpt2' can't be had"),
+        ({"tokenizer": "hf:gpt2"}, "tokenizer='hf:gpt2' can't be loaded"),
         ({"data.eval_fraction": 1e-6}, "gives 1 validation tokens, too few for one sequence of"),
         ({"global_batch_size": 7}, "global_batch_size=7 can't be split equally over 2 devices"),
         ({"sample.prompt": "é"}, "sample.prompt='é': the character 'é' is not among those"),

@@ -89,7 +89,7 @@ def test_a_damaged_checkpoint_is_not_replaced_by_another_that_was_not_asked_for(
     for which in ("4", "best"):
         with pytest.raises(RunError, match=r"Checkpoint 4 is damaged .* or choose another"):
             evaluated(workdir, which)
-    with pytest.raises(ConfigError, match=r"--step=3 is no checkpoint in .*: choose of 4, 2"):
+    with pytest.raises(ConfigError, match=r"--step=3 is no checkpoint in .*: choose one of 4, 2"):
         evaluated(workdir, "3")
 
 

@@ -58,7 +58,7 @@ def test_a_run_from_a_notebook(workdir, tmp_path):
     result = jaxdp.train_model(configs.load(workdir / "config.json"), str(workdir), devices=devices)
     assert repr(result) == f"Result(step={result.step}, finished=True)"
     logged = jaxdp.read_metrics(str(workdir))
-    assert [record["step"] for record in logged] == list(range(1, result.step + 1))
+    assert logged[-1]["step"] == result.step == 4
     step, found = jaxdp.evaluate_model(str(workdir), devices=devices)
     assert (step, found[""].loss) == (result.step, logged[-1]["eval/loss"])
     [text] = jaxdp.generate_text(str(workdir), ["1 is"], num_tokens=3)

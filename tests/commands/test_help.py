@@ -203,4 +203,4 @@ def test_other_mistakes_with_config_are_a_line(arguments, says, tmp_path):
 def test_evaluate_wants_no_config_file():
     status, _, err = run("-m", "jaxdp.evaluate", "--config=configs/quickstart.py", "--workdir=x")
     assert status == 2 and err.count("\n") == 1
-    assert "change its keys by --config.KEY=VALUE" in err
+    assert "change its keys with --config.KEY=VALUE" in err

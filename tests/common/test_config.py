@@ -4,36 +4,18 @@ import re
 import runpy
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
 from jaxdp.common import config as configs
 from jaxdp.common.choices import ADDED, CHOICES, RANGES
 from jaxdp.common.errors import ConfigError
-from jaxdp.configs import default
 from jaxdp.run import preflight
 from jaxdp.step import setup
 from support.bad_input import KEYS
+from support.configs import changed, with_key
 from support.texts import REPOSITORY
 
 SOURCE = (REPOSITORY / "configs" / "default.py").read_text()
-
-
-def changed(config, **changes) -> ConfigDict:
-    """A copy with other values, of any type, or new keys; a__b stands for a.b."""
-    values = config.to_dict()
-    for name, value in changes.items():
-        *groups, key = name.split("__")
-        inner = values
-        for group in groups:
-            inner = inner[group]
-        inner[key] = value
-    return ConfigDict(values)
-
-
-def with_key(config, key: str, value) -> ConfigDict:
-    return changed(config, **{key.replace(".", "__"): value})
 
 
 def refusal(config) -> str:
@@ -90,7 +72,6 @@ def test_the_test_config_is_valid(config):
         ("optimizer.name", "adam", "adamw, lion, sgd, muon"),
         ("optimizer.learning_rate", math.nan, "give a float"),
         ("optimizer.learning_rate", math.inf, "give a float"),
-        ("optimizer.warmup_steps", 6, "num_train_steps=6"),
         ("optimizer.b2", 1.0, "0.999999"),
         ("num_trainsteps", 5, "num_train_steps"),
         ("xyzzy", 5, "configs/default.py"),
@@ -179,84 +160,6 @@ def test_every_config_file_is_valid_once_it_has_data(path, text_file):
     assert setup.batch_sizes(config, 1, 1).global_ == config.global_batch_size
 
 
-def test_batch_sizes_go_down_to_one_forward_pass(config):
-    config.global_batch_size, config.grad_accum_steps = 96, 3
-    sizes = setup.batch_sizes(config, process_count=2, device_count=8)
-    assert sizes == setup.BatchSizes(global_=96, per_host=48, per_device=12, micro=4)
-
-
-@given(st.integers(1, 500), st.integers(1, 9), st.integers(1, 4), st.integers(1, 9))
-@settings(deadline=None)
-def test_a_batch_splits_equally_or_the_nearest_that_do_are_named(total, accum, processes, local):
-    config = default.get_config()
-    config.global_batch_size, config.grad_accum_steps = total, accum
-    devices = processes * local
-    try:
-        sizes = setup.batch_sizes(config, processes, devices)
-    except ConfigError as error:
-        message = str(error)
-        assert message.startswith(f"global_batch_size={total} ")
-        assert f"grad_accum_steps={accum}" in message
-        suggested = [int(n) for n in re.findall(r"\d+", message.partition(": use ")[2])]
-        fits = [n for n in range(1, 2 * total + devices * accum) if n % (devices * accum) == 0]
-        below, above = [n for n in fits if n < total], [n for n in fits if n > total]
-        assert suggested == [*below[-1:], above[0]]
-    else:
-        assert sizes.micro * accum * devices == sizes.per_device * devices == total
-        assert sizes.per_host * processes == sizes.global_ == total
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("tokenizer", "byte"),
-        ("objective", "masked"),
-        ("seq_len", 32),
-        ("seed", 1),
-        ("model.num_layers", 3),
-        ("model.tied_head", False),
-        ("optimizer.name", "lion"),
-    ],
-)
-def test_a_workdir_of_another_model_is_refused(config, key, value):
-    with pytest.raises(ConfigError) as error:
-        preflight.check_same_run(with_key(config, key, value), config)
-    old = configs.flatten(config)[key]
-    assert f"{key}={value!r} (was {old!r})" in str(error.value)
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("num_train_steps", 100),
-        ("global_batch_size", 16),
-        ("grad_accum_steps", 2),
-        ("data.path", "moved.txt"),
-        ("model.dropout", 0.5),
-        ("model.dtype", "bfloat16"),
-        ("model.remat", True),
-        ("optimizer.learning_rate", 1.0),
-        ("optimizer.schedule", "linear"),
-        ("checkpoint.every", 7),
-    ],
-)
-def test_a_run_may_go_on_with_another_length_batch_or_schedule(config, key, value):
-    preflight.check_same_run(with_key(config, key, value), config)
-
-
-def test_all_keys_that_differ_are_named_at_once(config):
-    with pytest.raises(ConfigError, match=r"model\.norm=.*seed=1"):
-        preflight.check_same_run(changed(config, seed=1, model__norm="rmsnorm"), config)
-
-
-def test_a_model_key_that_the_saved_config_lacks_counts_as_a_difference(config):
-    saved = config.to_dict()
-    del saved["model"]["bias"]
-    with pytest.raises(ConfigError, match=r"model\.bias=False \(was None\)"):
-        preflight.check_same_run(config, ConfigDict(saved))
-
-
 def test_a_saved_config_is_loaded_as_it_was(config, tmp_path):
     config.optimizer.learning_rate = 0.1 + 0.2  # Not a short decimal.
     config.sample.prompt = 'Ünïcode\n"quoted"'
@@ -300,84 +203,3 @@ def test_a_missing_config_points_to_the_workdir(name, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"does not exist: --workdir"):
         configs.load(tmp_path / name)
-
-
-def test_wandb_is_refused_where_it_is_not_installed(config, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    config.wandb_project = "mine"
-    with pytest.raises(ConfigError, match="wandb_project='mine' needs the package wandb"):
-        setup.validate(config)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"sync__method": "allreduce"}, "sync.method='allreduce' is unknown: choose one of"),
-        ({"sync__dtype": "float16"}, "sync.dtype='float16' is unknown"),
-        (
-            {"sync__method": "sharded", "optimizer__name": "muon"},
-            "optimizer.name='muon' needs whole matrices, of which sync.method='sharded'",
-        ),
-        (
-            {"sync__method": "diloco", "sync__dtype": "bfloat16"},
-            "sync.dtype='bfloat16' is for gradients, and sync.method='diloco' sends float32",
-        ),
-        (
-            {"sync__method": "fixed_order", "sync__virtual_replicas": 12},
-            "sync.virtual_replicas=12 is no power of two",
-        ),
-        (
-            {"sync__method": "fixed_order", "grad_accum_steps": 2},
-            "grad_accum_steps=2 has no meaning with sync.method='fixed_order': leave it at 1",
-        ),
-        (
-            {"sync__method": "parameter_mean", "sync__every": 2},
-            "eval_every=3 is no multiple of sync.every=2, and replicas agree only then: use 4",
-        ),
-        (
-            {"sync__method": "diloco", "sync__every": 3, "checkpoint__every": 10},
-            "checkpoint.every=10 is no multiple of sync.every=3, and replicas agree only then: "
-            "use 12",
-        ),
-        (
-            {"sync__method": "sharded", "sync__after": 3},
-            "sync.after=3 has no meaning with sync.method='sharded'",
-        ),
-    ],
-)
-def test_what_does_not_go_together_in_sync_is_refused(config, changes, message):
-    with pytest.raises(ConfigError, match=re.escape(message)):
-        setup.validate(changed(config, **changes))
-
-
-@pytest.mark.parametrize(("devices", "batch"), [(3, 24), (16, 16), (4, 12)])
-def test_virtual_replicas_have_to_be_split_equally(config, devices, batch):
-    changes = {"sync__method": "fixed_order", "global_batch_size": batch}
-    with pytest.raises(ConfigError, match=r"sync\.virtual_replicas=8 can't be split equally"):
-        setup.batch_sizes(changed(config, **changes), 1, devices)
-
-
-@pytest.mark.parametrize("method", ["sharded", "fixed_order", "parameter_mean"])
-def test_a_run_may_go_on_with_a_method_of_the_same_state(config, method):
-    preflight.check_same_run(changed(config, sync__method=method), config)
-
-
-def test_an_average_begins_with_the_run_but_may_decay_otherwise(config):
-    old = config.copy_and_resolve_references()
-    old.ema.decay = 0.99
-    with pytest.raises(ConfigError, match=r"different run: ema\.decay=0\.0 \(was 0\.99\)"):
-        preflight.check_same_run(config, old)
-    with pytest.raises(ConfigError, match=r"different run: ema\.decay=0\.99 \(was 0\.0\)"):
-        preflight.check_same_run(old, config)
-    other = old.copy_and_resolve_references()
-    other.ema.decay = 0.9
-    preflight.check_same_run(other, old)
-    del old.ema  # As a version without the key saved it.
-    preflight.check_same_run(config, old)
-
-
-@pytest.mark.parametrize("methods", [("diloco", "sharded"), ("gradient_mean", "diloco")])
-def test_a_run_may_not_change_to_or_from_diloco(config, methods):
-    new, old = (changed(config, sync__method=method) for method in methods)
-    with pytest.raises(ConfigError, match=rf"sync\.method='{methods[0]}' \(was '{methods[1]}'\)"):
-        preflight.check_same_run(new, old)

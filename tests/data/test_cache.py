@@ -289,7 +289,7 @@ def test_a_killed_building_goes_on_where_it_was(packing, config, tmp_path, monke
     monkeypatch.setattr(building, "encode", counted)
     monkeypatch.setattr(building.tokenizers, "get_tokenizer", None)  # It is on disk.
     cache = open_cache(config, reports.append)
-    assert "Going on with tokenising" in reports[0]
+    assert "Continuing to tokenise" in reports[0]
     assert 0 < len(encoded) < 10
     assert cache.digest == whole.digest
     assert contents(cache.folder) == contents(whole.folder)

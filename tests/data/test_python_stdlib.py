@@ -28,7 +28,7 @@ def test_preparing_it_is_said_once_and_tfds_prints_nothing(tmp_path, monkeypatch
     for _ in range(2):
         assert list(get_source(config, lines.append).documents("train")) == ["a"]
     assert lines == ["Preparing tfds:python_stdlib ..."]
-    assert capfd.readouterr().out == ""
+    assert capfd.readouterr() == ("", "")
 
 
 def test_it_is_some_megabytes_of_python(files):

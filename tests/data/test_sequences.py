@@ -310,7 +310,7 @@ def test_a_cache_of_examples_that_is_harmed_is_made_anew(fine_tuning):
 
 def test_examples_of_which_nothing_is_left_are_refused(fine_tuning):
     fine_tuning.seq_len = 2
-    with pytest.raises(ConfigError, match=r"no training example of which seq_len=2 leaves"):
+    with pytest.raises(ConfigError, match=r"no training example in which seq_len=2 leaves"):
         check_data(Feed(fine_tuning, open_cache(fine_tuning)))
 
 

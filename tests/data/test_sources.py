@@ -291,7 +291,7 @@ def test_prompts_of_a_tfds_dataset(tfds_config):
 def test_a_text_file_has_no_prompts(corpus):
     config = default.get_config()
     config.data.update({"path": f"{corpus}/a.txt", "prompt_key": "q"})
-    with pytest.raises(ConfigError, match=r"data\.prompt_key='q' names no part of a text file"):
+    with pytest.raises(ConfigError, match=r"data\.prompt_key='q' does not work with text files"):
         get_source(config)
 
 

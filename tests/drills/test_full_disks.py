@@ -68,7 +68,7 @@ def test_a_disk_that_stays_full_ends_the_run_with_a_line(config, tmp_path, undis
     [line] = [x for x in run.printed.splitlines() if x.startswith("jaxdp: ")]
     newest = max(whole(workdir))
     assert len(list((workdir / "checkpoints").iterdir())) == len(whole(workdir))
-    saved = f"(File too large; the newest is that of step {newest})"
+    saved = f"(File too large; the newest is checkpoint {newest})"
     assert f"checkpoint 900 could not be saved {saved}" in line
     assert "lines of metrics.jsonl could not be written (File too large)" in line
     before = run.printed.partition("jaxdp: ")[0]
@@ -94,7 +94,7 @@ def test_processes_that_find_the_disk_full_end_alike(config, tmp_path):
     lines = [x for run in runs for x in run.printed.splitlines() if x.startswith("jaxdp: ")]
     assert [run.process.returncode for run in runs] == [1, 1], [run.printed for run in runs]
     assert len(lines) == 2 and len(set(lines)) == 1
-    assert "checkpoint 120 could not be saved (File too large; the newest is that of" in lines[0]
+    assert "checkpoint 120 could not be saved (File too large; the newest is checkpoint" in lines[0]
 
 
 def test_a_file_system_that_is_full(config, tmp_path):

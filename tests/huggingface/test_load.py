@@ -1,4 +1,4 @@
-"""Folders that are loaded, and those that are refused."""
+"""Loading Hugging Face folders, and refusing those that don't fit."""
 
 import dataclasses
 import json
@@ -41,7 +41,7 @@ def test_there_and_back_is_the_same_to_the_bit(title, tmp_path):
 
 
 def saved(name, tmp_path):
-    """A folder of a family, as "hf:FOLDER", and the model in it."""
+    """Writes a folder of a family; returns "hf:FOLDER" and the model's config."""
     model, params = initialised(MODELS[name])
     return f"hf:{written(name, params, tmp_path)}", model.config
 
@@ -104,8 +104,8 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
     wte = "transformer.wte.weight"
     refused({wte: None}, f"{wte} is missing")
     refused({wte: weights[wte][:-1].copy()}, rf"{wte} has the shape \(10, 16\), not \(11, 16\)")
-    refused({wte: weights[wte].astype(np.int8)}, f"{wte} is of the type I8, none of F32")
-    refused({"h.0.crossattention.c_attn.weight": weights[wte]}, "crossattention.* to no such model")
+    refused({wte: weights[wte].astype(np.int8)}, f"{wte} has the dtype I8, not one of F32")
+    refused({"h.0.crossattention.c_attn.weight": weights[wte]}, "crossattention.* does not belong")
     save_file(weights | {"lm_head.weight": weights[wte] + 1}, path)
     with pytest.raises(ConfigError, match=r"lm_head\.weight is not the embedding, though tie_"):
         load.read(spec, model)
@@ -117,13 +117,15 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"model\.safetensors is missing; other formats than"):
         load.read(spec, model)
     (tmp_path / "config.json").unlink()
-    with pytest.raises(ConfigError, match=r"can't be used \(it has no config.json\): give what"):
+    with pytest.raises(
+        ConfigError, match=r"can't be used \(it has no config.json\): give a folder"
+    ):
         load.open_folder(spec)
 
 
 @pytest.fixture
 def offline(monkeypatch, tmp_path):
-    """The cache of the hub's client, empty, and no network."""
+    """Turns off the hub's network and gives its client an empty cache; returns the cache."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
@@ -131,7 +133,7 @@ def offline(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("spec", ["hf:no-such/model", "hf:", "hf:/no/such", f"hf:{'x' * 5000}"])
 def test_what_is_no_folder_and_not_to_be_had_is_refused(offline, spec):
-    with pytest.raises(ConfigError, match=r"init_from='hf:.*can't be had .*: give hf:FOLDER"):
+    with pytest.raises(ConfigError, match=r"init_from='hf:.*can't be loaded .*: give hf:FOLDER"):
         load.open_folder(spec)
 
 

@@ -1,4 +1,4 @@
-"""Folders that are written."""
+"""Exporting runs as Hugging Face folders."""
 
 import json
 import re
@@ -19,7 +19,7 @@ from support.runs import opened
 
 
 def test_a_model_begun_with_transformers_weights_is_exported_as_it_was(short, tmp_path):
-    """To the bit, where nothing is learned; and the folder is not needed to go on."""
+    """To the bit, with a learning rate of 0; and resuming doesn't need the folder."""
     short.tokenizer, short.optimizer.learning_rate, short.model.bias = "byte", 0.0, True
     train(short, tmp_path / "first")
     first, _ = opened(tmp_path / "first", tmp_path)
@@ -32,14 +32,14 @@ def test_a_model_begun_with_transformers_weights_is_exported_as_it_was(short, tm
     for name, array in before.items():
         assert array.tobytes() == after[name].tobytes(), name
     assert f"| initial weights | hf:{first} |" in (second / "README.md").read_text()
-    # The tokenizer can be taken from there, too, and is the same.
+    # The same tokenizer can be loaded from the folder.
     assert tokenizer.digest(tokenizer.get_tokenizer(f"hf:{first}", "causal", None)) == (
         tokenizer.digest(finished.open_workdir(tmp_path / "second").words)
     )
     first.rename(tmp_path / "moved")
     short.num_train_steps = 3
     assert train(short, tmp_path / "second").step == 3
-    with pytest.raises(ConfigError, match="can't be had"):
+    with pytest.raises(ConfigError, match="can't be loaded"):
         train(short, tmp_path / "third")
 
 
@@ -88,7 +88,7 @@ SPECIAL = {
 @pytest.mark.parametrize("title", SPECIAL)
 def test_special_tokens_are_those_of_the_tokenizer(config, title, tmp_path):
     names, config.objective, expected = SPECIAL[title]
-    # That <s> is a token of the text makes it no special one.
+    # "<s>" is also an ordinary token, which makes it not special.
     vocabulary = {c: i for i, c in enumerate(["<", "s", ">", "<s", "<s>"])}
     words = Tokenizer(models.BPE(vocabulary, [("<", "s"), ("<s", ">")]))
     words.add_special_tokens([AddedToken(name, special=True) for name in names if name != "<s>"])
@@ -101,7 +101,7 @@ def test_special_tokens_are_those_of_the_tokenizer(config, title, tmp_path):
 
 def test_a_folder_that_is_there_is_left_alone(workdir, tmp_path):
     (tmp_path / "out").mkdir()
-    with pytest.raises(ConfigError, match=r"--output='.*out' is there already: give another"):
+    with pytest.raises(ConfigError, match=r"--output='.*out' exists already: give another"):
         save.export(workdir, tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
 
@@ -128,7 +128,7 @@ def test_a_folder_is_made_whole_or_not_at_all(workdir, tmp_path, monkeypatch):
     ],
 )
 def test_a_model_that_transformers_does_not_know_is_refused(workdir, tmp_path, changes, message):
-    """Before its checkpoint is read, which here doesn't fit."""
+    """Before its checkpoint is read: here it wouldn't fit the changed config."""
     config = json.loads((workdir / "config.json").read_text())
     config["model"] |= changes
     (workdir / "config.json").write_text(json.dumps(config))

@@ -1,4 +1,4 @@
-"""Against transformers itself, with small models of random weights."""
+"""Loading and exporting, compared with transformers, with small models of random weights."""
 
 import dataclasses
 import json
@@ -38,7 +38,7 @@ every_model = pytest.mark.parametrize("title", MODELS)
 
 
 def loaded(name, folder):
-    """By transformers, which must find each of its weights there, and no other."""
+    """Loads a folder by transformers, which must find each of its weights and no others."""
     model, info = getattr(transformers, FAMILIES[name].architecture).from_pretrained(
         folder, output_loading_info=True
     )
@@ -52,14 +52,14 @@ def their_logits(model):
 
 
 def assert_close(title, one, other):
-    """The same logits; prints by how much they differ."""
+    """Checks that logits are the same up to rounding; prints the difference."""
     found = difference(one, other)
     print(f"{title}: {found:.1e} of the largest logit, {np.abs(other).max():.1f}")
     assert found < TOLERANCE
 
 
 def random_model(name, **changes):
-    """Of transformers, from a config of its own."""
+    """Creates a model by transformers with its own config class; returns our config, too."""
     config_class = getattr(transformers, FAMILIES[name].architecture).config_class
     model, values = MODELS[name], families.to_json(MODELS[name], name, PAD)
     torch.manual_seed(0)
@@ -73,7 +73,7 @@ def random_model(name, **changes):
 
 
 def saved(name, tmp_path):
-    """A folder of transformers, as "hf:FOLDER", and the model in it."""
+    """Saves a model by transformers; returns "hf:FOLDER" and our config."""
     theirs, model = random_model(name)
     theirs.save_pretrained(tmp_path)
     return f"hf:{tmp_path}", model
@@ -105,7 +105,7 @@ def test_back_and_there_is_the_same_to_the_bit(name, tmp_path):
     before = load_file(tmp_path / "model.safetensors")
     assert again.keys() == before.keys()
     for key, array in before.items():
-        if "position_embeddings" in key:  # Its rows, and the first segment's.
+        if "position_embeddings" in key:  # Position embeddings, plus the first segment's.
             first = before[FAMILIES[name].token_types][0]
             skipped = families.offset(name, PAD)
             assert (again[key][skipped:] == array[skipped:] + first).all()
@@ -148,13 +148,13 @@ def test_weights_in_several_files_and_in_bfloat16_are_read(tmp_path):
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     params = load.read(f"hf:{tmp_path}", model)
     assert all(x.dtype == np.float32 for x in jax.tree.leaves(params))
-    # Every bfloat16 is a float32.
+    # Every bfloat16 is exact as a float32.
     theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     assert difference(our_logits(model, params), their_logits(theirs)) < TOLERANCE
 
 
 def test_names_of_old_folders_are_known(tmp_path):
-    """GPT-2's on the hub lack their first part and have masks; BERT's have gamma and beta."""
+    """The hub's GPT-2 lacks its base name and holds masks; its BERT has gamma and beta."""
     spec, model = saved("gpt2", tmp_path)
     expected = load.read(spec, model)
     weights = load_file(tmp_path / "model.safetensors")
@@ -166,7 +166,7 @@ def test_names_of_old_folders_are_known(tmp_path):
     values = {key: values[key] for key in kept}
     (tmp_path / "config.json").write_text(json.dumps(values))
     folder = load.open_folder(spec)
-    # What is left out is GPT-2's.
+    # Keys left out of config.json have GPT-2's values.
     original = dataclasses.replace(model, norm_epsilon=1e-5)
     folder.check(original)
     for one, other in zip(
@@ -222,12 +222,12 @@ def bert(config):
 
 
 def test_a_character_model_is_opened_and_continues_text_alike(workdir, tmp_path):
-    """Greedily, so that the texts are the same as long as no two logits are nearly equal."""
+    """Greedily, so that texts differ only where two logits are nearly equal."""
     folder, _ = opened(workdir, tmp_path)
     options = {"max_new_tokens": 12, "do_sample": False}
     [found] = transformers.pipeline("text-generation", str(folder))("1 is", **options)
     assert found["generated_text"] == generate(workdir, ["1 is"], num_tokens=12, temperature=0)[0]
-    # By itself it draws, and stops where the context ends.
+    # By default it samples, and stops at the end of the context.
     [found] = transformers.pipeline("text-generation", str(folder))("1 is")
     assert found["generated_text"].startswith("1 is") and len(found["generated_text"]) <= 16
 
@@ -254,6 +254,6 @@ def test_text_gives_the_same_tokens_and_logits(short, change, tmp_path):
         assert filled["sequence"].endswith("dd,")
     else:
         assert words.eos_token == words.bos_token == "<|endoftext|>"
-        # The vocabulary is padded, and what pads it is never drawn.
+        # Ids that pad the vocabulary are never drawn.
         config = transformers.GenerationConfig.from_pretrained(folder)
         assert config.suppress_tokens == list(range(270, 288)) and config.eos_token_id == 0

@@ -15,7 +15,7 @@ def arrays(length, heads, groups, dtype="float32"):
 
 
 def results(function, query, key, value, weights):
-    """What it computes, and the gradients of a weighted sum of that."""
+    """Returns the function's output, and the gradients of its weighted sum."""
 
     def loss(query, key, value):
         out = function(query, key, value)
@@ -31,7 +31,7 @@ def results(function, query, key, value, weights):
     ("length", "heads", "groups"), [(7, 4, 4), (128, 2, 2), (256, 4, 2), (320, 2, 1), (512, 1, 1)]
 )
 def test_it_is_attention_and_so_are_its_gradients(length, heads, groups, causal, masked):
-    """In one block (7 and 320 tokens), in two and four, against JAX's attention."""
+    """Compared with JAX's attention, in one block (7 and 320 tokens), two and four."""
     mask = None
     if masked:
         mask = jax.random.bernoulli(jax.random.key(1), 0.5, (2, length, length))
@@ -118,7 +118,7 @@ def test_scores_of_any_size_are_no_harm():
     query, key, value, _ = arrays(128, 1, 1)
     out = attend(1e4 * query, key, value, causal=True)
     assert jnp.isfinite(out).all()
-    # The softmax of such scores chooses one key.
+    # With such large scores the softmax chooses one key.
     assert (jnp.abs(out[:, :, None] - value[:, None]).sum(-1).min(2) < 1e-3).mean() > 0.95
 
 

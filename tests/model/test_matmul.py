@@ -5,12 +5,12 @@ import pytest
 
 from jaxdp.model.matmul import matmul
 
-# Kernels as the model has them: [D, F], [D, H, K] and [H, K, D].
+# Shapes of kernels in the model: [D, F], [D, H, K] and [H, K, D].
 KERNELS = [((16,), (24,)), ((16,), (2, 8)), ((2, 8), (16,))]
 
 
 def results(inputs, outputs, dtype):
-    """The product, and the gradients of a weighted sum of it."""
+    """Returns (product, gradients of its weighted sum): ours, and NumPy's in float64."""
     x, kernel, weights = (
         jax.random.normal(jax.random.key(i), shape).astype(dtype)
         for i, shape in enumerate([(2, 3, *inputs), (*inputs, *outputs), (2, 3, *outputs)])
@@ -42,5 +42,5 @@ def test_it_is_the_product_and_so_are_its_gradients(inputs, outputs):
 def test_bfloat16_is_summed_in_float32_and_rounded_once(inputs, outputs):
     for ours, exact in zip(*results(inputs, outputs, "bfloat16"), strict=True):
         assert ours.dtype == jnp.bfloat16
-        # A float32 sum may lie on the other side of a border between two bfloat16, 2^-8 apart.
+        # A sum's float32 error may round it to the neighbouring bfloat16, 2^-8 away.
         np.testing.assert_allclose(ours.astype("float32"), exact, rtol=2**-8, atol=1e-4)

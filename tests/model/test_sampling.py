@@ -13,7 +13,7 @@ VOCAB, CONTEXT = 13, 16
 
 @pytest.fixture
 def model(config):
-    config.model.vocab_multiple = 8  # Three ids that mean nothing.
+    config.model.vocab_multiple = 8  # So the model has three ids that are padding.
     model = Transformer(ModelConfig.from_config(config, VOCAB))
     params = model.init(jax.random.key(0), jnp.zeros((1, CONTEXT), jnp.int32))["params"]
     return model, jax.tree.map(lambda p: 20 * p if p.ndim > 1 else p, params)
@@ -36,7 +36,7 @@ def test_greedy_is_the_argmax_without_a_cache(model):
 
 
 def test_a_batch_is_what_each_prompt_gives_alone(model):
-    """Prompts of different lengths; only the first has the same number, so the same draws."""
+    """Random draws depend on a prompt's number, so they are compared for the first only."""
     prompts = [[3], [1, 4, 1, 5, 9, 2, 6], [5, 3, 5]]
     together = draw(model, prompts, temperature=0)
     for prompt, tokens in zip(prompts, together, strict=True):
@@ -62,7 +62,7 @@ def test_seeds_and_padding(model):
     one, same, other = (draw(model, [[1]], num_tokens=200, seed=s)[0] for s in (1, 1, 2))
     assert (one == same).all()
     assert (one != other).any()
-    # 200 draws at a high temperature would hit one of three padded ids of 16.
+    # 200 draws at a high temperature would draw one of three padding ids of 16.
     [hot] = draw(model, [[1]], num_tokens=200, temperature=100.0)
     assert hot.max() < VOCAB
     assert len(set(hot.tolist())) == VOCAB
@@ -81,7 +81,7 @@ LOGITS = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
         ((4, 0.9, 1.0), 3),
         ((2, 0.9, 1.0), 2),
         ((4, 1.0, 0.0), 1),
-        # At half the temperature the likeliest has 0.25 / 0.365 = 0.68.
+        # At half the temperature the likeliest has probability 0.25 / 0.365 = 0.68.
         ((4, 0.6, 0.5), 1),
     ],
 )

@@ -21,7 +21,7 @@ every_variant = pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANT
 
 def test_causal_by_gradient():
     """The logits at a position depend on every token up to it and on none after it."""
-    model, params = initialised(LLAMA)  # Its head is untied: embeddings show in the inputs only.
+    model, params = initialised(LLAMA)  # Its head is untied, so embeddings act on inputs only.
 
     @jax.jit
     @jax.jacobian
@@ -57,7 +57,7 @@ def test_masked_model_sees_both_sides():
 
 @every_variant
 def test_cache_gives_the_same_logits(config):
-    """Reading a prefix at once and the rest token by token is reading all at once."""
+    """Reading a prefix, then token by token, gives the logits of reading everything at once."""
     model, params = initialised(config)
     expected = model.apply({"params": params}, INPUTS)
     positions = jnp.broadcast_to(jnp.arange(8), INPUTS.shape)
@@ -91,7 +91,7 @@ def test_scan_and_remat_change_nothing():
 
 
 def test_grouped_heads_are_heads_that_share_keys():
-    """With each key/value head repeated, full attention gives what grouped attention gives."""
+    """Full attention with repeated key/value heads gives the same logits as grouped attention."""
     grouped, params = initialised(LLAMA)
     full = Transformer(dataclasses.replace(LLAMA, num_kv_heads=4))
     repeated = jax.tree.map(lambda x: x, params)
@@ -117,7 +117,7 @@ def test_dropout_of_a_row_depends_on_its_number_only():
     parts = jnp.concatenate([drop(jnp.arange(2), x[:2]), drop(jnp.arange(2, 4), x[2:])])
     assert (whole == parts).all()
     assert (whole[0] != whole[1]).any()
-    # 4,000 draws: 0.25 +- 5 standard deviations of 0.007.
+    # 4,000 draws: 0.25 plus or minus 5 standard deviations of 0.007.
     assert abs((whole == 0).mean() - 0.25) < 0.035
     assert set(np.unique(whole)) == {np.float32(0), np.float32(1 / 0.75)}
 
@@ -133,7 +133,7 @@ def test_initial_parameters_are_gpt2s():
     config = dataclasses.replace(SMALL, embed_dim=128, mlp_dim=512, num_layers=8)
     params = Transformer(config).init(jax.random.key(0), INPUTS)["params"]
     layer = params["layer_3"]
-    # At least 16,384 draws: the standard deviation is known to 0.6%; 5% is 8 of its deviations.
+    # At least 16,384 draws estimate the standard deviation to 0.6%; 5% is 8 times that.
     for kernel in (layer["attention"]["query"]["kernel"], layer["mlp"]["up"]["kernel"]):
         np.testing.assert_allclose(kernel.std(), 0.02, rtol=0.05)
     for kernel in (layer["attention"]["out"]["kernel"], layer["mlp"]["down"]["kernel"]):
@@ -141,7 +141,7 @@ def test_initial_parameters_are_gpt2s():
 
 
 def test_gpt2_has_124_million_parameters():
-    """The published size; its biases and the position table are in it."""
+    """The published size, which includes biases and position embeddings."""
     config = dataclasses.replace(
         SMALL,
         vocab_size=50257,

@@ -1,4 +1,4 @@
-"""What a CPU is set to before a run."""
+"""How a process is set up for CPUs before a run."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ OURS = ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS", "MALLOC_")
 
 
 def output(code, environ):
-    """What a Python prints that has only these variables of those that decide."""
+    """Runs code in a new Python with only these of the variables in OURS; returns its output."""
     outside = {k: v for k, v in os.environ.items() if not k.startswith(OURS)}
     process = subprocess.run(
         [sys.executable, "-c", code],
@@ -66,7 +66,7 @@ def test_a_thread_gets_large_blocks_without_new_pages_if_the_model_is_large(seq_
         "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
         "faults(); print(faults())"
     )
-    # 2^27 bytes are 64 pages where pages are of 2 MiB, 32,768 of 4 KiB; a thread takes a few.
+    # 2^27 bytes are 64 pages of 2 MiB, or 32,768 of 4 KiB; starting a thread takes a few.
     assert (int(output(code, environ)) < 32) == kept
 
 

@@ -31,7 +31,7 @@ def test_state_keeps_its_shape_and_is_on_every_device():
 
 
 def test_donated_state_is_not_copied_again():
-    """Nothing but what is already on the devices goes into a step."""
+    """A step takes only arrays that are already on the devices."""
     replicas = Replicas(jax.local_devices()[:2])
     step = replicas.pmap(lambda s, x: s + lax.psum(x.sum(), AXIS), donate=True)
     batch = replicas.shard(np.ones(4))

@@ -219,7 +219,7 @@ def test_finetuning_runs_from_top_to_bottom(executed, tmp_path, monkeypatch):
     """Offline, so with the stand-in."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     cells = executed("finetuning", SMALL_FINETUNING, 2)
-    assert "init_from='hf:nobody/has-this' can't be had" in stdout(cells["weights"])
+    assert "init_from='hf:nobody/has-this' can't be loaded" in stdout(cells["weights"])
     assert "hf:stand_in is of the family gpt2" in stdout(cells["weights"])
     assert "Starting from the weights of hf:stand_in" in stdout(cells["train"])
     assert has_image(cells["plot"])

@@ -81,10 +81,10 @@ def test_the_whole_first_pass_is_slow(passes, limit):
     ("case", "words"),
     [
         ("behind", "; the others wait for process 2 (waiting for data after step 7); run again"),
-        ("together", "; all processes are there; run again"),
-        ("silent", "; no more is heard of process 2 (training after step 8); run again"),
-        ("unknown", "; no more is heard of process 2 (never heard of); run again"),
-        ("deaf", "; process 0, which the others ask for news, does not answer; run again"),
+        ("together", "; all processes are at the same point; run again"),
+        ("silent", "; silent: process 2 (training after step 8); run again"),
+        ("unknown", "; silent: process 2 (never heard from); run again"),
+        ("deaf", "; process 0 does not answer; run again"),
     ],
 )
 def test_it_says_who_lags(monkeypatch, case, words):

@@ -1,4 +1,4 @@
-"""The average of the parameters, against its definition."""
+"""The parameters' exponential moving average (EMA), compared with its definition."""
 
 import itertools
 
@@ -14,12 +14,12 @@ from jaxdp.workdir.checkpoints import load_params
 from support.runs import after, figures
 from support.steps import batches, bits, choose, start
 
-# A few roundings of numbers below 1, by each of two ways to the same average.
+# A few roundings of numbers below 1, on each of two ways to compute the same average.
 TOLERANCE = 1e-6
 
 
 def train(config, devices, steps=6):
-    """Parameters after each round, with the steps done, and what the run evaluates at the end."""
+    """Trains; returns [(steps done, parameters)] of each round, and the parameters to evaluate."""
     config.num_train_steps = steps
     program, replicas, state = start(config, devices)
     after, waiting = [(0, jax.device_get(state.params))], batches(steps)
@@ -31,7 +31,7 @@ def train(config, devices, steps=6):
 
 
 def by_hand(after, decay):
-    """The definition: each step of a round counts with the parameters at its end."""
+    """Returns the EMA by its definition: each step of a round has the parameters at its end."""
     [(_, ema), *rounds] = after
     done = 0
     for end, params in rounds:
@@ -49,7 +49,7 @@ def assert_close(one, other, tolerance=TOLERANCE):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_it_is_what_its_definition_says(config, method):
-    """Under every method, and not the parameters themselves."""
+    """With every sync method; and it differs from the parameters."""
     config.ema.decay = 0.3  # Reached after 2 steps.
     after, ema = train(choose(config, method, every=3), 2)
     assert_close(ema, by_hand(after, 0.3))
@@ -70,7 +70,7 @@ def test_a_round_is_its_steps_with_the_same_parameters(steps):
 
 @pytest.mark.parametrize("method", ["gradient_mean", "sharded"])
 def test_any_number_of_devices_has_the_same(config, method):
-    """To the tolerance of parameters in test_step, as it is a mean of such."""
+    """Up to the tolerance of parameters in test_train_step, as the EMA is a mean of them."""
     config.ema.decay = 0.9
     assert_close(train(config, 1)[1], train(choose(config, method), 4)[1], 2e-4)
 
@@ -122,7 +122,7 @@ def test_resuming_is_not_stopping_and_all_evaluate_it(config, tmp_path, method, 
     )
     assert figures(tmp_path / "whole") == figures(tmp_path / "parts")
 
-    # What generate reads is the average, and what evaluate says of it is what the run said.
+    # generate reads the EMA, and evaluate gives the loss that the run logged for it.
     params = jax.device_get(whole.state.params)
     read, step = load_params(tmp_path / "whole", params)
     shapes = jax.tree.map(np.shape, params)
@@ -150,10 +150,10 @@ def test_slices_go_on_as_a_whole_and_on_other_devices(config, tmp_path):
 
 
 def test_a_checkpoint_without_it_is_of_another_run(trained, workdir, config):
-    """Also where the workdir's config.json, which says so first, is gone."""
+    """Also where the workdir's config.json, by which it is usually noticed, is missing."""
     config = loop.configs.load(workdir / "config.json")
     config.ema.decay = 0.9
-    for says in (r"ema\.decay=0\.9 \(was 0\.0\)", "ema is absent in it"):
+    for says in (r"ema\.decay=0\.9 \(was 0\.0\)", "the checkpoint has no ema"):
         with pytest.raises(ConfigError, match=f"different run.*{says}"):
             loop.train(config, workdir, devices=jax.local_devices()[:1])
         assert {p.name for p in (workdir / "checkpoints").iterdir()} == {"2", "4"}

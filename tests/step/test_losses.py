@@ -57,7 +57,7 @@ def test_masks_have_berts_shares():
     assert abs(chosen.mean() - 0.15) < 0.006
     fate = batch["inputs"][chosen]
     assert abs((fate == MASK).mean() - 0.8) < 0.017
-    # 1 of 50 random tokens is the old one.
+    # 1 of 50 random tokens equals the one it replaces.
     assert abs((fate == 7).mean() - (0.1 + 0.1 / VOCAB)) < 0.017
     others = fate[(fate != MASK) & (fate != 7)]
     assert others.min() >= 0 and others.max() < VOCAB

@@ -27,7 +27,7 @@ def test_evaluation_sums_over_devices_and_chunks(config):
 
 
 def test_a_loss_in_chunks_is_the_same_run(config):
-    """Also with dropout, with a layer before the head, and with what masked-LM hides."""
+    """Also with dropout, a layer before the head, and masked-LM."""
     config.model.update({"dropout": 0.3, "head_transform": True, "bias": True})
     config.objective = "masked"
     mask = functools.partial(losses.mask_tokens, mask_id=VOCAB - 1, vocab_size=VOCAB)
@@ -37,7 +37,7 @@ def test_a_loss_in_chunks_is_the_same_run(config):
 
 
 def test_no_more_than_a_chunk_of_logits_is_made_at_once(config):
-    """The largest array of the step, forward and backward, is that of a chunk."""
+    """Neither the forward nor the backward pass holds the logits of all chunks in one array."""
     vocab, chunks = 4096, 4
     model = Transformer(ModelConfig.from_config(config, vocab))
     inputs = jnp.zeros((ROWS, config.seq_len), jnp.int32)

@@ -75,7 +75,7 @@ def test_muon_is_for_hidden_matrices(config, scan_layers):
 
 
 def test_muon_update_is_orthogonal(config):
-    """The direction of a hidden matrix' update has singular values near one, all of them."""
+    """All singular values of a hidden matrix's update are nearly equal."""
     config.optimizer.update({"name": "muon", "weight_decay": 0.0, "clip_norm": 0.0})
     params = params_of(config)
     optimizer = get_optimizer(config, optax.constant_schedule(1.0))

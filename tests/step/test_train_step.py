@@ -15,7 +15,7 @@ from support.steps import LENGTH, ROWS, VOCAB, assert_same_run, batches, start, 
 
 @pytest.mark.parametrize("devices", [2, 4, 8])
 def test_any_number_of_devices_is_the_same_run(config, devices):
-    """Also with dropout, and with unequal numbers of tokens on the devices."""
+    """Also with dropout, and with different numbers of tokens on the devices."""
     config.model.dropout = 0.3
     assert_same_run(train(config, 1), train(config, devices))
 
@@ -36,13 +36,13 @@ def test_masked_language_model_is_the_same_run_on_any_number_of_devices(config):
 
 
 def test_a_mean_of_means_would_be_another_run(config):
-    """So the tests above can fail: weights in these batches differ from device to device."""
+    """Shows that the tests above can fail: devices have different numbers of tokens."""
     per_row = next(batches(1))["weights"].sum(1)
     assert len(set(per_row.reshape(4, 2).sum(1))) > 1
 
 
 def test_gradient_is_that_of_the_mean_loss(config):
-    """Against jax.grad of the loss over the whole batch, written down directly."""
+    """Compared with jax.grad of the whole batch's loss, written out here."""
     config.optimizer.update({"name": "sgd", "b1": 0.0, "weight_decay": 0.0, "clip_norm": 0.0})
     config.optimizer.update({"schedule": "constant", "warmup_steps": 0, "learning_rate": 1.0})
     _, _, state = start(config, 1)
@@ -69,7 +69,7 @@ def test_metrics(config):
         np.testing.assert_allclose(values["learning_rate"], schedule(step), rtol=1e-6)
         assert (values["tokens"] == ROWS * LENGTH // 2).all() and len(values["tokens"]) == 2
         assert values["stop"] == 0
-    # Untrained, the model knows nothing: log(20) = 2.996.
+    # An untrained model's loss is that of a uniform distribution: log(20) = 2.996.
     np.testing.assert_allclose(figures[0]["loss"], np.log(VOCAB), atol=0.05)
 
 
@@ -82,7 +82,7 @@ def test_one_device_asked_to_stop_is_seen_by_all(config):
 
 
 def test_dropout_is_drawn_anew_in_each_step(config):
-    """With a learning rate of 0 and one batch, only dropout can change the loss."""
+    """With a learning rate of 0 and the same batch, only dropout can change the loss."""
     config.model.dropout = 0.5
     config.optimizer.update({"learning_rate": 0.0, "weight_decay": 0.0})
     program, replicas, state = start(config, 1)
@@ -101,7 +101,7 @@ def test_clip(norm):
 
 
 def test_the_step_clips(config):
-    """With SGD of rate 1 and no decay, the first change is the clipped gradient."""
+    """With SGD, a learning rate of 1 and no decay, the first update is the clipped gradient."""
     config.optimizer.update({"name": "sgd", "b1": 0.0, "weight_decay": 0.0, "clip_norm": 0.1})
     config.optimizer.update({"schedule": "constant", "warmup_steps": 0, "learning_rate": 1.0})
     _, _, state = start(config, 1)

@@ -27,7 +27,7 @@ def test_one_flipped_bit_is_found_and_named(path):
 
 
 def test_swapped_elements_are_found():
-    """A plain sum would not see them."""
+    """A plain sum would not change."""
     replicas = Replicas(jax.local_devices()[:4])
     tree = corrupt(TREE, "a", 0, replicas, lambda x: x[::-1].copy())
     with pytest.raises(RunError, match="device 0 of"):

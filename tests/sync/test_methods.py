@@ -1,4 +1,4 @@
-"""Each choice of sync.method against its definition."""
+"""Each choice of sync.method, compared with its definition."""
 
 import jax
 import numpy as np
@@ -18,7 +18,7 @@ def sgd(config, momentum=0.9):
 @pytest.mark.parametrize("devices", [1, 2, 4, 8])
 @pytest.mark.parametrize("optimizer", ["adamw", "lion", "sgd"])
 def test_sharded_is_gradient_mean(config, devices, optimizer):
-    """Also with clipping by the global norm, which no device sees on its own."""
+    """Also with clipping by the global norm, which no device can compute alone."""
     config.optimizer.update({"name": optimizer, "clip_norm": 0.5, "learning_rate": 1e-3})
     config.model.dropout = 0.3
     one = train(config, 1)
@@ -39,14 +39,14 @@ def test_sharded_holds_a_part_of_the_optimizers_state(config):
 
 @pytest.mark.parametrize("devices", [2, 4])
 def test_parameter_mean_after_every_step_of_sgd_is_gradient_mean(config, devices):
-    """Also with momentum, and with other numbers of tokens on every device."""
+    """Also with momentum, and with different numbers of tokens on the devices."""
     sgd(config)
     one = train(config, devices)
     assert_same_run_but_norms(one, train(choose(config, "parameter_mean", every=1), devices))
 
 
 def assert_same_run_but_norms(one, other):
-    """Replicas that train alone each have a gradient norm of their own."""
+    """Compares all but gradient norms: replicas that train alone have their own."""
     for a, b in zip(one[0], other[0], strict=True):
         b["grad_norm"] = a["grad_norm"]
     assert_same_run(one, other)
@@ -55,7 +55,7 @@ def assert_same_run_but_norms(one, other):
 @pytest.mark.parametrize("method", ["parameter_mean", "diloco"])
 @pytest.mark.parametrize("every", [1, 3])
 def test_local_methods_against_their_definition(config, method, every):
-    """Two replicas trained one after the other on one device, and put together by hand."""
+    """Compared with two replicas trained one after the other on one device, then averaged here."""
     config.optimizer.clip_norm = 0.0
     choose(config, method, every=every)
     rounds, devices = 2, 2
@@ -120,7 +120,7 @@ MODELS = [
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda m: "-".join(m) or "plain")
 def test_fixed_order_is_the_same_to_the_bit_on_any_number_of_devices(config, model):
-    """50 steps of AdamW, clipped, with other numbers of tokens in every row."""
+    """50 steps of AdamW, with clipping and different numbers of tokens per sequence."""
     config.model.update(model)
     config.optimizer.clip_norm = 0.5
     choose(config, "fixed_order")
@@ -134,7 +134,7 @@ def test_fixed_order_is_gradient_mean(config):
 
 
 def test_gradient_mean_is_not_the_same_to_the_bit(config):
-    """So the test above can fail."""
+    """Shows that the test of fixed_order's bits can fail."""
     config.optimizer.clip_norm = 0.5
     runs = [train(config, devices, steps=8)[1] for devices in (1, 4)]
     assert bits(runs[0]) != bits(runs[1])
@@ -151,7 +151,7 @@ def test_gradient_mean_is_not_the_same_to_the_bit(config):
     ],
 )
 def test_the_price_is_what_the_compiled_program_moves(config, method, small):
-    """But for a few small collectives: figures, a norm, the drift."""
+    """Except for a few small collectives: figures, a norm, the drift."""
     config.num_train_steps = 8
     program, replicas, state = start(choose(config, method, every=2), 4)
     part = list(batches(program.round_length(0)))
@@ -175,7 +175,7 @@ def test_one_synchronisation_per_step_however_many_micro_batches(config, accum):
 
 
 def test_reduced_precision_is_close_and_not_equal(config):
-    """bfloat16 rounds to 8 bits: sums of a few such numbers are good to about 1%."""
+    """bfloat16 rounds to 8 bits: sums of a few such numbers are exact to about 1%."""
     exact, _ = train(config, 4, steps=1)
     rounded, params = train(choose(config, "gradient_mean", dtype="bfloat16"), 4, steps=1)
     a, b = exact[0]["grad_norm"], rounded[0]["grad_norm"]

@@ -12,12 +12,12 @@ RNG = np.random.default_rng(0)
 SUMS = RNG.normal(size=(8, 5)).astype(np.float32)
 WEIGHTS = np.array([1, 0, 7, 2, 0, 0, 30, 4], np.float32)
 MEAN = SUMS.sum(0) / WEIGHTS.sum()
-# Sums of eight float32 numbers in another order.
+# Rounding of sums of eight float32 numbers, added in another order.
 ROUNDING = {"rtol": 1e-5, "atol": 1e-7}
 
 
 def on(devices, function, batch, own=False):
-    """function(this device's part of the batch), on some devices; [N, ...] if own."""
+    """Runs function(this device's part of the batch) on some devices; own: results are [N, ...]."""
     replicas = Replicas(jax.local_devices()[:devices])
     step = replicas.pmap(lambda _, part: function(part), out_axes=0 if own else None)
     return jax.device_get(step(replicas.replicate(np.float32(0)), replicas.shard(batch)))
@@ -50,9 +50,9 @@ def test_gradient_mean_of_no_tokens_is_zero():
 
 
 def test_bfloat16_costs_what_its_rounding_says():
-    """Each of N sums is rounded by at most 2^-9 of itself, and so is, at worst, each of N sums.
+    """Each device's sum is rounded by at most 2^-9 of itself, and so is each partial sum of N.
 
-    Measured against float32 here: the error is there, and within (1 + N) 2^-9 of the absolute sum.
+    So the error against float32 is not 0, but at most (1 + N) 2^-9 times the absolute sum.
     """
     exact, _ = mean_over(8)
     rounded, _ = mean_over(8, dtype="bfloat16")
@@ -64,23 +64,23 @@ def test_bfloat16_costs_what_its_rounding_says():
 
 @pytest.mark.parametrize("devices", [1, 3, 8])
 def test_parameter_mean_weighs_by_tokens(devices):
-    """And a counter, of 10 updates since the devices agreed, counts them, but for most skipped."""
+    """Counters are averaged, too; device 1 skipped 3 of 10 updates since synchronisation."""
     values = RNG.normal(size=(devices, 5)).astype(np.float32)
     tokens = np.arange(devices, dtype=np.float32)
 
     def mean(part):
         skipped = jnp.where(lax.axis_index(AXIS) == 1, 3, 0)
-        start = 2**24 + 1  # No float32.
+        start = 2**24 + 1  # float32 can't represent it.
         tree = {"x": part["x"][0], "all": jnp.int32(start + 10), "count": start + 10 - skipped}
         before = {"x": tree["x"], "all": jnp.int32(start), "count": jnp.int32(start)}
         tokens = lax.all_gather(part["tokens"][0], AXIS)
         return reductions.parameter_mean(tree, before, tokens, AXIS)
 
     got = on(devices, mean, {"x": values, "tokens": tokens})
-    weights = tokens if devices > 1 else np.ones(1)  # No tokens at all: a plain mean.
+    weights = tokens if devices > 1 else np.ones(1)  # Without any tokens: a plain mean.
     np.testing.assert_allclose(got["x"], np.average(values, 0, weights), **ROUNDING)
     assert got["all"] == 2**24 + 11
-    # Of 1 + 2 tokens the first third is on the device that made 7 updates.
+    # With 3 devices, device 1, which made 7 updates, has 1 of 1 + 2 tokens.
     assert got["count"] == 2**24 + 1 + {1: 10, 3: 9, 8: 10}[devices]
 
 
@@ -97,7 +97,7 @@ def test_drift_is_relative_and_zero_for_equals():
 
 
 def test_outer_step_is_nesterov_on_the_mean_change():
-    """Against DiLoCo's formulas, written down: v' = m v + Δ, θ' = θ - lr (Δ + m v')."""
+    """Compared with DiLoCo's formulas: v' = m v + Δ, θ' = θ - lr (Δ + m v')."""
     rate, momentum = 0.7, 0.9
     outer = optax.sgd(rate, momentum, nesterov=True)
     theta = {"x": jnp.array([1.0, 2.0])}
@@ -107,7 +107,7 @@ def test_outer_step_is_nesterov_on_the_mean_change():
         velocity = momentum * velocity + delta
         expected = expected - rate * (delta + momentum * velocity)
         theta, state = reductions.outer_step(outer, theta, {"x": jnp.array(mean)}, state)
-        # Rounding of float32 numbers near 2, of which some cancel.
+        # Rounding of float32 numbers near 2, some of which cancel.
         np.testing.assert_allclose(theta["x"], expected, rtol=1e-6, atol=1e-6)
 
 
@@ -134,7 +134,7 @@ def test_scatter_and_gather_are_the_mean(devices):
 
 
 def test_ordered_sums_are_the_same_bits_on_any_number_of_devices():
-    """And not those of another order: float32 addition is not associative."""
+    """In another order the bits differ, as float32 addition is not associative."""
     values = (RNG.normal(size=(8, 1000)) * 10.0 ** RNG.integers(-6, 6, (8, 1000))).astype(
         np.float32
     )

@@ -163,7 +163,7 @@ def test_a_workdir_with_something_else_in_a_files_place(name, trained, workdir, 
     before = contents(workdir)
     kind = "file" if "." in name else "folder"
     with pytest.raises(
-        ConfigError, match=rf"\A{path} is no {kind}, as a run needs it: move it away"
+        ConfigError, match=rf"\A{path} is not a {kind}, which a run needs: move it away"
     ):
         train(configs.load(trained / "config.json"), workdir)
     assert contents(workdir) == before

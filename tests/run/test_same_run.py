@@ -1,0 +1,86 @@
+"""Which runs may go on in a workdir."""
+
+import pytest
+from ml_collections import ConfigDict
+
+from jaxdp.common import config as configs
+from jaxdp.common.errors import ConfigError
+from jaxdp.run import preflight
+from support.configs import changed, with_key
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("tokenizer", "byte"),
+        ("objective", "masked"),
+        ("seq_len", 32),
+        ("seed", 1),
+        ("model.num_layers", 3),
+        ("model.tied_head", False),
+        ("optimizer.name", "lion"),
+    ],
+)
+def test_a_workdir_of_another_model_is_refused(config, key, value):
+    with pytest.raises(ConfigError) as error:
+        preflight.check_same_run(with_key(config, key, value), config)
+    old = configs.flatten(config)[key]
+    assert f"{key}={value!r} (was {old!r})" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_train_steps", 100),
+        ("global_batch_size", 16),
+        ("grad_accum_steps", 2),
+        ("data.path", "moved.txt"),
+        ("model.dropout", 0.5),
+        ("model.dtype", "bfloat16"),
+        ("model.remat", True),
+        ("optimizer.learning_rate", 1.0),
+        ("optimizer.schedule", "linear"),
+        ("checkpoint.every", 7),
+    ],
+)
+def test_a_run_may_go_on_with_another_length_batch_or_schedule(config, key, value):
+    preflight.check_same_run(with_key(config, key, value), config)
+
+
+def test_all_keys_that_differ_are_named_at_once(config):
+    with pytest.raises(ConfigError, match=r"model\.norm=.*seed=1"):
+        preflight.check_same_run(changed(config, seed=1, model__norm="rmsnorm"), config)
+
+
+def test_a_model_key_that_the_saved_config_lacks_counts_as_a_difference(config):
+    saved = config.to_dict()
+    del saved["model"]["bias"]
+    with pytest.raises(ConfigError, match=r"model\.bias=False \(was None\)"):
+        preflight.check_same_run(config, ConfigDict(saved))
+
+
+@pytest.mark.parametrize("method", ["sharded", "fixed_order", "parameter_mean"])
+def test_a_run_may_go_on_with_a_method_of_the_same_state(config, method):
+    preflight.check_same_run(changed(config, sync__method=method), config)
+
+
+def test_an_average_begins_with_the_run_but_may_decay_otherwise(config):
+    old = config.copy_and_resolve_references()
+    old.ema.decay = 0.99
+    with pytest.raises(ConfigError, match=r"different run: ema\.decay=0\.0 \(was 0\.99\)"):
+        preflight.check_same_run(config, old)
+    with pytest.raises(ConfigError, match=r"different run: ema\.decay=0\.99 \(was 0\.0\)"):
+        preflight.check_same_run(old, config)
+    other = old.copy_and_resolve_references()
+    other.ema.decay = 0.9
+    preflight.check_same_run(other, old)
+    del old.ema  # As a version without the key saved it.
+    preflight.check_same_run(config, old)
+
+
+@pytest.mark.parametrize("methods", [("diloco", "sharded"), ("gradient_mean", "diloco")])
+def test_a_run_may_not_change_to_or_from_diloco(config, methods):
+    new, old = (changed(config, sync__method=method) for method in methods)
+    with pytest.raises(ConfigError, match=rf"sync\.method='{methods[0]}' \(was '{methods[1]}'\)"):
+        preflight.check_same_run(new, old)
