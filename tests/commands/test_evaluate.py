@@ -109,7 +109,7 @@ def test_the_best_checkpoint_has_the_lowest_finite_loss(tmp_path):
 
 
 @pytest.mark.parametrize("objective", ["causal", "masked"])
-def test_the_command_says_what_the_run_logged(config, tmp_path, command, objective):
+def test_the_command_says_what_the_run_logged(config, tmp_path, fresh_command, objective):
     """On two devices, of a run that holds nothing that isn't sharded or masked."""
     config.objective, config.sync.method = objective, "sharded"
     config.model.dropout = 0.2
@@ -120,7 +120,8 @@ def test_the_command_says_what_the_run_logged(config, tmp_path, command, objecti
         found, result = evaluate_checkpoint(workdir, str(step), devices=devices)
         assert (found, evaluation.figures(result)) == (step, logged(workdir, step))
     before = contents(workdir)
-    words, line = command("evaluate", f"--workdir={workdir}", devices=2).stdout.splitlines()
+    printed = fresh_command("evaluate", f"--workdir={workdir}", devices=2).stdout
+    words, line = printed.splitlines()
     assert words.startswith("evaluation at step 6: loss ") and words.endswith("tokens)")
     # The command's program is optimised by XLA, that of the tests is not.
     assert json.loads(line) == pytest.approx({"step": 6} | logged(workdir, 6), rel=1e-5)

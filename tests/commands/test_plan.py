@@ -64,9 +64,9 @@ def test_a_model_that_fits_nowhere_is_planned():
     assert int(text.split()[-1]) < 3 * 2**20
 
 
-def test_the_command_compares_with_xla(command):
+def test_the_command_compares_with_xla(fresh_command):
     arguments = ("--config=configs/quickstart.py", "--config.ema.decay=0.999", "--check")
-    text = command("plan", *arguments, "--tflops=1", devices=2).stdout
+    text = fresh_command("plan", *arguments, "--tflops=1", devices=2).stdout
     assert "their EMA" in text
     [found] = re.findall(r"error +([-+][\d.]+)%", text)
     assert abs(float(found)) < 15, text

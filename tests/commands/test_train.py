@@ -10,10 +10,10 @@ from support.processes import Run
 from support.runs import CLOCKED, TIMES, figures, flags
 
 
-def test_a_run_and_all_it_leaves(config, tmp_path, command):
+def test_a_run_and_all_it_leaves(config, tmp_path, command, fresh_command):
     workdir = tmp_path / "run"
     config.num_train_steps = 60
-    out = command("train", *flags(config, workdir, eval_every=30), devices=2).stdout
+    out = fresh_command("train", *flags(config, workdir, eval_every=30), devices=2).stdout
     for text in (
         "2 x cpu in 1 process",
         "8 sequences x 16 tokens",
@@ -41,7 +41,8 @@ def test_a_run_and_all_it_leaves(config, tmp_path, command):
     assert "Already finished: all 60 steps are done" in again.stdout
     assert figures(workdir) == [{k: v for k, v in r.items() if k not in CLOCKED} for r in records]
 
-    text = command("generate", f"--workdir={workdir}", "--prompt=1 is", "--prompt=2 is").stdout
+    prompts = ("--prompt=1 is", "--prompt=2 is")
+    text = fresh_command("generate", f"--workdir={workdir}", *prompts).stdout
     assert text.startswith("1 is") and "\n2 is" in text
 
 

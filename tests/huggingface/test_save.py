@@ -12,20 +12,19 @@ from jaxdp.common.errors import ConfigError
 from jaxdp.data import tokenizer
 from jaxdp.huggingface import save
 from jaxdp.model.transformer import ModelConfig, Transformer
-from jaxdp.run import loop
 from jaxdp.workdir import finished
 from jaxdp.workdir.finished import Trained
-from support.bad_input import contents
+from support.bad_input import contents, train
 from support.runs import opened
 
 
 def test_a_model_begun_with_transformers_weights_is_exported_as_it_was(short, tmp_path):
     """To the bit, with a learning rate of 0; and resuming doesn't need the folder."""
     short.tokenizer, short.optimizer.learning_rate, short.model.bias = "byte", 0.0, True
-    loop.train(short, tmp_path / "first")
+    train(short, tmp_path / "first")
     first, _ = opened(tmp_path / "first", tmp_path)
     short.init_from, short.seed = f"hf:{first}", 1
-    loop.train(short, tmp_path / "second")
+    train(short, tmp_path / "second")
     (tmp_path / "again").mkdir()
     second, _ = opened(tmp_path / "second", tmp_path / "again")
     before, after = (load_file(folder / "model.safetensors") for folder in (first, second))
@@ -39,9 +38,9 @@ def test_a_model_begun_with_transformers_weights_is_exported_as_it_was(short, tm
     )
     first.rename(tmp_path / "moved")
     short.num_train_steps = 3
-    assert loop.train(short, tmp_path / "second").step == 3
+    assert train(short, tmp_path / "second").step == 3
     with pytest.raises(ConfigError, match="can't be loaded"):
-        loop.train(short, tmp_path / "third")
+        train(short, tmp_path / "third")
 
 
 @pytest.mark.parametrize(("which", "step"), [("newest", 4), ("best", 4), ("2", 2)])
@@ -137,9 +136,9 @@ def test_a_model_that_transformers_does_not_know_is_refused(workdir, tmp_path, c
         save.export(workdir, tmp_path / "out")
 
 
-def test_the_command(workdir, tmp_path, command):
+def test_the_command(workdir, tmp_path, command, fresh_command):
     out = tmp_path / "out"
-    process = command("export", f"--workdir={workdir}", f"--output={out}", "--step=best")
+    process = fresh_command("export", f"--workdir={workdir}", f"--output={out}", "--step=best")
     assert process.stdout == f"{out}: the model after step 4\n"
     assert {path.name for path in out.iterdir()} == {
         "README.md",

@@ -13,8 +13,8 @@ from jaxdp.data import tokenizer
 from jaxdp.huggingface import families, load, tensors
 from jaxdp.huggingface.families import FAMILIES
 from jaxdp.model.transformer import ModelConfig, Transformer, num_parameters, parameter_shapes
-from jaxdp.run import loop
 from jaxdp.workdir.generation import generate
+from support.bad_input import train
 from support.models import (
     MODELS,
     PAD,
@@ -235,7 +235,7 @@ def test_a_character_model_is_opened_and_continues_text_alike(workdir, tmp_path)
 @pytest.mark.parametrize("change", [llama, bert])
 def test_text_gives_the_same_tokens_and_logits(short, change, tmp_path):
     change(short)
-    loop.train(short, tmp_path / "run")
+    train(short, tmp_path / "run")
     folder, run = opened(tmp_path / "run", tmp_path)
     words = transformers.AutoTokenizer.from_pretrained(folder)
     kind = "CausalLM" if short.objective == "causal" else "MaskedLM"

@@ -116,11 +116,12 @@ def test_it_says_who_lags(monkeypatch, case, words):
 
 def test_a_source_that_hangs_is_found_in_one_process(config, tmp_path, monkeypatch):
     """By the thread, in the midst of a run; when train() is over, there is none."""
-    found, hang = [], threading.Event()
+    hang = threading.Event()
 
     def end(message):
-        found.append(message)
-        hang.set()
+        # On a busy machine, what else is done may be too slow as well.
+        if "waiting for data after step 3; run again to go on" in message:
+            hang.set()
 
     monkeypatch.setattr(watchdog, "end", end)
     monkeypatch.setattr(watchdog, "TICK", 0.05)
@@ -129,7 +130,7 @@ def test_a_source_that_hangs_is_found_in_one_process(config, tmp_path, monkeypat
     def hanging(*args, **kwargs):
         for number, batch in enumerate(train_batches(*args, **kwargs)):
             if number == 5:
-                assert hang.wait(60)
+                assert hang.wait(600)
                 raise OSError("the disk is gone")
             yield batch
 
@@ -138,7 +139,6 @@ def test_a_source_that_hangs_is_found_in_one_process(config, tmp_path, monkeypat
     config.hang_seconds = 1
     with pytest.raises(OSError, match="the disk is gone"):
         loop.train(config, tmp_path, devices=jax.local_devices()[:1])
-    assert "waiting for data after step 3; run again to go on" in found[0]
     assert "watchdog" not in str(set(threading.enumerate()) - before)
 
 
