@@ -71,7 +71,7 @@ def test_a_signal_saves_and_exits_with_75(config, tmp_path, command, number):
         ("--config.data.path=tfds:nonsense", "data.path='tfds:nonsense' is not known to TFDS"),
         ("--config.seq_len=10000", "too few for one sequence of seq_len=10000"),
         ("--workdir=/proc/nowhere", "--workdir=/proc/nowhere can't be written"),
-        ("--config=configs/nowhere.py", "--config can't be read"),
+        ("--config=configs/nowhere.py", "no such file; the nearest is configs/"),
         ("nonsense", "'nonsense' is not understood"),
     ],
 )
