@@ -89,7 +89,7 @@ def test_a_token_is_a_target_at_most_once_an_epoch():
 def test_fewer_than_two_windows_of_tokens_are_left_out_of_an_epoch(length):
     [part] = Windows(np.arange(length), L, "causal").parts
     assert part.count >= 1
-    assert 0 <= part.slack == length - 1 - part.count * L < 2 * L
+    assert 0 <= part.max_offset == length - 1 - part.count * L < 2 * L
 
 
 def test_each_epoch_has_an_order_of_its_own():

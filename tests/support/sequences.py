@@ -10,7 +10,7 @@ from jaxdp.data.sequences import Examples, Windows
 TOKENS = np.arange(203, dtype=np.uint16)
 L, G = 8, 4
 [PART] = Windows(TOKENS, L, "causal").parts
-W, SLACK = PART.count, PART.slack
+W, SLACK = PART.count, PART.max_offset
 
 
 def train(tokens=TOKENS, steps=range(30), objective="causal", end=None, **changes) -> list[dict]:
