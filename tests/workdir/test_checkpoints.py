@@ -89,7 +89,7 @@ def test_parameters_alone(tmp_path, config):
 
 
 def test_no_checkpoint_is_said_so(tmp_path):
-    with pytest.raises(ConfigError, match=r"checkpoints does not exist: --workdir"):
+    with pytest.raises(ConfigError, match=r"checkpoints does not exist: give the --workdir"):
         load_params(tmp_path, {})
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(ConfigError, match="holds no checkpoint: train first"):
