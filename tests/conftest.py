@@ -57,7 +57,7 @@ def config(text_file, cache_dir) -> ConfigDict:
     c.seq_len = 16
     c.log_every = 1
     c.eval_every = 3
-    c.model.num_layers = 2
+    c.model.num_layers = 1
     c.model.num_heads = 2
     c.model.embed_dim = 16
     c.optimizer.learning_rate = 1e-2
@@ -73,6 +73,16 @@ def short(config):
     """A config of a run of 2 steps."""
     config.num_train_steps, config.optimizer.warmup_steps, config.checkpoint.every = 2, 1, 1
     config.eval_every, config.sample.num_tokens = 2, 0
+    return config
+
+
+@pytest.fixture
+def overfitting(config):
+    """The loss falls at first, and then no more."""
+    config.update({"num_train_steps": 100, "eval_every": 2})
+    config.optimizer.update({"learning_rate": 0.1, "schedule": "constant", "warmup_steps": 9})
+    config.checkpoint.every = 10
+    config.stop.patience = 3
     return config
 
 

@@ -202,7 +202,7 @@ def test_config_files_that_give_rubbish_to_plan(body, tmp_path, no_compiling):
             {"model.embed_dim": 2**20, "model.num_layers": 100},
             "model is too large: model.num_layers",
         ),
-        ({"num_epochs": 2**31 - 1}, "num_epochs=2147483647 are"),
+        ({"num_epochs": 2**31 - 1}, "num_epochs=2147483647 is"),
     ],
 )
 def test_said_before_anything_is_compiled(

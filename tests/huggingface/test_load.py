@@ -3,7 +3,7 @@
 import dataclasses
 import json
 
-import huggingface_hub
+import huggingface_hub.constants
 import jax
 import numpy as np
 import pytest

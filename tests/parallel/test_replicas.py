@@ -2,12 +2,12 @@ import jax
 import numpy as np
 from jax import lax
 
-from jaxdp.parallel.replicas import AXIS, Replicas, prefetch
+from jaxdp.parallel.replicas import AXIS, Replicas, prefetch, row_numbers
 
 
 def test_rows_number_the_global_batch():
     replicas = Replicas(jax.local_devices()[:4])
-    step = replicas.pmap(lambda _, x: lax.all_gather(rows(len(x)), AXIS))
+    step = replicas.pmap(lambda _, x: lax.all_gather(row_numbers(len(x)), AXIS))
     rows = step(replicas.replicate(np.float32(0)), replicas.shard(np.zeros(12)))
     assert (np.asarray(rows) == np.arange(12).reshape(4, 3)).all()
 

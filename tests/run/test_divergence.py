@@ -186,6 +186,7 @@ def test_going_back_leaves_the_same_run_however_it_is_interrupted(diverging, tmp
 
 def test_a_run_that_goes_back_too_often_ends_with_a_diagnosis(diverging, tmp_path):
     config = diverging
+    config.model.num_layers = 2
     config.divergence.update({"max_bad_steps": 1, "max_rollbacks": 1})
     with pytest.raises(RunError, match="gradient in a step, after 1 roll-backs"):
         loop.train(config, tmp_path / "run", devices=jax.local_devices()[:4])

@@ -82,14 +82,14 @@ def test_a_corrupted_replica_stops_the_run_before_anything_is_saved(
 
     def corrupted(setup, replicas, read):
         state = create_state(setup, replicas, read)
-        path = "layer_1/mlp/up/kernel"
+        path = "layer_0/mlp/up/kernel"
         return state.replace(params=corrupt(state.params, path, 2, replicas, flip_lowest_bit))
 
     monkeypatch.setattr(session, "create_state", corrupted)
     config.optimizer.learning_rate = 0.0  # So that one bit stays one bit.
     config.sync.check_every = 2 if when == "at a check" else 100
     step = 2 if when == "at a check" else 3
-    message = f"after step {step} device 2 of 0..3 .* first in params/layer_1/mlp/up/kernel"
+    message = f"after step {step} device 2 of 0..3 .* first in params/layer_0/mlp/up/kernel"
     with pytest.raises(RunError, match=message):
         loop.train(config, tmp_path, devices=jax.local_devices()[:4])
     assert not any((tmp_path / "checkpoints").iterdir())
@@ -149,7 +149,7 @@ def test_another_run_is_not_overwritten(config, tmp_path):
     before = contents(tmp_path)
     other = config.copy_and_resolve_references()
     other.model.num_layers = 3
-    with pytest.raises(ConfigError, match=r"model\.num_layers=3 \(was 2\)"):
+    with pytest.raises(ConfigError, match=r"model\.num_layers=3 \(was 1\)"):
         loop.train(other, tmp_path)
     other = config.copy_and_resolve_references()
     other.data.eval_fraction = 0.2
