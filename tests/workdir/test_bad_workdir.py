@@ -141,7 +141,7 @@ def test_harmed_metrics(lines, how, where, noise, tmp_path, config):
     assert found[0] == records[0] and found[-1] == records[1]
     harm(path, how, where, noise)
     if how in ("folder", "link", "loop"):
-        with pytest.raises(ConfigError, match=r"metrics\.jsonl is no file"):
+        with pytest.raises(ConfigError, match=r"metrics\.jsonl is not a file"):
             preflight.check_workdir(tmp_path)
     else:
         metrics.MetricsWriter(tmp_path, config, 1).__exit__()
