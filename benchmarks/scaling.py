@@ -146,7 +146,7 @@ def efficiency_rows(config: ConfigDict, bandwidth: float) -> Iterator[str]:
     yield "|---|" + "---|" * (len(table) + 1)
     for count in scaling.COUNTS[3:]:
         cells = [f"{row[count]:.1%}" if count in row else "" for row in table.values()]
-        # In units of the step's computing time, two thirds of which is the backward pass.
+        # In units of the step's computing time; the backward pass is two thirds of it.
         exposed = max(0.0, 1 / table["gradient_mean"][count] - 1 - 2 / 3)
         yield f"| {count:,} | {' | '.join(cells)} | {1 / (1 + exposed):.1%} |"
 

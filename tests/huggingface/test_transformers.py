@@ -29,7 +29,7 @@ from support.models import (
 from support.runs import opened
 from support.texts import REPOSITORY
 
-WHY = "models are compared with those of transformers, which .[compare] installs"
+WHY = "the comparison needs transformers, which .[compare] installs"
 torch = pytest.importorskip("torch", reason=WHY)
 transformers = pytest.importorskip("transformers", reason=WHY)
 

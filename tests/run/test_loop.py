@@ -97,7 +97,7 @@ def test_a_corrupted_replica_stops_the_run_before_anything_is_saved(
 
 @pytest.mark.parametrize("method", ["gradient_mean", "parameter_mean"])
 def test_epochs_end_with_a_batch_that_is_not_full(config, tmp_path, method):
-    """Some devices have no token in it; the run ends, and the losses are those of one device."""
+    """The last batch leaves devices without a token; the run ends with the losses of one device."""
     config.update({"num_epochs": 1, "seq_len": 128, "eval_every": 100, "log_every": 1})
     config.sync.update({"method": method, "every": 10})
     config.checkpoint.every = 100

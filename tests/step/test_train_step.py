@@ -69,7 +69,7 @@ def test_metrics(config):
         np.testing.assert_allclose(values["learning_rate"], schedule(step), rtol=1e-6)
         assert (values["tokens"] == ROWS * LENGTH // 2).all() and len(values["tokens"]) == 2
         assert values["stop"] == 0
-    # An untrained model's loss is that of a uniform distribution: log(20) = 2.996.
+    # An untrained model predicts nearly uniformly: its loss is log(20) = 2.996.
     np.testing.assert_allclose(figures[0]["loss"], np.log(VOCAB), atol=0.05)
 
 

@@ -1,4 +1,4 @@
-"""Programs started by the fork server, which look like those of subprocess.Popen."""
+"""Programs started by the fork server, with the interface of subprocess.Popen."""
 
 import json
 import os

@@ -45,7 +45,7 @@ def assert_equal(left: list[dict], right: list[dict]) -> None:
 
 
 def joined(parts: list[list[dict]]) -> list[dict]:
-    """The global batches of which each process gave its part."""
+    """Puts the parts of all processes together to global batches."""
     return [
         {key: np.concatenate([part[key] for part in step]) for key in step[0]}
         for step in zip(*parts, strict=True)

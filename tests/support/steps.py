@@ -77,7 +77,7 @@ def bits(tree):
 
 
 def corrupt(tree, path, device, replicas, change):
-    """A replicated tree of which one device holds another leaf than the others."""
+    """Makes a replicated tree in which one device holds a different leaf."""
     tree = replicas.replicate(tree)
     mesh = Mesh(np.array(replicas.devices), ("batch",))
 
