@@ -8,6 +8,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from jaxdp.model.target import target
+
 MAX_BLOCKS = 4
 SMALLEST_BLOCK = 64
 
@@ -25,14 +27,7 @@ def kernel(dtype: jnp.dtype, width: int, masked: bool) -> str:
       masked: whether there is a mask.
     """
     fits = jnp.dtype(dtype).itemsize == 2 and width % 8 == 0 and width <= 128 and not masked
-    return "cudnn" if fits and on_nvidia() else "xla"
-
-
-def on_nvidia() -> bool:
-    """Whether the devices are GPUs on which cuDNN has attention: NVIDIA's, from Ampere on."""
-    device = jax.local_devices()[0]
-    nvidia = device.platform == "gpu" and "cuda" in device.client.platform_version
-    return nvidia and float(device.compute_capability) >= 8.0
+    return "cudnn" if fits and target().has_flash_attention else "xla"
 
 
 def attend(

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxdp.model.target import target
+
 
 def matmul(x: jax.Array, kernel: jax.Array, dimension_numbers, **options) -> jax.Array:
     """Contracts x's last dimensions with the kernel's first ones, as a product of two matrices.
@@ -29,7 +31,7 @@ def matmul(x: jax.Array, kernel: jax.Array, dimension_numbers, **options) -> jax
     rows, columns = x.shape[: x.ndim - contracted], kernel.shape[contracted:]
     width = math.prod(kernel.shape[:contracted])
     x, kernel = x.reshape(-1, width), kernel.reshape(width, -1)
-    if x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
+    if x.dtype == jnp.bfloat16 and target().platform == "cpu":
         out = _rounded_last(x, kernel)
     else:
         out = lax.dot_general(x, kernel, (((1,), (0,)), ((), ())), **options)
