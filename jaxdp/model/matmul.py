@@ -12,7 +12,7 @@ from jax import lax
 from jaxdp.model.target import target
 
 
-def matmul(x: jax.Array, kernel: jax.Array, dimension_numbers, **options) -> jax.Array:
+def matmul(x: jax.Array, kernel: jax.Array, contracted: int) -> jax.Array:
     """Contracts x's last dimensions with the kernel's first ones, as a product of two matrices.
 
     The kernel's gradient then contracts over one axis of rows. Over batch and length, XLA's CPU
@@ -21,20 +21,18 @@ def matmul(x: jax.Array, kernel: jax.Array, dimension_numbers, **options) -> jax
     Args:
       x: [..., I...], where I... are the contracted dimensions.
       kernel: [I..., O...].
-      dimension_numbers: as for `lax.dot_general`; must name these dimensions.
-      **options: other arguments of `lax.dot_general`.
+      contracted: number of the dimensions I.
 
     Returns:
       [..., O...].
     """
-    contracted = len(dimension_numbers[0][0])
     rows, columns = x.shape[: x.ndim - contracted], kernel.shape[contracted:]
     width = math.prod(kernel.shape[:contracted])
     x, kernel = x.reshape(-1, width), kernel.reshape(width, -1)
     if x.dtype == jnp.bfloat16 and target().platform == "cpu":
         out = _rounded_last(x, kernel)
     else:
-        out = lax.dot_general(x, kernel, (((1,), (0,)), ((), ())), **options)
+        out = lax.dot_general(x, kernel, (((1,), (0,)), ((), ())))
     return out.reshape(*rows, *columns)
 
 

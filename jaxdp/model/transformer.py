@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from jaxdp.model.attention import attend, rotate
-from jaxdp.model.matmul import matmul
+from jaxdp.model.layers import Dense, Dropout, activation
+from jaxdp.model.norms import Norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,10 +81,10 @@ class Transformer(nn.Module):
         c = self.config
         self.embed = nn.Embed(c.vocab_size, c.embed_dim, dtype=c.dtype, embedding_init=_init())
         if c.head_transform:
-            self.head_transform = _dense(c, c.embed_dim)
+            self.head_transform = _dense(c, (c.embed_dim,))
             self.head_norm = _norm(c)
         if not c.tied_head:
-            self.head = _dense(c, c.vocab_size, bias=False)
+            self.head = _dense(c, (c.vocab_size,), bias=False)
         if c.head_transform and c.bias:
             self.head_bias = self.param("head_bias", nn.initializers.zeros, (c.vocab_size,))
 
@@ -116,27 +117,30 @@ class Transformer(nn.Module):
           [B, L, D] in config.dtype.
         """
         c = self.config
-        if positions is None:
+        if counted := positions is None:
             positions = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape)
-        x = self.embed(inputs)
+        # In float32 up to their sum: rows of the tables' gradients are sums over many tokens, which
+        # in bfloat16 would be wrong by 10% and more.
+        x = jnp.take(self.embed.embedding, inputs, axis=0)
         if c.positions == "learned":
-            table = nn.Embed(
-                c.seq_len, c.embed_dim, dtype=c.dtype, embedding_init=_init(), name="position_embed"
-            )
-            x = x + table(positions)
+            table = nn.Embed(c.seq_len, c.embed_dim, embedding_init=_init(), name="position_embed")
+            x = x + (table.embedding[: inputs.shape[1]] if counted else table(positions))
+        x = x.astype(c.dtype)
         if c.norm_position == "post":
-            x = _norm(c, "embed_norm")(x)
+            x = _norm(c, "embed_norm")(x)[1]
         x = Dropout(c.dropout)(x, rows)
         x = self._layers(x, rows, positions, decode, segments)
-        return _norm(c, "final_norm")(x) if c.norm_position == "pre" else x
+        return _norm(c, "final_norm")(x)[1] if c.norm_position == "pre" else x
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Maps hidden states [..., D] to logits [..., V] in config.dtype."""
         c = self.config
         if c.head_transform:
-            x = self.head_norm(_activate(c, self.head_transform(x)))
+            x = self.head_norm(activation(c.activation)(self.head_transform(x)))[1]
         x = self.embed.attend(x) if c.tied_head else self.head(x)
-        return x + self.head_bias.astype(c.dtype) if c.head_transform and c.bias else x
+        if c.head_transform and c.bias:
+            x += jnp.broadcast_to(self.head_bias, x.shape).astype(c.dtype)
+        return x
 
     def _layers(self, x, rows, positions, decode, segments):
         c = self.config
@@ -170,12 +174,16 @@ class Block(nn.Module):
     def __call__(self, x, rows, positions, decode, segments):
         """Maps [B, L, D] to [B, L, D]; other arguments: see `Transformer.hidden`."""
         c = self.config
-        before, after = (_norm, _same) if c.norm_position == "pre" else (_same, _norm)
-        y = before(c, "attention_norm")(x)
-        y = Attention(c, name="attention")(y, positions, decode, segments)
-        x = after(c, "attention_norm")(x + Dropout(c.dropout)(y, rows))
-        y = MLP(c, name="mlp")(before(c, "mlp_norm")(x))
-        return after(c, "mlp_norm")(x + Dropout(c.dropout)(y, rows))
+        dropout = Dropout(c.dropout)
+        attention, mlp = Attention(c, name="attention"), MLP(c, name="mlp")
+        norms = _norm(c, "attention_norm"), _norm(c, "mlp_norm")
+        if c.norm_position == "pre":
+            x, y = norms[0](x)
+            x += dropout(attention(y, positions, decode, segments), rows)
+            x, y = norms[1](x)
+            return x + dropout(mlp(y), rows)
+        x = norms[0](x + dropout(attention(x, positions, decode, segments), rows))[1]
+        return norms[1](x + dropout(mlp(x), rows))[1]
 
 
 class Attention(nn.Module):
@@ -198,15 +206,7 @@ class Attention(nn.Module):
             key, value = self._cached(key, value, positions)
             mask = jnp.arange(c.seq_len) <= positions[:, :, None]
         out = attend(query, key, value, mask, causal=c.causal and not decode)
-        out_dense = nn.DenseGeneral(
-            c.embed_dim,
-            axis=(-2, -1),
-            use_bias=c.bias,
-            dtype=c.dtype,
-            kernel_init=_residual_init(c),
-            dot_general=matmul,
-            name="out",
-        )
+        out_dense = _dense(c, (c.embed_dim,), "out", kernel_init=_residual_init(c), contracted=2)
         return out_dense(out)
 
     def _cached(self, key, value, positions):
@@ -230,32 +230,10 @@ class MLP(nn.Module):
     def __call__(self, x):
         """Maps [B, L, D] to [B, L, D]."""
         c = self.config
-        y = _dense(c, c.mlp_dim, "up")(x)
-        if c.activation == "swiglu":
-            y = nn.silu(_dense(c, c.mlp_dim, "gate")(x)) * y
-        else:
-            y = _activate(c, y)
-        return _dense(c, c.embed_dim, "down", kernel_init=_residual_init(c))(y)
-
-
-class Dropout(nn.Module):
-    """Dropout whose mask for a row depends only on (rng, row).
-
-    So a run with dropout is the same on any number of devices. `nn.Dropout` would draw one mask for
-    the part of the batch that a device holds.
-    """
-
-    rate: float
-
-    @nn.compact
-    def __call__(self, x: jax.Array, rows: jax.Array | None) -> jax.Array:
-        """Maps [B, ...] to [B, ...]; the identity if `rows`, [B] int32, is None."""
-        if rows is None or self.rate == 0:
-            return x
-        rng = self.make_rng("dropout")
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, rows)
-        draw = functools.partial(jax.random.bernoulli, p=1 - self.rate, shape=x.shape[1:])
-        return jnp.where(jax.vmap(draw)(keys), x / (1 - self.rate), 0)
+        y = _dense(c, (c.mlp_dim,), "up")(x)
+        gate = [_dense(c, (c.mlp_dim,), "gate")(x)] if c.activation == "swiglu" else []
+        y = activation(c.activation)(*gate, y)
+        return _dense(c, (c.embed_dim,), "down", kernel_init=_residual_init(c))(y)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -296,28 +274,13 @@ def _residual_init(c: ModelConfig):
     return nn.initializers.normal(INIT_STDDEV / (2 * c.num_layers) ** 0.5)
 
 
-def _dense(c: ModelConfig, features, name=None, bias=True, kernel_init=None):
-    return nn.DenseGeneral(
-        features,
-        use_bias=c.bias and bias,
-        dtype=c.dtype,
-        kernel_init=kernel_init or _init(),
-        dot_general=matmul,
-        name=name,
+def _dense(c: ModelConfig, features, name=None, bias=True, kernel_init=None, contracted=1):
+    return Dense(
+        (*features,), c.bias and bias, c.dtype, kernel_init or _init(), contracted, name=name
     )
 
 
 def _norm(c: ModelConfig, name=None):
-    if c.norm == "rmsnorm":
-        return nn.RMSNorm(epsilon=c.norm_epsilon, dtype=c.dtype, name=name)
-    return nn.LayerNorm(epsilon=c.norm_epsilon, use_bias=c.bias, dtype=c.dtype, name=name)
-
-
-def _same(c: ModelConfig, name):
-    """Returns the identity, in place of a norm."""
-    del c, name
-    return lambda x: x
-
-
-def _activate(c: ModelConfig, x):
-    return nn.gelu(x, approximate=c.activation != "gelu_exact")
+    return Norm(
+        c.norm == "layernorm", c.norm == "layernorm" and c.bias, c.norm_epsilon, c.dtype, name=name
+    )

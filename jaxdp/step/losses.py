@@ -11,7 +11,9 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import optax
+from jax import lax
+
+from jaxdp.model.target import target
 
 MASK_SHARE = 0.15
 
@@ -35,8 +37,55 @@ def cross_entropy(
     Returns:
       loss_sum and weight_sum, [] float32 each.
     """
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets)
-    return jnp.sum(losses * weights), jnp.sum(weights)
+    nll = _nll(logits, targets)
+    return jnp.sum(nll * weights), jnp.sum(weights)
+
+
+@jax.custom_vjp
+def _nll(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Returns -log p(target), [B, L] float32, for logits [B, L, V].
+
+    The gradient of the logits is computed in one pass, from logits in their own dtype to a gradient
+    in the same dtype. Derived by JAX, it would be a scatter into a float32 array [B, L, V].
+    """
+    return _forward(logits, targets)[0]
+
+
+def _forward(logits, targets):
+    log_sum = _log_sum_exp(logits)
+    chosen = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    return log_sum - chosen.astype(jnp.float32), (logits, targets, log_sum)
+
+
+def _backward(residuals, d_nll):
+    logits, targets, log_sum = residuals
+    p = jnp.exp(logits.astype(jnp.float32) - log_sum[..., None])
+    is_target = lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) == targets[..., None]
+    return ((p - is_target) * d_nll[..., None]).astype(logits.dtype), None
+
+
+_nll.defvjp(_forward, _backward)
+
+
+def _log_sum_exp(logits):
+    """Returns log(sum(exp(logits))) over the last axis, in float32."""
+    logits = logits.astype(jnp.float32)
+    if target().platform == "cpu":
+        return jax.nn.logsumexp(logits, axis=-1)
+
+    def add(one, other):
+        # Sums of exp(x - largest), brought to the larger one of both maxima (Milakov and
+        # Gimelshein 2018): one pass over the logits, which are too large for a cache.
+        (largest, total), (larger, more) = one, other
+        scale = jnp.exp(-jnp.abs(largest - larger))
+        first = largest >= larger
+        total = jnp.where(first, total, total * scale) + jnp.where(first, more * scale, more)
+        return jnp.maximum(largest, larger), total
+
+    operands = logits, jnp.ones_like(logits)
+    start = jnp.float32(-jnp.inf), jnp.float32(0)
+    largest, total = lax.reduce(operands, start, add, (logits.ndim - 1,))
+    return largest + jnp.log(total)
 
 
 def chunked_cross_entropy(
@@ -48,7 +97,8 @@ def chunked_cross_entropy(
 ) -> tuple[jax.Array, jax.Array]:
     """Computes `cross_entropy` of to_logits(hidden), with one chunk of logits in memory at a time.
 
-    The backward pass recomputes each chunk's logits (Chen et al. 2016, Sublinear memory cost).
+    The gradient of a chunk is computed right after its loss, so no logits are computed twice; the
+    backward pass only scales it (as in Liger Kernel, Hsu et al. 2024).
 
     Args:
       to_logits: [B, L / chunks, D] -> [B, L / chunks, V].
@@ -63,13 +113,42 @@ def chunked_cross_entropy(
     def cut(x):
         return jnp.moveaxis(x.reshape(len(x), chunks, -1, *x.shape[2:]), 1, 0)
 
-    @functools.partial(jax.checkpoint, prevent_cse=False)
+    hidden = cut(hidden)
+    to_logits, params = jax.closure_convert(to_logits, hidden[0])
+    return _sum_of_chunks(to_logits, params, hidden, cut(targets), cut(weights))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sum_of_chunks(to_logits, params, hidden, targets, weights):
+    """Sums `cross_entropy` over chunks [chunks, B, L / chunks, ...]; params: to_logits' own."""
+
     def sums(part):
         hidden, targets, weights = part
-        return cross_entropy(to_logits(hidden), targets, weights)
+        return cross_entropy(to_logits(hidden, *params), targets, weights)
 
-    parts = jax.lax.map(sums, (cut(hidden), cut(targets), cut(weights)))
-    return jax.tree.map(jnp.sum, parts)
+    return jax.tree.map(jnp.sum, lax.map(sums, (hidden, targets, weights)))
+
+
+def _chunks_forward(to_logits, params, hidden, targets, weights):
+    def loss(params, hidden, targets, weights):
+        return cross_entropy(to_logits(hidden, *params), targets, weights)
+
+    def add(total, part):
+        sums, (d_params, d_hidden) = jax.value_and_grad(loss, (0, 1), has_aux=True)(params, *part)
+        return jax.tree.map(jnp.add, total, d_params), (sums, d_hidden)
+
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    d_params, (sums, d_hidden) = lax.scan(add, zeros, (hidden, targets, weights))
+    return jax.tree.map(jnp.sum, sums), (d_params, d_hidden)
+
+
+def _chunks_backward(to_logits, gradients, d_sums):
+    del to_logits
+    scaled = jax.tree.map(lambda g: (g * d_sums[0]).astype(g.dtype), gradients)
+    return *scaled, None, None
+
+
+_sum_of_chunks.defvjp(_chunks_forward, _chunks_backward)
 
 
 def mask_tokens(

@@ -16,10 +16,9 @@ def results(inputs, outputs, dtype):
         for i, shape in enumerate([(2, 3, *inputs), (*inputs, *outputs), (2, 3, *outputs)])
     )
     count = len(inputs)
-    axes = tuple(range(2, 2 + count)), tuple(range(count))
 
     def loss(x, kernel):
-        out = matmul(x, kernel, (axes, ((), ())))
+        out = matmul(x, kernel, count)
         return (out * weights).sum().astype(jnp.float32), out
 
     (_, out), grads = jax.value_and_grad(loss, (0, 1), has_aux=True)(x, kernel)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from jaxdp.configs import shakespeare_char_cpu, shakespeare_char_tuned
+from jaxdp.model.layers import Dropout
 from jaxdp.model.transformer import (
-    Dropout,
     ModelConfig,
     Transformer,
     flops_per_token,
