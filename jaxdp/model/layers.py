@@ -50,11 +50,12 @@ def activation(name: str) -> Callable[..., jax.Array]:
     On GPUs the backward pass computes it again from its input. Left to XLA, the forward pass writes
     intermediate results, as large as the input, for the backward pass to read.
     """
-    found = {
+    functions: dict[str, Callable[..., jax.Array]] = {
         "gelu": functools.partial(nn.gelu, approximate=True),
         "gelu_exact": functools.partial(nn.gelu, approximate=False),
         "swiglu": lambda gate, x: nn.silu(gate) * x,
-    }[name]
+    }
+    found = functions[name]
     return jax.checkpoint(found) if target().platform == "gpu" else found
 
 

@@ -49,13 +49,13 @@ class Norm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
         bias = self.param("bias", nn.initializers.zeros, x.shape[-1:]) if self.bias else None
         options = (self.centred, self.epsilon, jnp.dtype(self.dtype))
-        if target().has_flash_attention and _tiling(x.shape):
-            return _fused(*options, False, x, scale, bias)
+        if target().runs_triton and tiling(x.shape):
+            return fused(*options, x, scale, bias)
         return x, plain(*options, x, scale, bias)
 
 
 def plain(centred, epsilon, dtype, x, scale, bias):
-    """Normalises x [..., D], in a form that XLA compiles; see `Norm`."""
+    """Normalises x [..., D] over D, for XLA to compile; arguments as for `fused`."""
     exact = x.astype(jnp.float32)
     variance = jnp.mean(lax.square(exact), -1, keepdims=True)
     if centred:
@@ -66,14 +66,24 @@ def plain(centred, epsilon, dtype, x, scale, bias):
     return (y if bias is None else y + bias).astype(dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _fused(centred, epsilon, dtype, interpret, x, scale, bias):
-    """Computes (x, plain(x)) by one kernel that reads x once."""
-    return _forward(centred, epsilon, dtype, interpret, x, scale, bias)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 6))
+def fused(centred, epsilon, dtype, x, scale, bias, interpret=False):
+    """Computes (x, plain(x)); both passes are kernels that read each array once.
+
+    Args:
+      centred: see `Norm`.
+      epsilon: see `Norm`.
+      dtype: see `Norm`.
+      x: [B, L, D] whose shape has a `tiling`.
+      scale: [D] float32.
+      bias: [D] float32, or None.
+      interpret: whether to run the kernels as JAX operations, on any device.
+    """
+    return _forward(centred, epsilon, dtype, x, scale, bias, interpret)[0]
 
 
-def _forward(centred, epsilon, dtype, interpret, x, scale, bias):
-    rows, piece = _tiling(x.shape)
+def _forward(centred, epsilon, dtype, x, scale, bias, interpret):
+    rows, piece = _tiling(x)
     vectors = [v for v in (scale, bias) if v is not None]
     flat = x.reshape(-1, x.shape[-1])
     y = pl.pallas_call(
@@ -91,7 +101,7 @@ def _forward(centred, epsilon, dtype, interpret, x, scale, bias):
 
 def _backward(centred, epsilon, dtype, interpret, residuals, gradients):
     x, scale, bias = residuals
-    rows, piece = _tiling(x.shape)
+    rows, piece = _tiling(x)
     d_x, d_y = (g.reshape(-1, x.shape[-1]) for g in gradients)
     flat = x.reshape(d_x.shape)
     programs = min(PROGRAMS, len(flat) // rows)
@@ -116,10 +126,10 @@ def _backward(centred, epsilon, dtype, interpret, residuals, gradients):
     return d_flat.reshape(x.shape), d_scale, d_bias[0] if d_bias else None
 
 
-_fused.defvjp(_forward, _backward)
+fused.defvjp(_forward, _backward)
 
 
-def _tiling(shape: tuple[int, ...]) -> tuple[int, int] | None:
+def tiling(shape: tuple[int, ...]) -> tuple[int, int] | None:
     """Returns the rows of a tile, and the width of the pieces in which a row is loaded.
 
     Triton computes on arrays whose sizes are powers of two. None if no such tiling fits.
@@ -132,6 +142,12 @@ def _tiling(shape: tuple[int, ...]) -> tuple[int, int] | None:
     rows = max(1, TILE // width)
     rows = min(1 << rows.bit_length() - 1, tokens & -tokens)
     return (rows, piece) if width <= MAX_PIECES * piece and width <= 4 * TILE else None
+
+
+def _tiling(x):
+    found = tiling(x.shape)
+    assert found is not None
+    return found
 
 
 def _tile(rows, array):

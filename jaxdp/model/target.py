@@ -20,6 +20,11 @@ class Target(NamedTuple):
     capability: float = 0.0
 
     @property
+    def runs_triton(self) -> bool:
+        """Whether kernels in Triton are compiled for it: NVIDIA's GPUs, from Ampere on."""
+        return self.capability >= 8.0
+
+    @property
     def has_flash_attention(self) -> bool:
         """Whether cuDNN has fused attention for it: NVIDIA's GPUs, from Ampere on."""
         return self.capability >= 8.0

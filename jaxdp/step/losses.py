@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxdp.model.target import target
+from jaxdp.step.loss_kernel import loss_and_gradient
 
 MASK_SHARE = 0.15
 
@@ -37,8 +38,9 @@ def cross_entropy(
     Returns:
       loss_sum and weight_sum, [] float32 each.
     """
-    nll = _nll(logits, targets)
-    return jnp.sum(nll * weights), jnp.sum(weights)
+    if target().runs_triton:
+        return _by_kernel(logits, targets, weights), jnp.sum(weights)
+    return jnp.sum(_nll(logits, targets) * weights), jnp.sum(weights)
 
 
 @jax.custom_vjp
@@ -52,7 +54,7 @@ def _nll(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def _forward(logits, targets):
-    log_sum = _log_sum_exp(logits)
+    log_sum = jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1)
     chosen = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
     return log_sum - chosen.astype(jnp.float32), (logits, targets, log_sum)
 
@@ -67,25 +69,24 @@ def _backward(residuals, d_nll):
 _nll.defvjp(_forward, _backward)
 
 
-def _log_sum_exp(logits):
-    """Returns log(sum(exp(logits))) over the last axis, in float32."""
-    logits = logits.astype(jnp.float32)
-    if target().platform == "cpu":
-        return jax.nn.logsumexp(logits, axis=-1)
+@jax.custom_vjp
+def _by_kernel(logits, targets, weights):
+    """Computes the loss sum; its gradient comes with it, from one kernel (see `loss_kernel`)."""
+    return jnp.sum(_nll(logits, targets) * weights)
 
-    def add(one, other):
-        # Sums of exp(x - largest), brought to the larger one of both maxima (Milakov and
-        # Gimelshein 2018): one pass over the logits, which are too large for a cache.
-        (largest, total), (larger, more) = one, other
-        scale = jnp.exp(-jnp.abs(largest - larger))
-        first = largest >= larger
-        total = jnp.where(first, total, total * scale) + jnp.where(first, more * scale, more)
-        return jnp.maximum(largest, larger), total
 
-    operands = logits, jnp.ones_like(logits)
-    start = jnp.float32(-jnp.inf), jnp.float32(0)
-    largest, total = lax.reduce(operands, start, add, (logits.ndim - 1,))
-    return largest + jnp.log(total)
+def _kernel_forward(logits, targets, weights):
+    nll, gradient = loss_and_gradient(
+        logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), weights.reshape(-1)
+    )
+    return jnp.sum(nll * weights.reshape(-1)), gradient.reshape(logits.shape)
+
+
+def _kernel_backward(gradient, d_loss):
+    return (gradient * d_loss).astype(gradient.dtype), None, None
+
+
+_by_kernel.defvjp(_kernel_forward, _kernel_backward)
 
 
 def chunked_cross_entropy(
