@@ -159,5 +159,9 @@ def get_config() -> ConfigDict:
     c.profile.start_step = 10  # Steps before the trace; a run resumed after them has none.
     c.profile.num_steps = 0  # Steps to trace; 0: none.
 
+    # On NVIDIA GPUs, give XLA the flags in jaxdp/parallel/gpu.py, for speed. What XLA_FLAGS in the
+    # environment sets goes first. False: XLA's defaults.
+    c.xla_flags = True
+
     c.wandb_project = ""  # Also log to this Weights & Biases project (pip install 'jaxdp[wandb]').
     return c

@@ -37,7 +37,7 @@ def main() -> int:
     if not WORKDIR.value:
         raise ConfigError("--workdir is missing: give a new folder, or that of a run to resume")
     # Imported here, so that --help and mistakes in flags don't wait seconds for JAX.
-    from jaxdp.parallel import cpu, processes
+    from jaxdp.parallel import cpu, gpu, processes
     from jaxdp.run import loop, preflight
     from jaxdp.step.setup import same_on_two_devices, validate
 
@@ -45,6 +45,7 @@ def main() -> int:
     processes.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     validate(config)
     cpu.prepare(config, two_devices=same_on_two_devices(config))
+    gpu.prepare(config)
     preflight.check_devices()
     stop = threading.Event()
     cli.on_stop_signal(stop.set)
