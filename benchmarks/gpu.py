@@ -35,6 +35,11 @@ from gpu_models import CHILD, DEFAULT, REHEARSE, Variant, environment, gpu, outp
 
 from jaxdp.common import cli
 
+flags.DEFINE_string("nanogpt", None, "A folder with nanoGPT's model.py, to compare with.")
+flags.DEFINE_string(
+    "torch_python", None, "A Python that has PyTorch; by default the one that runs this."
+)
+flags.DEFINE_string("output", "gpu.md", "The file for the document.")
 MINUTES = flags.DEFINE_float("minutes", 8, "Time for everything; parts that don't fit are skipped.")
 PARTS_CHOSEN = flags.DEFINE_list("parts", None, "Names of the parts to run, by default all.")
 COMMIT = flags.DEFINE_string("commit", None, "The commit, for a copy without its git repository.")
@@ -174,7 +179,7 @@ def run_part(name: str, deadline: float, document: TextIO) -> None:
             document,
         )
         return
-    limit = min(part.limit, left)
+    limit = left if REHEARSE.value else min(part.limit, left)
     with output(".log").open("a") as log:
         print(f"\n--- {name}", file=log, flush=True)
         process = subprocess.Popen(

@@ -13,8 +13,8 @@ from jaxdp.configs import default
 from jaxdp.data.batch import Batch
 from jaxdp.model import attention
 from jaxdp.parallel.replicas import Replicas
-from jaxdp.step.setup import make_setup
-from jaxdp.step.state import create_state
+from jaxdp.step.setup import Setup, make_setup
+from jaxdp.step.state import State, create_state
 
 ROWS, LENGTH, VOCAB = 48, 256, 128
 # Limits of relative errors. bfloat16 rounds to 2^-9, or 0.2%; a sum of rounded terms stays near
@@ -50,20 +50,25 @@ def text(rows: int) -> Batch:
     return {"inputs": inputs, "targets": targets, "weights": np.ones(inputs.shape, np.float32)}
 
 
-def gradients(dtype: str, tied_head: bool, rows: int, micro_batches: int) -> dict[str, np.ndarray]:
-    """Computes the gradient of the training loss of a small model, by path of its parameters."""
+def setup_of(dtype: str, tied_head: bool, rows: int) -> Setup:
+    """Returns the setup of a small model with biases."""
     config = default.get_config()
     config.update({"seq_len": LENGTH, "global_batch_size": rows})
-    config.model.update({"num_layers": 2, "num_heads": 2, "embed_dim": 64, "bias": True})
-    config.model.update({"dtype": dtype, "tied_head": tied_head})
-    setup, replicas = make_setup(config, VOCAB, 1), Replicas(jax.local_devices()[:1])
+    config.model.update({"num_layers": 1 if REHEARSE.value else 2, "num_heads": 2, "embed_dim": 64})
+    config.model.update({"dtype": dtype, "tied_head": tied_head, "bias": True})
+    return make_setup(config, VOCAB, 1)
+
+
+def gradients(setup: Setup, replicas: Replicas, state: State, parts: int) -> dict[str, np.ndarray]:
+    """Computes the gradient of the loss of real text, in some micro-batches, by parameters' path."""
+    state, batch = state.replace(apply_fn=setup.model.apply), text(setup.sizes.global_)
 
     def of_device(state, batch):
-        return setup.objective.gradients(state, batch, grad_accum_steps=micro_batches)[0]
+        return setup.objective.gradients(state, batch, grad_accum_steps=parts)[0]
 
     # Otherwise a GPU may use TF32 for float32.
     with jax.default_matmul_precision("highest"):
-        found = replicas.pmap(of_device)(create_state(setup, replicas), replicas.shard(text(rows)))
+        found = replicas.pmap(of_device)(state, replicas.shard(batch))
     leaves = jax.tree_util.tree_leaves_with_path(found)
     return {jax.tree_util.keystr(p, simple=True, separator="/"): np.asarray(x) for p, x in leaves}
 
@@ -83,10 +88,11 @@ def gradient_rows() -> Iterator[str]:
     yield f"| head | parameters | against float32 | 1 against {rows} micro-batches | |"
     yield "|---|---|---|---|---|"
     for tied in some((True, False)):
-        exact, whole, parts = (
-            gradients(dtype, tied, rows, micro_batches)
-            for dtype, micro_batches in (("float32", 1), ("bfloat16", 1), ("bfloat16", rows))
-        )
+        precise, rounded = (setup_of(dtype, tied, rows) for dtype in ("float32", "bfloat16"))
+        replicas = Replicas(jax.local_devices()[:1])
+        state = create_state(precise, replicas)
+        exact = gradients(precise, replicas, state, 1)
+        whole, parts = (gradients(rounded, replicas, state, count) for count in (1, rows))
         for name, pattern in GROUPS.items():
             paths = [path for path in exact if re.search(pattern, path)]
             if paths:
@@ -100,7 +106,7 @@ def gradient_rows() -> Iterator[str]:
 def attention_rows() -> Iterator[str]:
     """Yields the errors of attention in bfloat16 against XLA's in float32."""
     yield "Attention in bfloat16 against XLA's in float32:\n"
-    yield "| heads x width, length | kernel | largest relative error of results and gradients | |\n"
+    yield "| heads x width, length | kernel | largest relative error of results and gradients | |"
     yield "|---|---|---|---|"
     for heads, width in some(((12, 64), (16, 128))):
         shape = (1, 64, 2, 8) if REHEARSE.value else (4, 1024, heads, width)

@@ -22,11 +22,6 @@ from jaxdp.run.figures import PEAK_FLOPS
 
 REHEARSE = flags.DEFINE_bool("rehearse", False, "Run on a CPU, with tiny models.")
 CHILD = flags.DEFINE_string("child", None, "What a child process does, as JSON (internal).")
-NANOGPT = flags.DEFINE_string("nanogpt", None, "A folder with nanoGPT's model.py, to compare with.")
-TORCH_PYTHON = flags.DEFINE_string(
-    "torch_python", None, "A Python that has PyTorch; by default the one that runs this."
-)
-OUTPUT = flags.DEFINE_string("output", "gpu.md", "The file for the document.")
 
 VOCAB = 50304  # GPT-2's, padded as in nanoGPT.
 DOCUMENT = 500  # Mean number of tokens in a document; web pages have about as many.
@@ -131,13 +126,15 @@ def environment(variant: Variant = DEFAULT) -> dict[str, str]:
     given = f"{os.environ.get('XLA_FLAGS', '')} {variant.xla_flags}".strip()
     own = {"XLA_FLAGS": given} if given else {}
     own |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "CUDA_VISIBLE_DEVICES": "0"}
+    own |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     rehearsed = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"} if REHEARSE.value else {}
     return os.environ | own | rehearsed | {**variant.environment}
 
 
 def output(suffix: str) -> Path:
     """Returns a file beside --output, named as it but for its suffix."""
-    return Path(OUTPUT.value).with_name(Path(OUTPUT.value).stem + suffix)
+    document = Path(flags.FLAGS.output)
+    return document.with_name(document.stem + suffix)
 
 
 def some(things: Any) -> list[Any]:

@@ -13,12 +13,11 @@ import jax
 import numpy as np
 import steps
 import turns
+from absl import flags
 from gpu_models import (
     DEFAULT,
     MODELS,
-    NANOGPT,
     REHEARSE,
-    TORCH_PYTHON,
     VARIANT_BATCH,
     VARIANTS,
     Variant,
@@ -73,13 +72,13 @@ def ours(keys: dict[str, Any], batch: int, variant: Variant = DEFAULT) -> Contes
 def theirs(config: ConfigDict, tokens_file: Path) -> Contestant:
     """Starts nanoGPT's contestant, compiled."""
     settings = steps.peer_settings(config, vocab()) | {
-        "nanogpt": NANOGPT.value,
+        "nanogpt": flags.FLAGS.nanogpt,
         "tokens": str(tokens_file),
         "device": "cpu" if REHEARSE.value else "cuda",
         "compile": True,
     }
     peer = str(Path(__file__).with_name("nanogpt_steps.py"))
-    python = TORCH_PYTHON.value or sys.executable
+    python = flags.FLAGS.torch_python or sys.executable
     return Contestant(python, peer, json.dumps(settings), **environment())
 
 
@@ -124,7 +123,7 @@ class Measured:
         except OutOfMemory:
             self.failed[name] = "out of memory"
         except SystemExit as error:
-            self.failed[name] = f"failed: {str(error)[-30:]}"
+            self.failed[name] = f"failed, {str(error).rpartition(' has ')[2]}"
         if name in self.failed:
             self._running.pop(name, None)
 
@@ -162,7 +161,7 @@ def comparison(name: str, batch: int) -> Iterator[str]:
         drawn = Path(folder) / "tokens.bin"
         tokens(10**6, vocab()).tofile(drawn)
         start = {"jaxdp": lambda: ours(MODELS[name], config.global_batch_size)}
-        if NANOGPT.value:
+        if flags.FLAGS.nanogpt:
             start["nanoGPT, torch.compile"] = lambda: theirs(config, drawn)
         measured = Measured(start, count=10, rounds=7)
     against = list(start)[-1]
