@@ -106,6 +106,7 @@ def main() -> int:
     with output(".md").open("w") as document, tempfile.TemporaryDirectory() as programs:
         # An empty compilation cache, so that every run of this script takes the same time.
         os.environ["JAX_COMPILATION_CACHE_DIR"] = programs
+        output(".log").write_text("")
         say(introduction(), document)
         for name in PARTS_CHOSEN.value or PARTS:
             run_part(name, deadline, document)

@@ -60,14 +60,15 @@ def setup_of(dtype: str, tied_head: bool, rows: int) -> Setup:
 
 
 def gradients(setup: Setup, replicas: Replicas, state: State, parts: int) -> dict[str, np.ndarray]:
-    """Computes the gradient of the loss of real text, in some micro-batches, by parameters' path."""
+    """Computes the gradient on real text, split into micro-batches, by path of the parameters."""
     state, batch = state.replace(apply_fn=setup.model.apply), text(setup.sizes.global_)
 
     def of_device(state, batch):
         return setup.objective.gradients(state, batch, grad_accum_steps=parts)[0]
 
     # Otherwise a GPU may use TF32 for float32.
-    with jax.default_matmul_precision("highest"):
+    precision = "highest" if setup.config.model.dtype == "float32" else "default"
+    with jax.default_matmul_precision(precision):
         found = replicas.pmap(of_device)(state, replicas.shard(batch))
     leaves = jax.tree_util.tree_leaves_with_path(found)
     return {jax.tree_util.keystr(p, simple=True, separator="/"): np.asarray(x) for p, x in leaves}

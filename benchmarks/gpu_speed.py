@@ -122,7 +122,7 @@ class Measured:
             function()
         except OutOfMemory:
             self.failed[name] = "out of memory"
-        except SystemExit as error:
+        except (SystemExit, OSError) as error:  # It has ended.
             self.failed[name] = f"failed, {str(error).rpartition(' has ')[2]}"
         if name in self.failed:
             self._running.pop(name, None)
