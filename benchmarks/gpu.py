@@ -1,238 +1,219 @@
-"""Measures correctness, speed and limits on one GPU, and compares them with compiled nanoGPT.
+"""Measures correctness and speed on one GPU, in turns with compiled nanoGPT, in 8 minutes.
 
     git clone https://github.com/karpathy/nanoGPT
     python -m venv torch-venv && torch-venv/bin/pip install torch numpy
-    python benchmarks/gpu.py --nanogpt=nanoGPT --torch_python=torch-venv/bin/python > gpu.md
+    python benchmarks/gpu.py --nanogpt=nanoGPT --torch_python=torch-venv/bin/python
     python benchmarks/gpu.py --rehearse     # all of it on a CPU, tiny: the figures mean nothing
 
-First it checks results: attention by the GPU's kernel against XLA's in float32, and a run's losses
-in bfloat16 against float32; if they are wrong, it ends. Then it trains GPT-2 in three sizes, in
-bfloat16, on random tokens. Each contestant is a warm process of its own, and they train in turns; a
-ratio is the median over turns. Then it sweeps over batch size and remat, head width, loss chunks
-and XLA flags, and looks for the largest sizes that fit. Our steps are those of a real run without
-the input pipeline: batches are in the host's memory. If time is short, choose some of --parts.
+Prints a document in Markdown, and writes it to --output line by line; beside that file come a log
+and a list of the largest kernels. Parts are ordered by value. Each is a process of its own with a
+time limit, so that one that dies or hangs costs no other part; what no longer fits into --minutes
+is named as skipped. Our step is that of a real run without the input pipeline: batches are in the
+host's memory. Their tokens are drawn by Zipf's law, because random ones hide the cost of the
+embedding. It needs JAX, Flax, Optax, Orbax and ml-collections; no TensorFlow.
 """
 
+import contextlib
 import datetime
-import functools
-import itertools
+import importlib
+import importlib.metadata
 import json
+import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+import threading
+import time
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple, TextIO
 
 import jax
-import numpy as np
-import steps
-import turns
 from absl import flags
-from gpu_checks import attention_errors, attention_rows, loss_rows
-from gpu_models import (
-    LARGER,
-    MODELS,
-    REHEARSE,
-    REMAT,
-    SEQUENCES,
-    environment,
-    model_config,
-    some,
-    this,
-    variants,
-    vocab,
-)
-from ml_collections import ConfigDict
-from turns import Contestant, OutOfMemory
+from gpu_models import CHILD, DEFAULT, REHEARSE, Variant, environment, gpu, output, this
 
 from jaxdp.common import cli
-from jaxdp.estimate import scaling
-from jaxdp.parallel.replicas import Replicas
-from jaxdp.run import figures
 
-NANOGPT = flags.DEFINE_string("nanogpt", None, "A checkout of nanoGPT; without it, no comparison.")
-TORCH_PYTHON = flags.DEFINE_string("torch_python", None, "A Python that has PyTorch.")
-STEPS = flags.DEFINE_integer("steps", 20, "Number of steps in a turn.")
-TURNS = flags.DEFINE_integer("turns", 7, "Number of turns.")
-SERVE = flags.DEFINE_string("serve", None, "Be a contestant with these keys, JSON (internal).")
-PARTS = flags.DEFINE_list(
-    "parts",
-    ["checks", *(x for name in MODELS for x in (name, f"{name} sweep")), "limits"],
-    "The parts to run; all of them by default.",
+flags.DEFINE_string("nanogpt", None, "A folder with nanoGPT's model.py, to compare with.")
+flags.DEFINE_string(
+    "torch_python", None, "A Python that has PyTorch; by default the one that runs this."
 )
-ASK = flags.DEFINE_bool(
-    "ask", False, "Print kind, peak and attention errors of the GPU, JSON (internal)."
-)
+flags.DEFINE_string("output", "gpu.md", "The file for the document.")
+MINUTES = flags.DEFINE_float("minutes", 8, "Time for everything; parts that don't fit are skipped.")
+PARTS_CHOSEN = flags.DEFINE_list("parts", None, "Names of the parts to run, by default all.")
+COMMIT = flags.DEFINE_string("commit", None, "The commit, for a copy without its git repository.")
+
+
+class Part(NamedTuple):
+    """A part of the document, which has a process of its own.
+
+    Attributes:
+      title: its heading.
+      module: the module with the function that yields its lines.
+      function: the name of that function.
+      arguments: its arguments.
+      expected: seconds that it takes on an H100; it is skipped if fewer than 60% of them are left.
+      limit: seconds after which it is ended.
+      on_gpu: whether its own process computes on the GPU, rather than child processes of it.
+      variant: the environment of its process.
+    """
+
+    title: str
+    module: str
+    function: str
+    arguments: tuple
+    expected: float
+    limit: float
+    on_gpu: bool = False
+    variant: Variant = DEFAULT
+
+
+def _comparison(model: str, batch: int, expected: float, limit: float) -> Part:
+    title = f"{model}, {batch} x 1,024 tokens"
+    return Part(title, "gpu_speed", "comparison", (model, batch), expected, limit)
+
+
+# In separate launches each kernel is traced under its own instruction.
+SEPARATE = Variant(xla_flags="--xla_gpu_enable_command_buffer=")
+PARTS = {
+    "checks": Part("Gradients and attention", "gpu_checks", "part", (), 50, 120, True),
+    "124M-32": _comparison("GPT-2 124M", 32, 80, 150),
+    "124M-16": _comparison("GPT-2 124M", 16, 50, 120),
+    "350M-16": _comparison("GPT-2 350M", 16, 80, 150),
+    "kernels": Part(
+        "Kernels of GPT-2 124M, 32 x 1,024 tokens",
+        "gpu_kernels",
+        "part",
+        (),
+        30,
+        80,
+        True,
+        SEPARATE,
+    ),
+    "characters": Part("shakespeare_char.py", "gpu_speed", "characters", (), 40, 100, True),
+    "variants": Part("Other settings", "gpu_speed", "variants", (), 80, 150),
+    "resume": Part("Stopped and resumed", "gpu_resume", "part", (), 60, 110),
+    "124M-64": Part("GPT-2 124M, 64 x 1,024 tokens", "gpu_speed", "largest", (), 30, 60),
+}
 
 
 def main() -> int:
-    """Prints the document, or answers its parent process."""
-    if SERVE.value:
-        turns.run(serve)
-        return 0
-    if ASK.value:
-        gpu, errors = jax.local_devices()[0], attention_errors()
-        peak = figures.peak_flops(gpu)
-        print(json.dumps({"kind": gpu.device_kind, "peak": peak, "errors": errors}))
-        return 0
-    jax.config.update("jax_platforms", "cpu")  # Child processes use the GPU.
-    print(introduction())
-    for line in itertools.chain.from_iterable(parts()):
-        print(line, flush=True)
+    """Prints the document, or does the task of a child process."""
+    if CHILD.value:
+        return child(**json.loads(CHILD.value))
+    deadline = time.monotonic() + 60 * MINUTES.value
+    with output(".md").open("w") as document, tempfile.TemporaryDirectory() as programs:
+        # An empty compilation cache, so that every run of this script takes the same time.
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = programs
+        output(".log").write_text("")
+        say(introduction(), document)
+        for name in PARTS_CHOSEN.value or PARTS:
+            run_part(name, deadline, document)
     return 0
 
 
-@functools.cache
-def device() -> dict[str, Any]:
-    """Returns the GPU's kind, peak (FLOP/s), and errors of attention, from a child process."""
-    answer = subprocess.check_output([*this(), "--ask"], text=True, env=environment())
-    return json.loads(answer)
+def child(task: str, **given) -> int:
+    """Does the task of a child process: a part, or what a part starts processes for."""
+    if task == "train":
+        importlib.import_module("gpu_speed").train(**given)
+    elif task == "run":
+        importlib.import_module("gpu_resume").run(**given)
+    else:
+        part = PARTS[given["name"]]
+        if not part.on_gpu:
+            jax.config.update("jax_platforms", "cpu")  # Its child processes use the GPU.
+        function = getattr(importlib.import_module(part.module), part.function)
+        for line in function(*part.arguments):
+            print(line, flush=True)
+    return 0
+
+
+def say(line: str, document: TextIO) -> None:
+    """Prints a line of the document, and writes it to its file at once."""
+    for place in (sys.stdout, document):
+        print(line, file=place, flush=True)
 
 
 def introduction() -> str:
-    """Returns the head of the document: how it was made."""
+    """Returns the head of the document: on what it was made."""
+    name, driver = gpu()
+    versions = []
+    for package in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "torch"):
+        try:
+            versions.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
     unmeasured = "\n**A rehearsal on a CPU: no figure here means anything.**\n"
-    return f"""# On a GPU
+    return f"""# jaxdp on a GPU
 {unmeasured * REHEARSE.value}
-Made by `python benchmarks/gpu.py {" ".join(sys.argv[1:])}` on {datetime.date.today():%d %B %Y}: \
-{device()["kind"]}, JAX {jax.__version__}, Python {platform.python_version()}."""
+{name}, driver {driver}, {os.cpu_count()} CPU cores; Python {platform.python_version()}, \
+{", ".join(versions)}; {datetime.date.today():%d %B %Y}, commit {commit()}.
+
+MFU is against the GPU's dense bfloat16 peak, as jaxdp.model.transformer.flops_per_token counts.
+Contestants of a table train in turns; a time is the median over turns, a ratio the median of the
+ratios within a turn. Tokens are drawn by Zipf's law."""
 
 
-def serve() -> None:
-    """Runs our contestant: trains as many steps as each line of stdin says."""
-    cli.prepare_jax()
-    keys = json.loads(SERVE.value)
-    batch = keys.pop("batch")
-    config = model_config(keys, batch)
-    shape = (batch, config.seq_len)
-    draw = np.random.default_rng(0)
-    arrays = {key: draw.integers(0, vocab(), shape, np.int32) for key in ("inputs", "targets")}
-    arrays["weights"] = np.ones(shape, np.float32)
-    gpu = jax.local_devices()[0]
-
-    def peak() -> int:
-        return (gpu.memory_stats() or {}).get("peak_bytes_in_use", 0)
-
-    train = steps.trainer(config, vocab(), Replicas([gpu]), itertools.repeat(arrays))
-    turns.serve(train, peak)
-
-
-def ours(keys: dict, batch: int, xla_flags: str = "") -> Contestant:
-    """Starts our contestant."""
-    served = f"--serve={json.dumps(keys | {'batch': batch})}"
-    return Contestant(*this(), served, **environment(xla_flags))
-
-
-def theirs(keys: dict, batch: int, tokens: Path) -> Contestant:
-    """Starts nanoGPT's contestant, compiled."""
-    settings = steps.peer_settings(model_config(keys, batch), vocab()) | {
-        "nanogpt": NANOGPT.value,
-        "tokens": str(tokens),
-        "device": "cpu" if REHEARSE.value else "cuda",
-        "compile": True,
-    }
-    peer = str(Path(__file__).with_name("nanogpt_steps.py"))
-    return Contestant(TORCH_PYTHON.value, peer, json.dumps(settings), **environment())
-
-
-def measured(start: dict[str, Callable[[], Contestant]]) -> dict[str, tuple[np.ndarray, float]]:
-    """Runs contestants in turns; returns seconds per step and peak bytes of those that fit."""
-    running, seconds = {}, {}
+def commit() -> str:
+    """Returns the name of the commit."""
+    if COMMIT.value:
+        return COMMIT.value
+    command = ["git", "describe", "--always", "--dirty"]
+    folder = Path(__file__).parent
     try:
-        for name, begin in start.items():
-            try:
-                running[name], seconds[name] = begin(), []
-            except OutOfMemory:
-                print(f"{name}: out of memory", file=sys.stderr)
-        for _ in range(TURNS.value):
-            for name, contestant in running.items():
-                seconds[name].append(contestant(STEPS.value))
-    finally:
-        for contestant in running.values():
-            contestant.end()
-    return {name: (np.array(seconds[name]), running[name].peak) for name in running}
+        return subprocess.check_output(
+            command, text=True, cwd=folder, stderr=subprocess.DEVNULL
+        ).strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
-def cells(config: ConfigDict, seconds: np.ndarray, peak: float) -> str:
-    """Formats the cells of a table: tokens per second, MFU, memory."""
-    rate = config.global_batch_size * config.seq_len / np.median(seconds)
-    flops = rate * scaling.step_flops(config, vocab(), 1)[0]
-    used = f"{flops / device()['peak']:.1%}" if device()["peak"] else "unknown"
-    return f"{rate:,.0f} | {used} | {peak / 2**30:.2f}"
+def run_part(name: str, deadline: float, document: TextIO) -> None:
+    """Runs a part in a child process, and says its lines as they come."""
+    part, began = PARTS[name], time.monotonic()
+    left = deadline - began
+    say(f"\n## {part.title}\n", document)
+    if left < 0.6 * part.expected:
+        say(
+            f"Skipped: {max(left, 0):.0f} s are left, and it takes about {part.expected:.0f}.",
+            document,
+        )
+        return
+    limit = left if REHEARSE.value else min(part.limit, left)
+    with output(".log").open("a") as log:
+        print(f"\n--- {name}", file=log, flush=True)
+        process = subprocess.Popen(
+            this({"task": "part", "name": name}),
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env=environment(part.variant),
+            process_group=0,
+        )
+        timer = threading.Timer(limit, end, [process])
+        timer.start()
+        try:
+            for line in process.stdout or ():
+                say(line.rstrip("\n"), document)
+            status = process.wait()
+        finally:
+            timer.cancel()
+            end(process)
+    took = time.monotonic() - began
+    if took >= limit:
+        say(f"\n**Ended after {took:.0f} s, its time limit: the part is not complete.**", document)
+    elif status:
+        last = output(".log").read_text().strip().splitlines()[-1]
+        say(f"\n**Died with status {status} after {took:.0f} s: {last[:300]}**", document)
+    else:
+        say(f"\nThis part took {took:.0f} s.", document)
 
 
-def parts() -> Iterator[Iterator[str]]:
-    """Yields the lines of each part in --parts."""
-    if "checks" in PARTS.value:
-        yield from (attention_rows(device()["errors"]), loss_rows())
-    for name, (keys, batches) in some(MODELS):
-        if name in PARTS.value:
-            yield peer_rows(name, keys, batches[1])
-        if f"{name} sweep" in PARTS.value:
-            yield sweep_rows(name, keys, batches)
-    if "limits" in PARTS.value:
-        yield from limits()
-
-
-def peer_rows(name: str, keys: dict, batch: int) -> Iterator[str]:
-    """Yields a table of both contestants at one batch size, in turns."""
-    config = model_config(keys, batch)
-    yield f"\n## {name}, context {config.seq_len}\n\nIn turns, {batch} sequences a step:\n"
-    yield "| | tokens/s | MFU | GiB | speed / nanoGPT |\n|---|---|---|---|---|"
-    with tempfile.TemporaryDirectory() as folder:
-        tokens = Path(folder) / "tokens.bin"
-        np.random.default_rng(0).integers(0, vocab(), 10**6).astype(np.uint16).tofile(tokens)
-        start = {"jaxdp": lambda: ours(keys, batch)}
-        if NANOGPT.value:
-            start["nanoGPT, compiled"] = lambda: theirs(keys, batch, tokens)
-        found = measured(start)
-    for contestant, (seconds, peak) in found.items():
-        ratio = ""
-        if "nanoGPT, compiled" in found:
-            ratio = f"{np.median(found['nanoGPT, compiled'][0] / seconds):.2f}"
-        yield f"| {contestant} | {cells(config, seconds, peak)} | {ratio} |"
-    for contestant in start.keys() - found.keys():
-        yield f"| {contestant} | out of memory | | | |"
-
-
-def sweep_rows(name: str, keys: dict, batches: tuple[int, ...]) -> Iterator[str]:
-    """Yields a table of ours alone, by batch size and remat, and with other settings."""
-    yield f"\n## {name}, other settings\n"
-    yield "| sequences | | tokens/s | MFU | GiB |\n|---|---|---|---|---|"
-    tried = [
-        (batch, label, more, "")
-        for batch, (label, more) in itertools.product(some(batches), some(REMAT))
-    ]
-    tried += [(batches[1], label, *variant) for label, variant in variants(keys).items()]
-    for batch, label, more, given in tried:
-        found = measured({"jaxdp": lambda: ours(keys | more, batch, given)})  # noqa: B023
-        figures = "out of memory | |"
-        if found:
-            figures = cells(model_config(keys | more, batch), *found["jaxdp"])
-        yield f"| {batch} | {label} | {figures} |"
-
-
-def limits() -> Iterator[Iterator[str]]:
-    """Yields tables up to the longest sequence and the largest model that fit."""
-    saving = {"remat": True, "loss_chunks": 8}
-    longer = {f"{n:,} tokens": saving | {"seq_len": n} for n in SEQUENCES}
-    larger = {name: saving | keys for name, keys in LARGER.items()}
-    yield fitting_rows("The longest sequence of GPT-2 124M", longer)
-    yield fitting_rows("The largest model, context 1,024 (layers x width)", larger)
-
-
-def fitting_rows(title: str, tried: dict[str, dict]) -> Iterator[str]:
-    """Yields a table from the smallest size on, until memory runs out."""
-    yield f"\n## {title}\n\nOne sequence a step, model.remat, loss_chunks=8.\n"
-    yield "| | tokens/s | MFU | GiB |\n|---|---|---|---|"
-    for name, keys in some(tried):
-        found = measured({name: lambda: ours(keys, 1)})  # noqa: B023
-        if not found:
-            yield f"| {name} | out of memory | | |"
-            return
-        yield f"| {name} | {cells(model_config(keys, 1), *found[name])} |"
+def end(process: subprocess.Popen) -> None:
+    """Ends a process and its child processes."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 if __name__ == "__main__":
