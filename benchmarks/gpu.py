@@ -34,6 +34,8 @@ from absl import flags
 from gpu_models import CHILD, DEFAULT, REHEARSE, Variant, environment, gpu, output, this
 
 from jaxdp.common import cli
+from jaxdp.configs import default
+from jaxdp.parallel import gpu as xla
 
 flags.DEFINE_string("nanogpt", None, "A folder with nanoGPT's model.py, to compare with.")
 flags.DEFINE_string(
@@ -77,23 +79,23 @@ def _comparison(model: str, batch: int, expected: float, limit: float) -> Part:
 # In separate launches each kernel is traced under its own instruction.
 SEPARATE = Variant(xla_flags="--xla_gpu_enable_command_buffer=")
 PARTS = {
-    "checks": Part("Gradients and attention", "gpu_checks", "part", (), 50, 120, True),
+    "checks": Part("Gradients and attention", "gpu_checks", "part", (), 120, 150, True),
     "124M-32": _comparison("GPT-2 124M", 32, 80, 150),
-    "124M-16": _comparison("GPT-2 124M", 16, 50, 120),
-    "350M-16": _comparison("GPT-2 350M", 16, 80, 150),
+    "350M-16": _comparison("GPT-2 350M", 16, 120, 180),
     "kernels": Part(
         "Kernels of GPT-2 124M, 32 x 1,024 tokens",
         "gpu_kernels",
         "part",
         (),
-        30,
+        55,
         80,
         True,
         SEPARATE,
     ),
-    "characters": Part("shakespeare_char.py", "gpu_speed", "characters", (), 40, 100, True),
-    "variants": Part("Other settings", "gpu_speed", "variants", (), 80, 150),
+    "characters": Part("shakespeare_char.py", "gpu_speed", "characters", (), 45, 100, True),
     "resume": Part("Stopped and resumed", "gpu_resume", "part", (), 60, 110),
+    "124M-16": _comparison("GPT-2 124M", 16, 50, 120),
+    "variants": Part("Other settings", "gpu_speed", "variants", (), 95, 150),
     "124M-64": Part("GPT-2 124M, 64 x 1,024 tokens", "gpu_speed", "largest", (), 30, 60),
 }
 
@@ -115,6 +117,7 @@ def main() -> int:
 
 def child(task: str, **given) -> int:
     """Does the task of a child process: a part, or what a part starts processes for."""
+    xla.prepare(default.get_config())
     if task == "train":
         importlib.import_module("gpu_speed").train(**given)
     elif task == "run":

@@ -58,11 +58,11 @@ VARIANTS: tuple[dict[str, Variant], ...] = (
     {
         "loss_chunks=8": Variant({"loss_chunks": 8}),
         "data.packing=documents": Variant({"data.packing": "documents"}),
-        "6 heads of 128": Variant({"model.num_heads": 6}),
+        "XLA's norms": Variant(environment={"PLAIN": "norms"}),
     },
     {
-        "no command buffers": Variant(xla_flags="--xla_gpu_enable_command_buffer="),
-        "no merged products": Variant(xla_flags="--xla_gpu_dot_merger_threshold_mb=0"),
+        "XLA's loss": Variant(environment={"PLAIN": "loss"}),
+        "activations stored": Variant(environment={"PLAIN": "activations"}),
         "deterministic": Variant(xla_flags="--xla_gpu_deterministic_ops=true"),
     },
 )

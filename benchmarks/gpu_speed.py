@@ -1,6 +1,7 @@
 """Speed of the training step on a GPU, for `gpu.py`: against nanoGPT, and with other settings."""
 
 import json
+import os
 import sys
 import tempfile
 import time
@@ -36,6 +37,8 @@ from turns import Contestant, OutOfMemory
 
 from jaxdp.common import cli
 from jaxdp.configs import shakespeare_char
+from jaxdp.model import layers, norms
+from jaxdp.model.target import Target
 from jaxdp.model.transformer import (
     ModelConfig,
     Transformer,
@@ -44,6 +47,7 @@ from jaxdp.model.transformer import (
     parameter_shapes,
 )
 from jaxdp.parallel.replicas import Replicas
+from jaxdp.step import losses
 
 CHARACTERS = 65  # In nanoGPT's Shakespeare.
 
@@ -51,6 +55,7 @@ CHARACTERS = 65  # In nanoGPT's Shakespeare.
 def train(keys: dict[str, Any], batch: int) -> None:
     """Is our contestant, in a process of its own; `turns.serve` describes what it prints."""
     cli.prepare_jax()
+    plain(os.environ.get("PLAIN", ""))
     config, device = model_config(keys, batch), jax.local_devices()[0]
 
     def peak() -> int:
@@ -61,6 +66,14 @@ def train(keys: dict[str, Any], batch: int) -> None:
         turns.serve(steps.trainer(config, vocab(), Replicas([device]), drawn), peak)
 
     turns.run(serve)
+
+
+def plain(part: str) -> None:
+    """Leaves a part of the step to XLA: "norms", "loss" or "activations"; "": none."""
+    if part == "norms":
+        norms.tiling = lambda shape: None
+    elif part:
+        {"loss": losses, "activations": layers}[part].target = lambda: Target("cpu")
 
 
 def ours(keys: dict[str, Any], batch: int, variant: Variant = DEFAULT) -> Contestant:
