@@ -187,7 +187,7 @@ def _specs(query, key, tiles):
 
 def _like(x, shape, dtype):
     """Returns a shape that varies over the same devices as x."""
-    return jax.ShapeDtypeStruct.like(x).update(shape=shape, dtype=dtype)
+    return jax.ShapeDtypeStruct.like(x).update(shape=shape, dtype=dtype, sharding=None)
 
 
 def _call(kernel, tiles, interpret, query, *, in_specs, outs, out_specs, operands):
