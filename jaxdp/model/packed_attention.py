@@ -1,9 +1,10 @@
-"""Attention within documents that are packed into sequences, for GPUs, block by block.
+"""Attention within packed documents on NVIDIA GPUs: FlashAttention (Dao 2023) in Pallas.
 
-FlashAttention (Dao 2023) in Pallas' Triton: no [L, L] array is stored, and pairs of blocks that
-share no document are neither read nor computed. Any number of documents, of any lengths, is exact.
+A kernel goes through the sequence block by block. No [L, L] array is stored, and a block that
+belongs to other documents is neither read nor computed. Documents may be of any number and lengths.
 
-Shapes: B batch, L length, H heads, G key/value heads, K head width, N length of a block.
+Shapes: B batch, L length, H heads, G key/value heads, K head width; a program computes results for
+N tokens and reads others M at a time.
 """
 
 import functools
@@ -14,28 +15,23 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as triton
 
-# Lengths are padded to a multiple of this.
-MULTIPLE = 128
+# JAX has announced the end of Pallas' Triton backend; pyproject.toml bounds the version of JAX.
+from jax.experimental.pallas import triton
 
 
 class Tiles(NamedTuple):
-    """How a kernel is cut: the block that stays, those it meets, warps, and pipeline stages."""
+    """How a kernel is cut: N, M, warps of 32 threads, and steps in flight (others are loading)."""
 
-    stays: int
-    meets: int
+    own: int
+    step: int
     warps: int
     stages: int
 
 
-class Kernels(NamedTuple):
-    """The tiles of the forward pass, of the queries' gradient, and of the keys' and values'."""
-
-    forward: Tiles = Tiles(128, 64, 4, 3)
-    d_query: Tiles = Tiles(64, 64, 4, 2)
-    d_key: Tiles = Tiles(64, 64, 4, 2)
-    split: bool = True
+# The fastest of those tried on an H100, for heads of 64.
+FORWARD = Tiles(own=128, step=64, warps=4, stages=3)
+BACKWARD = Tiles(own=64, step=64, warps=4, stages=2)
 
 
 def packed_attention(
@@ -45,7 +41,6 @@ def packed_attention(
     segments: jax.Array,
     *,
     causal: bool,
-    kernels: Kernels = Kernels(),
     interpret: bool = False,
 ) -> jax.Array:
     """Computes scaled dot-product attention within each document.
@@ -56,107 +51,76 @@ def packed_attention(
       value: [B, L, G, K].
       segments: [B, L] int32. A document is a run of equal numbers.
       causal: whether queries attend to no later keys.
-      kernels: how the work is cut.
-      interpret: whether to run the kernels in Python, as they can be on a CPU.
+      interpret: whether to run the kernels as JAX operations, on any device.
 
     Returns:
       [B, L, H, K] in the dtype of value.
     """
-    length, heads, width = query.shape[1:]
-    more = -length % MULTIPLE
+    length, _, width = query.shape[1:]
+    more = -length % max(FORWARD.own, BACKWARD.own)
+    # Triton multiplies matrices whose sizes are powers of two, from 16 on.
     wider = max(pl.next_power_of_2(width), 16) - width
-    if more:
-        # The padding is a document of its own.
-        segments = jnp.pad(segments, ((0, 0), (0, more)), constant_values=-1)
-    if more or wider:
-        query, key, value = (
-            jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, wider))) for x in (query, key, value)
-        )
-    options = (width**-0.5, kernels, interpret)
-    out = _attend(options, query, key, value, *_seen(segments, causal))
+    arrays = (jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, wider))) for x in (query, key, value))
+    # The padding is a document of its own.
+    segments = jnp.pad(segments, ((0, 0), (0, more)), constant_values=-1)
+    out = _attend((width**-0.5, interpret), *arrays, *_spans(segments, causal))
     return out[:, :length, :, :width]
 
 
-def _seen(segments, causal):
-    """Returns which keys a query sees, and which queries see a key, as [first, end) for each.
+def _spans(segments, causal):
+    """Finds the keys that each query attends to, and the queries that attend to each key.
+
+    Both are consecutive, and given by the first and the one after the last. Neither number
+    decreases from a token to the next, so the first and last token of a block bound all of it.
 
     Args:
       segments: [B, L] int32.
+      causal: whether queries attend to no later keys.
 
     Returns:
-      ([B, 2, L] for queries, [B, 2, L] for keys), int32; neither first nor end ever decreases.
+      The spans of queries, and those of keys; [B, 2, L] int32 each.
     """
     index = jnp.broadcast_to(jnp.arange(segments.shape[1], dtype=jnp.int32), segments.shape)
-    begins = segments[:, 1:] != segments[:, :-1]
-    first = jnp.where(jnp.pad(begins, ((0, 0), (1, 0)), constant_values=True), index, 0)
-    first = lax.cummax(first, axis=1)
-    ends = jnp.pad(begins, ((0, 0), (0, 1)), constant_values=True)
-    end = jnp.where(ends, index + 1, segments.shape[1])
-    end = lax.cummin(end, axis=1, reverse=True)
-    keys = jnp.stack([first, index + 1 if causal else end], 1)
-    queries = jnp.stack([index if causal else first, end], 1)
-    return keys, queries
+    changes = segments[:, 1:] != segments[:, :-1]
+    starts = jnp.pad(changes, ((0, 0), (1, 0)), constant_values=True)
+    ends = jnp.pad(changes, ((0, 0), (0, 1)), constant_values=True)
+    start = lax.cummax(jnp.where(starts, index, 0), axis=1)
+    end = lax.cummin(jnp.where(ends, index + 1, segments.shape[1]), axis=1, reverse=True)
+    of_queries = jnp.stack([start, index + 1 if causal else end], 1)
+    of_keys = jnp.stack([index if causal else start, end], 1)
+    return of_queries, of_keys
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(options, query, key, value, keys, queries):
-    return _forward(options, query, key, value, keys, queries)[0]
+def _attend(options, query, key, value, of_queries, of_keys):
+    return _forward(options, query, key, value, of_queries, of_keys)[0]
 
 
-def _forward(options, query, key, value, keys, queries):
-    scale, kernels, interpret = options
+def _forward(options, query, key, value, of_queries, of_keys):
     batch, length, heads, _ = query.shape
-    stays, whole, span = _specs(query, key, kernels.forward)
+    results = query, jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)
     out, log_sums = _call(
-        functools.partial(_forward_kernel, scale, kernels),
-        kernels.forward,
-        interpret,
-        query,
-        in_specs=[stays(query), whole(key), whole(value), span],
-        outs=[query, _like(query, (batch, heads, length), jnp.float32)],
-        out_specs=[stays(query), stays(None)],
-        operands=(query, key, value, keys),
+        options, _forward_kernel, FORWARD, (query,), (key, value), of_queries, results
     )
-    return out, (query, key, value, keys, queries, out, log_sums)
+    return out, (query, key, value, of_queries, of_keys, out, log_sums)
 
 
 def _backward(options, residuals, d_out):
-    scale, kernels, interpret = options
-    query, key, value, keys, queries, out, log_sums = residuals
+    query, key, value, of_queries, of_keys, out, log_sums = residuals
     # Equal to sum(weights * d_weights), which the softmax's backward pass needs.
     sums = jnp.einsum("blhk,blhk->bhl", out, d_out, preferred_element_type=jnp.float32)
-    stays, whole, span = _specs(query, key, kernels.d_query)
-    (d_query,) = _call(
-        functools.partial(_d_query_kernel, scale, kernels),
-        kernels.d_query,
-        interpret,
-        query,
-        in_specs=[stays(query), whole(key), whole(value), stays(query), stays(None)]
-        + [stays(None), span],
-        outs=[query],
-        out_specs=[stays(query)],
-        operands=(query, key, value, d_out, log_sums, sums, keys),
-    )
-    stays, whole, span = _specs(query, key, kernels.d_key)
-    d_key, d_value = _call(
-        functools.partial(_d_key_kernel, scale, kernels),
-        kernels.d_key,
-        interpret,
-        query,
-        in_specs=[whole(query), stays(key), stays(value), whole(query), whole(None)]
-        + [whole(None), span],
-        outs=[query, query],
-        out_specs=[stays(query), stays(query)],
-        operands=(query, key, value, d_out, log_sums, sums, queries),
-    )
-    return d_query, _shared(d_key, key), _shared(d_value, value), None, None
+    queries, keys = (query, d_out, log_sums, sums), (key, value)
+    (d_query,) = _call(options, _d_query_kernel, BACKWARD, queries, keys, of_queries, (query,))
+    d_keys = _call(options, _d_key_kernel, BACKWARD, keys, queries, of_keys, (query, query))
+    d_key, d_value = (_by_group(d, x) for d, x in zip(d_keys, keys, strict=True))
+    return d_query, d_key, d_value, None, None
 
 
 _attend.defvjp(_forward, _backward)
 
 
-def _shared(gradient, like):
-    """Sums the gradients [B, L, H, K] of the heads that share keys: [B, L, G, K]."""
+def _by_group(gradient, like):
+    """Sums a gradient [B, L, H, K] over the heads that share keys: [B, L, G, K]."""
     if gradient.shape == like.shape:
         return gradient
     batch, length, groups, width = like.shape
@@ -164,156 +128,129 @@ def _shared(gradient, like):
     return gradient.sum(3, dtype=jnp.float32).astype(like.dtype)
 
 
-def _specs(query, key, tiles):
-    """Returns functions to the specs of a block and of a whole sequence, and the ranges' spec."""
-    length, heads, width = query.shape[1:]
+def _call(options, kernel, tiles, own, others, spans, results):
+    """Runs a kernel for each block of N tokens, each head and each sequence.
 
-    def stays(x):
-        if x is None:
-            return pl.BlockSpec((None, None, tiles.stays), lambda i, h, b: (b, h, i))
-        each = heads // x.shape[2]
-        return pl.BlockSpec(
-            (None, tiles.stays, None, width), lambda i, h, b: (b, i, h // each, 0)
-        )
+    Args:
+      options: the scale of scores; `interpret`.
+      kernel: a function of the scale and of references: to N tokens of each of `own`, to all of
+        `others`, to N of `spans` and of `results`.
+      tiles: how it is cut.
+      own: arrays [B, L, H or G, K] or [B, H, L].
+      others: the same.
+      spans: [B, 2, L] int32.
+      results: arrays like the results, which have all H heads.
+    """
+    scale, interpret = options
+    batch, length, heads, _ = results[0].shape
 
-    def whole(x):
-        if x is None:
-            return pl.BlockSpec((None, None, length), lambda i, h, b: (b, h, 0))
-        each = heads // x.shape[2]
-        return pl.BlockSpec((None, length, None, width), lambda i, h, b: (b, 0, h // each, 0))
+    def block(x, size, each):
+        """Returns a spec: `size` tokens of x for program i, from token i * size * each on."""
+        if x.ndim == 3:
+            return pl.BlockSpec((None, None, size), lambda i, h, b: (b, h, i * each))
+        shape, share = (None, size, None, x.shape[3]), heads // x.shape[2]
+        return pl.BlockSpec(shape, lambda i, h, b: (b, i * each, h // share, 0))
 
-    return stays, whole, pl.BlockSpec((None, 2, tiles.stays), lambda i, h, b: (b, 0, i))
-
-
-def _like(x, shape, dtype):
-    """Returns a shape that varies over the same devices as x."""
-    return jax.ShapeDtypeStruct.like(x).update(shape=shape, dtype=dtype, sharding=None)
-
-
-def _call(kernel, tiles, interpret, query, *, in_specs, outs, out_specs, operands):
-    batch, length, heads, _ = query.shape
     return pl.pallas_call(
-        kernel,
-        grid=(length // tiles.stays, heads, batch),
-        in_specs=in_specs,
-        out_specs=out_specs,
-        out_shape=[_like(query, x.shape, x.dtype) for x in outs],
+        functools.partial(kernel, scale),
+        grid=(length // tiles.own, heads, batch),
+        in_specs=[
+            *(block(x, tiles.own, 1) for x in own),
+            *(block(x, length, 0) for x in others),
+            pl.BlockSpec((None, 2, tiles.own), lambda i, h, b: (b, 0, i)),
+        ],
+        out_specs=[block(x, tiles.own, 1) for x in results],
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in results],
         compiler_params=triton.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
         interpret=interpret,
-        name=kernel.func.__name__.strip("_"),
-    )(*operands)
+        name=f"packed_attention{kernel.__name__.removesuffix('_kernel')}",
+    )(*own, *others, spans)
 
 
-def _forward_kernel(scale, kernels, query_ref, key_ref, value_ref, span_ref, out_ref, sums_ref):
-    """Attends from a block of queries [N, K] to the keys that they see."""
-    scale *= math.log2(math.e)
+def _forward_kernel(scale, query_ref, key_ref, value_ref, spans, out_ref, log_sums_ref):
+    """Computes attention of queries [N, K], and the logarithms of the softmax's sums [N]."""
+    scale *= math.log2(math.e)  # Powers of 2 are faster than those of e.
     query = query_ref[...]
-    size = query.shape[0]
 
-    def body(carry, at, allowed):
+    def body(carry, some, seen):
         total, top, out = carry
-        scores = triton.dot(query, key_ref[at, :].T)
-        if allowed is not None:
-            scores = jnp.where(allowed, scores, -jnp.inf)
+        scores = jnp.where(seen, triton.dot(query, key_ref[some, :].T), -jnp.inf)
         new_top = jnp.maximum(top, scores.max(1))
         weights = jnp.exp2(scores * scale - (new_top * scale)[:, None])
         shrink = jnp.exp2((top - new_top) * scale)
-        value = value_ref[at, :]
+        value = value_ref[some, :]
         out = out * shrink[:, None] + triton.dot(weights.astype(value.dtype), value)
         return total * shrink + weights.sum(1), new_top, out
 
-    # A finite start, so that a block whose keys are all hidden gives weights of 0, not NaN.
-    start = (
-        jnp.zeros(size, jnp.float32),
-        jnp.full(size, -1e30, jnp.float32),
-        jnp.zeros(query.shape, jnp.float32),
-    )
-    total, top, out = _meet(kernels, kernels.forward, span_ref, body, start)
+    total = jnp.zeros(query.shape[0], jnp.float32)
+    # Finite, so that a step whose keys are all hidden gives weights of 0, not NaN.
+    top = jnp.full(query.shape[0], -1e30, jnp.float32)
+    out = jnp.zeros(query.shape, jnp.float32)
+    total, top, out = _through_spans(FORWARD, spans, body, (total, top, out))
     out_ref[...] = (out / total[:, None]).astype(out_ref.dtype)
-    sums_ref[...] = top * scale + jnp.log2(total)
+    log_sums_ref[...] = top * scale + jnp.log2(total)
 
 
 def _d_query_kernel(
-    scale, kernels, query_ref, key_ref, value_ref, d_out_ref, log_sums_ref, sums_ref, span_ref,
-    d_query_ref,
-):  # fmt: skip
-    """Computes the gradient of a block of queries [N, K] from the keys that they see."""
-    query, d_out = query_ref[...], d_out_ref[...]
-    log_sums, sums = log_sums_ref[...], sums_ref[...]
-    base = scale * math.log2(math.e)
+    scale, query_ref, d_out_ref, log_sums_ref, sums_ref, key_ref, value_ref, spans, d_query_ref
+):
+    """Computes the gradient of queries [N, K]."""
+    query, d_out, log_sums, sums = (x[...] for x in (query_ref, d_out_ref, log_sums_ref, sums_ref))
 
-    def body(d_query, at, allowed):
-        key = key_ref[at, :]
-        scores = triton.dot(query, key.T)
-        if allowed is not None:
-            scores = jnp.where(allowed, scores, -jnp.inf)
-        weights = jnp.exp2(scores * base - log_sums[:, None])
-        d_weights = triton.dot(d_out, value_ref[at, :].T)
+    def body(d_query, some, seen):
+        key = key_ref[some, :]
+        scores = jnp.where(seen, triton.dot(query, key.T), -jnp.inf)
+        weights = jnp.exp2(scores * (scale * math.log2(math.e)) - log_sums[:, None])
+        d_weights = triton.dot(d_out, value_ref[some, :].T)
         d_scores = (weights * (d_weights - sums[:, None])).astype(key.dtype)
         return d_query + triton.dot(d_scores, key)
 
-    d_query = _meet(
-        kernels, kernels.d_query, span_ref, body, jnp.zeros(query.shape, jnp.float32)
-    )
+    d_query = _through_spans(BACKWARD, spans, body, jnp.zeros(query.shape, jnp.float32))
     d_query_ref[...] = (d_query * scale).astype(d_query_ref.dtype)
 
 
 def _d_key_kernel(
-    scale, kernels, query_ref, key_ref, value_ref, d_out_ref, log_sums_ref, sums_ref, span_ref,
-    d_key_ref, d_value_ref,
-):  # fmt: skip
-    """Computes the gradients of a block of keys and values [N, K] from the queries that see it."""
+    scale, key_ref, value_ref, query_ref, d_out_ref, log_sums_ref, sums_ref, spans, *results
+):
+    """Computes the gradients of keys and of values [N, K]."""
     key, value = key_ref[...], value_ref[...]
-    base = scale * math.log2(math.e)
 
-    def body(carry, at, allowed):
+    def body(carry, some, seen):
         d_key, d_value = carry
-        query, d_out = query_ref[at, :], d_out_ref[at, :]
-        scores = triton.dot(key, query.T)
-        if allowed is not None:
-            scores = jnp.where(allowed, scores, -jnp.inf)
-        weights = jnp.exp2(scores * base - log_sums_ref[at][None, :])
+        query, d_out = query_ref[some, :], d_out_ref[some, :]
+        scores = jnp.where(seen, triton.dot(key, query.T), -jnp.inf)
+        weights = jnp.exp2(scores * (scale * math.log2(math.e)) - log_sums_ref[some][None, :])
         d_value += triton.dot(weights.astype(d_out.dtype), d_out)
         d_weights = triton.dot(value, d_out.T)
-        d_scores = (weights * (d_weights - sums_ref[at][None, :])).astype(query.dtype)
+        d_scores = (weights * (d_weights - sums_ref[some][None, :])).astype(query.dtype)
         return d_key + triton.dot(d_scores, query), d_value
 
     zeros = jnp.zeros(key.shape, jnp.float32)
-    d_key, d_value = _meet(kernels, kernels.d_key, span_ref, body, (zeros, zeros))
-    d_key_ref[...] = (d_key * scale).astype(d_key_ref.dtype)
-    d_value_ref[...] = d_value.astype(d_value_ref.dtype)
+    d_key, d_value = _through_spans(BACKWARD, spans, body, (zeros, zeros))
+    for result, found in zip(results, (d_key * scale, d_value), strict=True):
+        result[...] = found.astype(result.dtype)
 
 
-def _meet(kernels, tiles, span_ref, body, carry):
-    """Runs the body over the blocks that a block meets.
+def _through_spans(tiles, spans, body, carry):
+    """Goes through all tokens that are in the span of any of a program's own tokens.
 
     Args:
-      span_ref: [2, N], the first and the end of what each row sees; neither ever decreases.
-      body: called with the carry, the slice of the block that is met, and [N, size] bool of what
-        may be seen of it, None for all of it.
-      carry: the body's first carry.
+      tiles: how the kernel is cut.
+      spans: reference to the spans of the own tokens, [2, N].
+      body: maps the carry, a slice of M tokens, and [N, M] bool of which of them are in the span of
+        which own token, to the next carry.
+      carry: the first one.
 
     Returns:
-      The body's last carry.
+      The last carry.
     """
-    size, rows = tiles.meets, tiles.stays
-    firsts, ends = span_ref[0, :], span_ref[1, :]
+    starts, ends = spans[0, :], spans[1, :]
 
-    def masked(i, carry):
-        index = i * size + jnp.arange(size, dtype=jnp.int32)[None, :]
-        allowed = (index >= firsts[:, None]) & (index < ends[:, None])
-        return body(carry, pl.ds(i * size, size), allowed)
+    def step(i, carry):
+        index = i * tiles.step + jnp.arange(tiles.step, dtype=jnp.int32)[None, :]
+        seen = (index >= starts[:, None]) & (index < ends[:, None])
+        return body(carry, pl.ds(i * tiles.step, tiles.step), seen)
 
-    def full(i, carry):
-        return body(carry, pl.ds(i * size, size), None)
-
-    begin = lax.div(span_ref[0, 0], size)
-    end = lax.div(span_ref[1, rows - 1] + size - 1, size)
-    if not kernels.split:
-        return lax.fori_loop(begin, end, masked, carry)
-    # Blocks that every row sees as a whole need no mask.
-    full_begin = jnp.minimum(lax.div(span_ref[0, rows - 1] + size - 1, size), end)
-    full_end = jnp.maximum(lax.div(span_ref[1, 0], size), full_begin)
-    carry = lax.fori_loop(begin, full_begin, masked, carry)
-    carry = lax.fori_loop(full_begin, full_end, full, carry)
-    return lax.fori_loop(full_end, end, masked, carry)
+    begin = lax.div(spans[0, 0], tiles.step)
+    end = lax.div(spans[1, tiles.own - 1] + tiles.step - 1, tiles.step)
+    return lax.fori_loop(begin, end, step, carry)
