@@ -8,6 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from jaxdp.model.packed_attention import packed_attention
 from jaxdp.model.target import target
 
 MAX_BLOCKS = 4
@@ -15,18 +16,20 @@ SMALLEST_BLOCK = 64
 
 
 def kernel(dtype: jnp.dtype, width: int, masked: bool) -> str:
-    """Returns which implementation `attend` uses, "cudnn" or "xla".
+    """Returns which implementation `attend` uses: "cudnn", "packed" or "xla".
 
-    cuDNN's (FlashAttention, Dao et al. 2022) stores no [L, S] array. It needs an NVIDIA GPU, Ampere
-    or newer, a 16-bit dtype and a suitable head width. Masks other than the causal one would have
-    to be [L, S] arrays, so masked attention stays with XLA.
+    The first two (FlashAttention, Dao et al. 2022) store no [L, S] array. They need an NVIDIA GPU,
+    Ampere or newer, a 16-bit dtype and a suitable head width. cuDNN's takes any number of documents
+    only as an [L, S] array, so documents have a kernel of their own, `packed_attention`.
 
     Args:
       dtype: dtype of query, key and value.
       width: K.
-      masked: whether there is a mask.
+      masked: whether documents or padding are kept apart by `segments`.
     """
-    fits = jnp.dtype(dtype).itemsize == 2 and width % 8 == 0 and width <= 128 and not masked
+    fits = jnp.dtype(dtype).itemsize == 2 and width % 8 == 0 and width <= 128
+    if masked:
+        return "packed" if fits and target().runs_triton else "xla"
     return "cudnn" if fits and target().has_flash_attention else "xla"
 
 
@@ -35,15 +38,16 @@ def attend(
     key: jax.Array,
     value: jax.Array,
     mask: jax.Array | None = None,
+    segments: jax.Array | None = None,
     *,
     causal: bool = False,
 ) -> jax.Array:
     """Computes scaled dot-product attention (Vaswani et al. 2017), accumulated in float32.
 
-    `kernel` chooses the implementation. Without cuDNN it is this file's, which differs from
-    `jax.nn.dot_product_attention` in three ways. Causal attention goes through blocks of queries
-    and skips the keys after each block. The backward pass computes the softmax's sum from the
-    outputs, which are smaller than the weights (Dao et al. 2022, section B.2). The softmax
+    `kernel` chooses the implementation; with a mask it is "xla". That one is this file's, which
+    differs from `jax.nn.dot_product_attention` in three ways. Causal attention goes through blocks
+    of queries and skips the keys after each block. The backward pass computes the softmax's sum
+    from the outputs, which are smaller than the weights (Dao et al. 2022, section B.2). The softmax
     multiplies by a reciprocal: XLA compiles a division differently for one device and for several,
     and sync.method="fixed_order" needs the same bits on both.
 
@@ -52,16 +56,24 @@ def attend(
       key: [B, S, G, K], G dividing H.
       value: [B, S, G, K].
       mask: bool [B or 1, L, S], True where a query may attend to a key; None: everywhere.
+      segments: [B, L] int32, in place of a mask: tokens attend only to tokens with their number.
+        Equal numbers are next to each other; S is L.
       causal: whether queries attend to no later keys; S is L then.
 
     Returns:
       [B, L, H, K] in the dtype of value.
     """
     batch, length, heads, width = query.shape
-    if kernel(query.dtype, width, mask is not None) == "cudnn":
+    assert mask is None or segments is None
+    found = kernel(query.dtype, width, segments is not None) if mask is None else "xla"
+    if found == "cudnn":
         return jax.nn.dot_product_attention(
             query, key, value, is_causal=causal, implementation="cudnn"
         )
+    if segments is not None:
+        if found == "packed":
+            return packed_attention(query, key, value, segments, causal=causal)
+        mask = segments[:, :, None] == segments[:, None, :]
     query = query * width**-0.5
     # Queries of heads that share keys become rows of one matrix.
     query = query.reshape(batch, length, key.shape[2], -1, width)

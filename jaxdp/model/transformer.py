@@ -109,7 +109,8 @@ class Transformer(nn.Module):
           rows: [B] int32, each sequence's number in the global batch. Turns dropout on, with the
             'dropout' rng: a row's masks depend on its number, not on the device it is on.
           positions: [B, L] int32; 0, 1, 2, ... if None.
-          segments: [B, L] int32; tokens attend only within their own segment. None: to all.
+          segments: [B, L] int32; tokens attend only to tokens with their number, which are next to
+            each other. None: to all.
           decode: whether to write keys and values to the 'cache' collection at `positions`; each
             token attends to cached tokens up to its own position.
 
@@ -201,11 +202,11 @@ class Attention(nn.Module):
         value = _dense(c, (c.num_kv_heads, head_dim), "value")(x)
         if c.positions == "rotary":
             query, key = (rotate(x, positions, c.rotary_base) for x in (query, key))
-        mask = None if segments is None else segments[:, :, None] == segments[:, None, :]
         if decode:
             key, value = self._cached(key, value, positions)
-            mask = jnp.arange(c.seq_len) <= positions[:, :, None]
-        out = attend(query, key, value, mask, causal=c.causal and not decode)
+            out = attend(query, key, value, jnp.arange(c.seq_len) <= positions[:, :, None])
+        else:
+            out = attend(query, key, value, segments=segments, causal=c.causal)
         out_dense = _dense(c, (c.embed_dim,), "out", kernel_init=_residual_init(c), contracted=2)
         return out_dense(out)
 

@@ -68,7 +68,11 @@ def _kernel(config: ConfigDict) -> str:
     masked = "segments" in token_keys(config.objective, config.data.packing)
     model = config.model
     found = attention.kernel(model.dtype, model.embed_dim // model.num_heads, masked)
-    return {"cudnn": "cuDNN's fused kernel", "xla": "XLA"}[found]
+    return {
+        "cudnn": "cuDNN's fused kernel",
+        "packed": "jaxdp's fused kernel for separate documents",
+        "xla": "XLA",
+    }[found]
 
 
 def _sources(feed: Feed) -> dict[str, str]:

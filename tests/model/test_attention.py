@@ -77,19 +77,21 @@ def an_h100(monkeypatch):
         yield asked
 
 
-def test_cudnn_attends_where_it_can(an_h100):
+def test_fused_kernels_attend_where_they_can(an_h100):
     assert kernel("bfloat16", 64, masked=False) == kernel("float16", 128, masked=False) == "cudnn"
     for dtype, width, masked in (
         ("float32", 64, False),
         ("bfloat16", 60, False),
         ("bfloat16", 256, False),
-        ("bfloat16", 64, True),
+        ("float32", 64, True),
+        ("bfloat16", 256, True),
     ):
         assert kernel(dtype, width, masked) == "xla"
+    assert kernel("bfloat16", 64, masked=True) == kernel("float16", 24, masked=True) == "packed"
 
 
 def test_xla_attends_on_a_cpu():
-    assert kernel("bfloat16", 64, masked=False) == "xla"
+    assert kernel("bfloat16", 64, masked=False) == kernel("bfloat16", 64, masked=True) == "xla"
 
 
 def test_what_cudnn_gets_is_attention(an_h100):
