@@ -20,8 +20,7 @@ from jaxdp.data.feed import Feed
 from jaxdp.model.transformer import parameter_shapes
 from jaxdp.parallel.replicas import Replicas, prefetch
 from jaxdp.run import preflight
-from jaxdp.step.objective import Objective
-from jaxdp.step.setup import batch_sizes, setup_of_feeds, validate
+from jaxdp.step.setup import Setup, batch_sizes, setup_of_feeds, validate
 from jaxdp.workdir import parameters
 
 
@@ -69,9 +68,33 @@ def figures(found: Evaluations) -> dict[str, float]:
     }
 
 
-def compiled(model: Any, objective: Objective, replicas: Replicas) -> Callable:
-    """Returns the pmapped `Objective.eval_step` of a model."""
-    return replicas.pmap(functools.partial(objective.eval_step, apply_fn=model.apply))
+def compiled(setup: Setup, replicas: Replicas, rows: int | None = None) -> Callable:
+    """Returns the pmapped `Objective.eval_step` of a setup; it needs no more memory than training.
+
+    Args:
+      setup: the run's setup.
+      replicas: the devices.
+      rows: the most sequences that a device evaluates at a time; by default, as many as it trains
+        on at a time.
+    """
+    count = micro_batches(setup.sizes.per_device, rows or setup.sizes.micro)
+    return replicas.pmap(
+        functools.partial(
+            setup.objective.eval_step, apply_fn=setup.model.apply, micro_batches=count
+        )
+    )
+
+
+def micro_batches(per_device: int, rows: int) -> int:
+    """Returns the least number of equal parts, of at most `rows` sequences each.
+
+    Examples:
+      >>> micro_batches(96, rows=12), micro_batches(96, rows=20), micro_batches(4, rows=12)
+      (8, 6, 1)
+    """
+    return next(
+        n for n in range(1, per_device + 1) if per_device % n == 0 and per_device // n <= rows
+    )
 
 
 def evaluate_all(
@@ -159,16 +182,20 @@ def evaluate_checkpoint(
     preflight.check_split(feed, "validation")
     feeds = {"": feed} | preflight.open_eval_sets(config, feed.cache, say)
     setup = setup_of_feeds(feeds, replicas.device_count, 1)
+    rows = setup.sizes.micro
 
-    def fits(step: int, extra: dict[str, Any]) -> None:
+    def check(step: int, extra: dict[str, Any]) -> None:
+        nonlocal rows
         if not other:
             preflight.check_tokens(feed, step, extra)
+        # The run may have had more devices, and so fewer sequences on each.
+        rows = min(setup.sizes.micro, extra.get("micro", setup.sizes.micro))
 
     said = {"tokenizer": tokenizer.digest(feed.cache.tokenizer)}
     params, step = parameters.load_params(
-        workdir, parameter_shapes(setup.model), said, say, which=which, check=fits
+        workdir, parameter_shapes(setup.model), said, say, which=which, check=check
     )
-    p_eval_step = compiled(setup.model, setup.objective, replicas)
+    p_eval_step = compiled(setup, replicas, rows)
     return step, evaluate_all(p_eval_step, replicas.replicate(params), feeds, replicas)
 
 
