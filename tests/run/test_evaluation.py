@@ -4,15 +4,21 @@ import jax
 import numpy as np
 import pytest
 
+from jaxdp.common.files import num_bytes
+from jaxdp.data.batch import TOKENS, training_shapes
 from jaxdp.parallel.replicas import AXIS, Replicas
-from jaxdp.run.evaluation import Evaluation, evaluate
+from jaxdp.run import evaluation, loop
+from jaxdp.run.evaluation import Evaluation, compiled, evaluate
+from jaxdp.step.program import pmapped
+from jaxdp.step.setup import make_setup
+from jaxdp.step.state import abstract_state, per_device_shapes
 
 
 def test_perplexity_and_bits_per_byte():
-    evaluation = Evaluation(loss=math.log(8), tokens=10, tokens_per_byte=0.5)
-    assert evaluation.perplexity == pytest.approx(8)
+    found = Evaluation(loss=math.log(8), tokens=10, tokens_per_byte=0.5)
+    assert found.perplexity == pytest.approx(8)
     # Three bits per token, half a token per byte.
-    assert evaluation.bits_per_byte == pytest.approx(1.5)
+    assert found.bits_per_byte == pytest.approx(1.5)
     assert Evaluation(1000.0, 1).perplexity == math.inf
 
 
@@ -38,3 +44,65 @@ def test_mean_over_tokens_not_over_batches(count):
     expected = sum((b["inputs"] * b["weights"]).sum() for b in batches) / weight
     assert result.tokens == weight
     assert result.loss == pytest.approx(expected, rel=1e-5)
+
+
+def bytes_of(program, *shapes):
+    """What XLA's buffers take on a device: arguments, results that aren't donated, temporaries."""
+    found = program.lower(*shapes).compile().memory_analysis()
+    results = found.output_size_in_bytes - found.alias_size_in_bytes
+    return found.argument_size_in_bytes + results + found.temp_size_in_bytes
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"grad_accum_steps": 4},
+        {"sync.method": "fixed_order"},
+        {"sync.method": "sharded", "ema.decay": 0.99, "grad_accum_steps": 4},
+    ],
+)
+def test_evaluation_needs_no_more_memory_than_training(config, keys):
+    """With a vocabulary so large that logits are most of it, while the state stays in memory."""
+    config.update({"global_batch_size": 16})
+    config.update_from_flattened_dict(keys)
+    setup, replicas = make_setup(config, 4096, 2), Replicas(jax.local_devices()[:2])
+    state, rows = abstract_state(setup), setup.sizes.per_device
+
+    def on_devices(shapes):
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct((2, *x.shape), x.dtype), shapes)
+
+    batch = on_devices(training_shapes(config, setup.method.every, rows))
+    training = bytes_of(pmapped(setup, replicas, state), state, batch)
+
+    batch = on_devices(
+        {name: jax.ShapeDtypeStruct((rows, config.seq_len), TOKENS[name]) for name in TOKENS}
+    )
+    batch |= {"number": jax.ShapeDtypeStruct((2, rows), np.int32)}
+    # The evaluated parameters are the state's, unless the devices' slices of an EMA are joined.
+    joined = setup.method.per_device_ema and config.ema.decay > 0
+    others = num_bytes(per_device_shapes(state, setup.method)) - num_bytes(state.params) * (
+        not joined
+    )
+    assert others + bytes_of(compiled(setup, replicas), state.params, batch) < training
+    assert others + bytes_of(compiled(setup, replicas, rows), state.params, batch) > training
+
+
+def test_a_checkpoint_is_evaluated_with_as_many_sequences_at_a_time_as_its_run_trained_on(
+    config, tmp_path, monkeypatch
+):
+    """However few devices evaluate it; the mean is the same, up to the order of sums."""
+    ran = loop.train(config, tmp_path, devices=jax.local_devices()[:4])
+    asked = []
+
+    def spied(setup, replicas, rows):
+        asked.append((setup.sizes.micro, rows))
+        return compiled(setup, replicas, rows)
+
+    monkeypatch.setattr(evaluation, "compiled", spied)
+    _, found = evaluation.evaluate_checkpoint(tmp_path, devices=jax.local_devices()[:1])
+    assert asked == [(8, 2)]
+    # Sums of some hundred float32 terms in another order.
+    assert found[""].loss == pytest.approx(ran.evaluation.loss, rel=1e-6)
+    changes = {"grad_accum_steps": 8}  # For devices with less memory.
+    evaluation.evaluate_checkpoint(tmp_path, "newest", changes, devices=jax.local_devices()[:1])
+    assert asked[1] == (1, 1)

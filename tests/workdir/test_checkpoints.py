@@ -1,3 +1,5 @@
+import errno
+import os
 import shutil
 
 import jax
@@ -10,6 +12,7 @@ from jaxdp.parallel.replicas import AXIS, Replicas
 from jaxdp.step.setup import make_setup
 from jaxdp.step.state import abstract_state, saved_shapes, state_axes
 from jaxdp.sync.methods import METHODS
+from jaxdp.workdir import integrity
 from jaxdp.workdir.checkpoints import Checkpoints
 from jaxdp.workdir.parameters import load_params
 from support.checkpoints import open_checkpoints, save_and_evaluate, state_of, two_checkpoints
@@ -60,6 +63,50 @@ def test_a_later_best_replaces_the_best(tmp_path, config):
     with open_checkpoints(tmp_path, config) as checkpoints:
         save_and_evaluate(checkpoints, {1: 2.0, 2: 1.0, 3: float("nan"), 4: 3.0})
     assert saved_steps(tmp_path) == [2, 4]
+
+
+def test_the_former_best_goes_when_the_new_best_is_known(tmp_path, config):
+    """A step is saved before it is evaluated, so the loss comes later; maybe to another process."""
+    config.checkpoint.update({"keep_last": 1, "every": 100})
+    with open_checkpoints(tmp_path, config) as checkpoints:
+        save_and_evaluate(checkpoints, {1: 2.0, 2: None})
+    assert saved_steps(tmp_path) == [1, 2]
+    with open_checkpoints(tmp_path, config) as checkpoints:
+        assert checkpoints.restore(state_of(0))[0] == 2
+        assert [checkpoints.eval_loss(step) for step in (1, 2)] == [2.0, None]
+        checkpoints.evaluated(2, 1.0)
+        assert saved_steps(tmp_path) == [2]
+        assert checkpoints.eval_loss(2) == 1.0
+
+
+def test_no_later_step_is_saved_before_a_loss_is_recorded(tmp_path, config, monkeypatch):
+    """So only the newest checkpoint can lack its loss; there, a run that resumes evaluates."""
+
+    def full(checkpoint, loss):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    lines = []
+    with open_checkpoints(tmp_path, config, report=lines.append) as checkpoints:
+        monkeypatch.setattr(integrity, "record_eval_loss", full)
+        save_and_evaluate(checkpoints, {1: 2.0, 2: 1.0})
+        checkpoints.wait()
+        assert saved_steps(tmp_path) == [1] and len(lines) == 1
+        assert lines[0].startswith("Checkpoint 2 could not be saved (No space left on device)")
+        # A roll-back needs the loss, whether it is on disk or not.
+        assert checkpoints.eval_loss(1) == 2.0
+        assert checkpoints.finish(state_of(2)) == (
+            "checkpoint 2 could not be saved (No space left on device; the newest is checkpoint 1)"
+        )
+        monkeypatch.undo()
+        assert checkpoints.finish(state_of(2)) == ""
+        assert integrity.eval_loss(tmp_path / "checkpoints" / "1") == 2.0
+        assert integrity.eval_loss(tmp_path / "checkpoints" / "2") == 1.0
+        checkpoints.save(3, state_of(3), {})
+        monkeypatch.setattr(integrity, "record_eval_loss", full)
+        checkpoints.evaluated(3, 3.0)
+        assert checkpoints.finish(state_of(3)) == (
+            "the loss of checkpoint 3 could not be recorded (No space left on device)"
+        )
 
 
 def test_interruptions_leave_the_newest_that_was_due(tmp_path, config):
