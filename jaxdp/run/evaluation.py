@@ -1,7 +1,6 @@
 """Exact evaluation on validation splits, during a run or from a checkpoint."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,8 @@ from jaxdp.data.feed import Feed
 from jaxdp.model.transformer import parameter_shapes
 from jaxdp.parallel.replicas import Replicas, prefetch
 from jaxdp.run import preflight
-from jaxdp.step.setup import Setup, batch_sizes, setup_of_feeds, validate
+from jaxdp.step.program import pmapped_evaluation
+from jaxdp.step.setup import batch_sizes, setup_of_feeds, validate
 from jaxdp.workdir import parameters
 
 
@@ -68,35 +68,6 @@ def figures(found: Evaluations) -> dict[str, float]:
     }
 
 
-def compiled(setup: Setup, replicas: Replicas, rows: int | None = None) -> Callable:
-    """Returns the pmapped `Objective.eval_step` of a setup; it needs no more memory than training.
-
-    Args:
-      setup: the run's setup.
-      replicas: the devices.
-      rows: the most sequences that a device evaluates at a time; by default, as many as it trains
-        on at a time.
-    """
-    count = micro_batches(setup.sizes.per_device, rows or setup.sizes.micro)
-    return replicas.pmap(
-        functools.partial(
-            setup.objective.eval_step, apply_fn=setup.model.apply, micro_batches=count
-        )
-    )
-
-
-def micro_batches(per_device: int, rows: int) -> int:
-    """Returns the least number of equal parts, of at most `rows` sequences each.
-
-    Examples:
-      >>> micro_batches(96, rows=12), micro_batches(96, rows=20), micro_batches(4, rows=12)
-      (8, 6, 1)
-    """
-    return next(
-        n for n in range(1, per_device + 1) if per_device % n == 0 and per_device // n <= rows
-    )
-
-
 def evaluate_all(
     p_eval_step: Callable,
     params: Any,
@@ -107,7 +78,7 @@ def evaluate_all(
     """Evaluates on the validation split of each feed.
 
     Args:
-      p_eval_step: the result of `compiled`.
+      p_eval_step: the result of `program.pmapped_evaluation`.
       params: the parameters, replicated.
       feeds: data by name.
       replicas: the devices.
@@ -126,7 +97,7 @@ def evaluate(
     """Evaluates batches: sums losses and weights over all of them, and divides once.
 
     Args:
-      p_eval_step: the result of `compiled`.
+      p_eval_step: the result of `program.pmapped_evaluation`.
       params: the parameters, replicated.
       batches: this process's batches; every process has the same number.
       replicas: the devices.
@@ -195,7 +166,7 @@ def evaluate_checkpoint(
     params, step = parameters.load_params(
         workdir, parameter_shapes(setup.model), said, say, which=which, check=check
     )
-    p_eval_step = compiled(setup, replicas, rows)
+    p_eval_step = pmapped_evaluation(setup, replicas, rows)
     return step, evaluate_all(p_eval_step, replicas.replicate(params), feeds, replicas)
 
 

@@ -29,12 +29,12 @@ from jaxdp.parallel.replicas import Replicas, prefetch
 from jaxdp.run import preflight, report
 from jaxdp.run.divergence import Divergence
 from jaxdp.run.early_stopping import EarlyStopping
-from jaxdp.run.evaluation import Evaluation, Evaluations, compiled, evaluate_all, figures
+from jaxdp.run.evaluation import Evaluation, Evaluations, evaluate_all, figures
 from jaxdp.run.figures import MeanLoss, Throughput
 from jaxdp.run.profiling import Profile
 from jaxdp.run.step_log import StepLog
 from jaxdp.run.watchdog import Watchdog
-from jaxdp.step.program import Program
+from jaxdp.step.program import Program, pmapped_evaluation
 from jaxdp.step.setup import Setup
 from jaxdp.step.state import State, abstract_state, create_state, fields_of, per_device_fields
 from jaxdp.sync.fingerprints import ReplicaCheck
@@ -48,8 +48,8 @@ class Result:
 
     Attributes:
       step: optimizer steps done, those of earlier calls included.
-      finished: whether all steps are done or early stopping ended the run. If False, it was asked
-        to stop, and has saved a checkpoint.
+      finished: whether all steps are done and the last is evaluated, or early stopping ended the
+        run. If False, it was asked to stop, and has saved a checkpoint.
       evaluations: by eval set, at the last step; empty if this call made none there.
       state: the final training state, on the devices.
     """
@@ -96,7 +96,7 @@ class Run:
         self.stop = self.unevaluated = False
         self._line: dict[str, Any] | None = None  # What was logged of an unevaluated step.
         self._stop_requested = stop_requested
-        self._p_eval_step = compiled(setup, replicas)
+        self._p_eval_step = pmapped_evaluation(setup, replicas)
         self._tokenizer_digest = tokenizer.digest(setup.feed.cache.tokenizer)
         self._replica_check = ReplicaCheck(replicas)
         self._loss = MeanLoss()
@@ -139,12 +139,12 @@ class Run:
         return step, state
 
     def load_evaluations(self, step: int, extra: dict[str, Any]) -> bool:
-        """Restores early stopping's state of a checkpoint; returns whether to evaluate it still.
+        """Restores early stopping's state at a checkpoint; returns whether it lacks its evaluation.
 
         Args:
           step: the checkpoint's step.
           extra: the JSON saved with it. It has a "line" if the checkpoint was saved before its
-            evaluation: the evaluation's loss, if it was made, is recorded beside it.
+            evaluation, whose loss was then recorded in the checkpoint, unless the run ended first.
         """
         self.stopping.load(extra.get("stopping", {}))
         if "line" not in extra:

@@ -19,7 +19,6 @@ from ml_collections import ConfigDict
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from jaxdp.common import files
-from jaxdp.common.errors import ConfigError
 from jaxdp.parallel import processes
 from jaxdp.workdir import integrity
 
@@ -77,7 +76,7 @@ class Saver:
         """Tries to record the losses that are not; returns what can't be and why, or ""."""
         try:
             self._record()
-        except (ConfigError, OSError) as error:
+        except Exception as error:  # As above: reading metrics is Orbax's part.
             step = next(iter(self.eval_losses))
             return f"the loss of checkpoint {step} could not be recorded ({files.reason(error)})"
         return ""
@@ -87,8 +86,8 @@ class Saver:
         for step, loss in list(self.eval_losses.items()):
             if (checkpoint := self._folder / str(step)).is_dir():
                 integrity.record_eval_loss(checkpoint, loss)
-                del self.eval_losses[step]
                 self._remove_former_best()
+                del self.eval_losses[step]
 
     def _remove_former_best(self) -> None:
         """Removes checkpoints that are to be kept no longer, now that one has got its loss."""

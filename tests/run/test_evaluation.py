@@ -8,8 +8,8 @@ from jaxdp.common.files import num_bytes
 from jaxdp.data.batch import TOKENS, training_shapes
 from jaxdp.parallel.replicas import AXIS, Replicas
 from jaxdp.run import evaluation, loop
-from jaxdp.run.evaluation import Evaluation, compiled, evaluate
-from jaxdp.step.program import pmapped
+from jaxdp.run.evaluation import Evaluation, evaluate
+from jaxdp.step.program import pmapped, pmapped_evaluation
 from jaxdp.step.setup import make_setup
 from jaxdp.step.state import abstract_state, per_device_shapes
 
@@ -63,31 +63,32 @@ def bytes_of(program, *shapes):
 )
 def test_evaluation_needs_no_more_memory_than_training(config, keys):
     """With a vocabulary so large that logits are most of it, while the state stays in memory."""
-    config.update({"global_batch_size": 16})
+    config.update({"global_batch_size": 16, "seq_len": 32})
     config.update_from_flattened_dict(keys)
     setup, replicas = make_setup(config, 4096, 2), Replicas(jax.local_devices()[:2])
     state, rows = abstract_state(setup), setup.sizes.per_device
 
-    def on_devices(shapes):
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct((2, *x.shape), x.dtype), shapes)
+    def of(*dimensions, dtype):
+        return jax.ShapeDtypeStruct((2, *dimensions), dtype)
 
-    batch = on_devices(training_shapes(config, setup.method.every, rows))
+    shapes = training_shapes(config, setup.method.every, rows)
+    batch = {name: of(*x.shape, dtype=x.dtype) for name, x in shapes.items()}
     training = bytes_of(pmapped(setup, replicas, state), state, batch)
 
-    batch = on_devices(
-        {name: jax.ShapeDtypeStruct((rows, config.seq_len), TOKENS[name]) for name in TOKENS}
-    )
-    batch |= {"number": jax.ShapeDtypeStruct((2, rows), np.int32)}
-    # The evaluated parameters are the state's, unless the devices' slices of an EMA are joined.
-    joined = setup.method.per_device_ema and config.ema.decay > 0
-    others = num_bytes(per_device_shapes(state, setup.method)) - num_bytes(state.params) * (
-        not joined
-    )
-    assert others + bytes_of(compiled(setup, replicas), state.params, batch) < training
-    assert others + bytes_of(compiled(setup, replicas, rows), state.params, batch) > training
+    tokens = {name: of(rows, config.seq_len, dtype=dtype) for name, dtype in TOKENS.items()}
+    batch = tokens | {"number": of(rows, dtype=np.int32)}
+    other = num_bytes(per_device_shapes(state, setup.method))
+    if not setup.method.per_device_ema:  # Otherwise the devices' slices are joined for it.
+        other -= num_bytes(state.params)
+
+    def evaluating(at_a_time=None):
+        program = pmapped_evaluation(setup, replicas, at_a_time)
+        return other + bytes_of(program, state.params, batch)
+
+    assert evaluating() < training < evaluating(rows)
 
 
-def test_a_checkpoint_is_evaluated_with_as_many_sequences_at_a_time_as_its_run_trained_on(
+def test_as_many_sequences_at_a_time_as_the_run_that_saved_the_checkpoint(
     config, tmp_path, monkeypatch
 ):
     """However few devices evaluate it; the mean is the same, up to the order of sums."""
@@ -96,9 +97,9 @@ def test_a_checkpoint_is_evaluated_with_as_many_sequences_at_a_time_as_its_run_t
 
     def spied(setup, replicas, rows):
         asked.append((setup.sizes.micro, rows))
-        return compiled(setup, replicas, rows)
+        return pmapped_evaluation(setup, replicas, rows)
 
-    monkeypatch.setattr(evaluation, "compiled", spied)
+    monkeypatch.setattr(evaluation, "pmapped_evaluation", spied)
     _, found = evaluation.evaluate_checkpoint(tmp_path, devices=jax.local_devices()[:1])
     assert asked == [(8, 2)]
     # Sums of some hundred float32 terms in another order.

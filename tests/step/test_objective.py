@@ -6,8 +6,8 @@ import numpy as np
 
 from jaxdp.model.transformer import ModelConfig, Transformer
 from jaxdp.parallel.replicas import Replicas
-from jaxdp.run.evaluation import compiled
 from jaxdp.step import losses
+from jaxdp.step.program import pmapped_evaluation
 from jaxdp.step.setup import make_setup
 from support.steps import ROWS, VOCAB, assert_same_run, batches, start, train
 
@@ -21,7 +21,7 @@ def test_evaluation_sums_over_devices_and_chunks(config):
     for devices, chunks, rows in ((1, 1, 8), (4, 1, 1), (2, 4, 4), (1, 1, 3)):
         replicas = Replicas(jax.local_devices()[:devices])
         config.loss_chunks = chunks
-        p_step = compiled(make_setup(config, VOCAB, devices), replicas, rows)
+        p_step = pmapped_evaluation(make_setup(config, VOCAB, devices), replicas, rows)
         sums = p_step(replicas.replicate(params), replicas.shard(batch))
         np.testing.assert_allclose(sums, expected, rtol=1e-5)
 
