@@ -81,7 +81,7 @@ class Overheads:
 
     def save_until_done(self) -> int:
         """Saves a checkpoint; returns the number of steps until it is on disk."""
-        self.run.save(self.done, self.state, {})
+        self.run.save(self.done, self.state, evaluating=False)
         manager = self.run.checkpoints.manager
         return len(self.steps(1000, until=lambda: not manager.is_saving_in_progress()))
 
@@ -112,7 +112,7 @@ class Overheads:
         """
         count = self.save_steps
         without = self.steps(count)
-        call = _seconds(lambda: self.run.save(self.done, self.state, {}))
+        call = _seconds(lambda: self.run.save(self.done, self.state, evaluating=False))
         during = self.steps(count)
         self.run.checkpoints.check()
         self.run.checkpoints.wait()

@@ -107,7 +107,10 @@ def write_atomically(path: Path, text: str) -> None:
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # A power failure could else leave an empty file.
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)

@@ -1,7 +1,6 @@
 """Exact evaluation on validation splits, during a run or from a checkpoint."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from jaxdp.data.feed import Feed
 from jaxdp.model.transformer import parameter_shapes
 from jaxdp.parallel.replicas import Replicas, prefetch
 from jaxdp.run import preflight
-from jaxdp.step.objective import Objective
+from jaxdp.step.program import pmapped_evaluation
 from jaxdp.step.setup import batch_sizes, setup_of_feeds, validate
 from jaxdp.workdir import parameters
 
@@ -69,11 +68,6 @@ def figures(found: Evaluations) -> dict[str, float]:
     }
 
 
-def compiled(model: Any, objective: Objective, replicas: Replicas) -> Callable:
-    """Returns the pmapped `Objective.eval_step` of a model."""
-    return replicas.pmap(functools.partial(objective.eval_step, apply_fn=model.apply))
-
-
 def evaluate_all(
     p_eval_step: Callable,
     params: Any,
@@ -84,7 +78,7 @@ def evaluate_all(
     """Evaluates on the validation split of each feed.
 
     Args:
-      p_eval_step: the result of `compiled`.
+      p_eval_step: the result of `program.pmapped_evaluation`.
       params: the parameters, replicated.
       feeds: data by name.
       replicas: the devices.
@@ -103,7 +97,7 @@ def evaluate(
     """Evaluates batches: sums losses and weights over all of them, and divides once.
 
     Args:
-      p_eval_step: the result of `compiled`.
+      p_eval_step: the result of `program.pmapped_evaluation`.
       params: the parameters, replicated.
       batches: this process's batches; every process has the same number.
       replicas: the devices.
@@ -159,16 +153,20 @@ def evaluate_checkpoint(
     preflight.check_split(feed, "validation")
     feeds = {"": feed} | preflight.open_eval_sets(config, feed.cache, say)
     setup = setup_of_feeds(feeds, replicas.device_count, 1)
+    rows = setup.sizes.micro
 
-    def fits(step: int, extra: dict[str, Any]) -> None:
+    def check(step: int, extra: dict[str, Any]) -> None:
+        nonlocal rows
         if not other:
             preflight.check_tokens(feed, step, extra)
+        # The run may have had more devices, and so fewer sequences on each.
+        rows = min(setup.sizes.micro, extra.get("micro", setup.sizes.micro))
 
     said = {"tokenizer": tokenizer.digest(feed.cache.tokenizer)}
     params, step = parameters.load_params(
-        workdir, parameter_shapes(setup.model), said, say, which=which, check=fits
+        workdir, parameter_shapes(setup.model), said, say, which=which, check=check
     )
-    p_eval_step = compiled(setup.model, setup.objective, replicas)
+    p_eval_step = pmapped_evaluation(setup, replicas, rows)
     return step, evaluate_all(p_eval_step, replicas.replicate(params), feeds, replicas)
 
 

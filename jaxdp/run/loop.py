@@ -104,7 +104,7 @@ def _prepare(
 def _train(run: Run) -> Result:
     start, state = run.restore()
     run.show_header()
-    if start >= run.config.num_train_steps or run.stopping.over:
+    if run.over(start) and not run.unevaluated:
         run.display.line(report.already_finished(start, run.stopping))
         return Result(start, True, {}, state)
     if start:
@@ -122,11 +122,15 @@ def train_steps(run: Run, state: State, start: int) -> Result:
 
     Data parallelism, round by round: each device takes its part of the batch, runs forward and
     backward, synchronises with the others, and updates its parameters.
+
+    A step is saved before it is evaluated, so that an evaluation that dies loses nothing. If a run
+    ends between the two, it evaluates that step first when it resumes. A run that is asked to stop
+    leaves the evaluation to the resumed run.
     """
-    run.display.line("Compiling the training step ...")
-    rounds, done, ended = run.rounds(start), start, False
-    while not ended:
-        before = done
+    evaluations: Evaluations = run.evaluate(start, state) if run.unevaluated else {}
+    rounds, done = run.rounds(start), start
+    while not (run.stop or run.over(done)):
+        before, evaluations = done, {}
         new = run.compile(done, state)
         batch = run.fetch(rounds, done)
         done, state = run.train(done, state, batch, new)
@@ -138,15 +142,18 @@ def train_steps(run: Run, state: State, start: int) -> Result:
             done, state = roll_back(run, state)
             rounds = run.rounds(done)
             evaluating, saving = run.due(done)
-        evaluations: Evaluations = run.evaluate(done, state) if evaluating else {}
-        finished = done == run.config.num_train_steps or run.stopping.over
-        ended = run.stop or finished
+        ended = run.stop or run.over(done)
 
-        run.check_replicas(before, done, state, always=ended or saving)
+        run.check_replicas(before, done, state, always=ended or saving or evaluating)
         # After a skipped update the parameters may be bad: they don't replace good ones.
-        if ended or (saving and run.judge.in_a_row == 0):
-            run.save(done, state, evaluations)
-    return Result(done, finished, evaluations, state)
+        saved = ended or (saving and run.judge.in_a_row == 0)
+        if saved:
+            run.save(done, state, evaluating)
+        if evaluating and not run.stop:
+            evaluations = run.evaluate(done, state)
+        if run.stopping.over and not saved:
+            run.save(done, state, evaluating=False)
+    return Result(done, run.over(done) and not run.unevaluated, evaluations, state)
 
 
 def _import_tensorflow() -> None:

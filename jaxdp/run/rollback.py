@@ -34,7 +34,7 @@ def roll_back(run: Run, state: State) -> tuple[int, State]:
     run.watchdog.beat("going back", trouble.step, slow=True)
     found = run.checkpoints.restore(abstract_state(run.setup), functools.partial(_good, run))
     step, extra, state = found or (0, {}, run.first_state())
-    run.stopping.load(extra.get("stopping", {}))  # Later evaluations are dropped.
+    run.load_evaluations(step, extra)  # Later ones are dropped.
     run.judge.roll_back()
     run.forget_figures()
     run.display.line(

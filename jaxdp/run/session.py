@@ -29,12 +29,12 @@ from jaxdp.parallel.replicas import Replicas, prefetch
 from jaxdp.run import preflight, report
 from jaxdp.run.divergence import Divergence
 from jaxdp.run.early_stopping import EarlyStopping
-from jaxdp.run.evaluation import Evaluation, Evaluations, compiled, evaluate_all, figures
+from jaxdp.run.evaluation import Evaluation, Evaluations, evaluate_all, figures
 from jaxdp.run.figures import MeanLoss, Throughput
 from jaxdp.run.profiling import Profile
 from jaxdp.run.step_log import StepLog
 from jaxdp.run.watchdog import Watchdog
-from jaxdp.step.program import Program
+from jaxdp.step.program import Program, pmapped_evaluation
 from jaxdp.step.setup import Setup
 from jaxdp.step.state import State, abstract_state, create_state, fields_of, per_device_fields
 from jaxdp.sync.fingerprints import ReplicaCheck
@@ -48,8 +48,8 @@ class Result:
 
     Attributes:
       step: optimizer steps done, those of earlier calls included.
-      finished: whether all steps are done or early stopping ended the run. If False, it was asked
-        to stop, and has saved a checkpoint.
+      finished: whether all steps are done and the last is evaluated, or early stopping ended the
+        run. If False, it was asked to stop, and has saved a checkpoint.
       evaluations: by eval set, at the last step; empty if this call made none there.
       state: the final training state, on the devices.
     """
@@ -75,6 +75,7 @@ class Run:
 
     Attributes:
       stop: whether any process was asked to stop, according to the metrics fetched so far.
+      unevaluated: whether the newest checkpoint was saved before its evaluation, which is to come.
     """
 
     def __init__(
@@ -92,9 +93,10 @@ class Run:
         self.program = Program(setup, replicas)
         self.judge, self.stopping = Divergence(setup.config), EarlyStopping(setup.config)
         self.profile = Profile(setup.config, workdir, display.line)
-        self.stop = False
+        self.stop = self.unevaluated = False
+        self._line: dict[str, Any] | None = None  # What was logged of an unevaluated step.
         self._stop_requested = stop_requested
-        self._p_eval_step = compiled(setup.model, setup.objective, replicas)
+        self._p_eval_step = pmapped_evaluation(setup, replicas)
         self._tokenizer_digest = tokenizer.digest(setup.feed.cache.tokenizer)
         self._replica_check = ReplicaCheck(replicas)
         self._loss = MeanLoss()
@@ -131,9 +133,26 @@ class Run:
             return 0, state
         step, extra, state = found
         self.judge.load(extra["divergence"])
-        self.stopping.load(extra.get("stopping", {}))
         self._loss.load(extra.get("loss", {}))
+        self.unevaluated = self.load_evaluations(step, extra)
+        self._line = extra["line"] if self.unevaluated else None
         return step, state
+
+    def load_evaluations(self, step: int, extra: dict[str, Any]) -> bool:
+        """Restores early stopping's state at a checkpoint; returns whether it lacks its evaluation.
+
+        Args:
+          step: the checkpoint's step.
+          extra: the JSON saved with it. It has a "line" if the checkpoint was saved before its
+            evaluation, whose loss was then recorded in the checkpoint, unless the run ended first.
+        """
+        self.stopping.load(extra.get("stopping", {}))
+        if "line" not in extra:
+            return False
+        loss = self.checkpoints.eval_loss(step)
+        if loss is not None:
+            self.stopping.add(step, loss)
+        return loss is None
 
     def first_state(self) -> State:
         """Creates the state of step 0: random parameters, or the weights that init_from names."""
@@ -152,7 +171,7 @@ class Run:
         """Writes config and tokenizer, opens the metrics files, and starts to measure speed."""
         processes.on_main(self._describe)
         self._writer = self._resources.enter_context(
-            MetricsWriter(self.workdir, self.config, start, active=processes.is_main())
+            MetricsWriter(self.workdir, self.config, start, processes.is_main(), self._line)
         )
         self._resources.enter_context(self.display)
         self._start = start
@@ -191,6 +210,7 @@ class Run:
         if not self.program.is_new(done):
             return False
         self.watchdog.beat("compiling a step", done, slow=True)
+        self.display.line("Compiling the training step ...")
         steps = self.program.round_length(done)
         shapes = batches.training_shapes(self.config, steps, self.setup.sizes.per_device)
         self.program.compile(done, state, self.replicas.zeros(shapes))
@@ -270,6 +290,10 @@ class Run:
         evaluating = done % self.config.eval_every == 0 or last
         return evaluating, done % self.config.checkpoint.every == 0 or last
 
+    def over(self, done: int) -> bool:
+        """Returns whether no more steps are to be done after `done`."""
+        return done >= self.config.num_train_steps or self.stopping.over
+
     def evaluate(self, done: int, state: State) -> Evaluations:
         """Evaluates on the validation split and each of eval_sets, and logs the results."""
         before = time.perf_counter()
@@ -279,9 +303,12 @@ class Run:
         self._writer.write(done, figures(found))
         for name, evaluation in found.items():
             self.display.line(report.evaluated(done, evaluation, name), "bold")
+        # The loss is recorded last: a run that finds it there doesn't evaluate again.
+        self._writer.flush()
+        self.checkpoints.evaluated(done, found[""].loss)
+        self.unevaluated = False
         self.stopping.add(done, found[""].loss)
-        ends = done == self.config.num_train_steps or self.stopping.over
-        if self.config.sample.at_eval and not ends:  # The summary at the end shows a sample, too.
+        if self.config.sample.at_eval and not self.over(done):  # The summary shows one, too.
             self.sample(done, params)
         self.pause(time.perf_counter() - before)
         return found
@@ -303,19 +330,31 @@ class Run:
             self.watchdog.beat("comparing replicas", done)
             self._replica_check(shared, done)
 
-    def save(self, done: int, state: State, evaluations: Evaluations) -> None:
-        """Starts to save a checkpoint; writes all metrics logged until then."""
+    def save(self, done: int, state: State, evaluating: bool) -> None:
+        """Starts to save a checkpoint; writes all metrics logged until then.
+
+        Args:
+          done: steps done.
+          state: the state after them.
+          evaluating: whether this step's evaluation is to come. Its line of metrics, which the
+            evaluation completes, is then saved in the checkpoint.
+        """
         self.watchdog.beat("saving", done, slow=True)
-        self._writer.flush()
-        extra = {
+        line = self._writer.line(done)
+        extra: dict[str, Any] = {
             "digest": self.setup.feed.cache.digest,
             "tokenizer": self._tokenizer_digest,
             "divergence": self.judge.to_json(),
             "stopping": self.stopping.to_json(),
             "loss": self._loss.to_json(),
+            "micro": self.setup.sizes.micro,
         }
-        loss = evaluations[""].loss if evaluations else None
-        self.checkpoints.save(done, state, extra, loss)
+        if evaluating:
+            extra["line"] = line
+        else:
+            self._writer.flush()
+        self.unevaluated = evaluating
+        self.checkpoints.save(done, state, extra)
 
     # The end.
 

@@ -84,22 +84,29 @@ class Objective:
         return reductions.gradient_mean(sums, figures, AXIS)
 
     def eval_step(
-        self, params: Any, batch: Batch, *, apply_fn: Callable
+        self, params: Any, batch: Batch, *, apply_fn: Callable, micro_batches: int = 1
     ) -> tuple[jax.Array, jax.Array]:
         """Computes loss and weight, summed over all devices' tokens.
+
+        One micro-batch after another, so that evaluation needs no more memory than training.
 
         Args:
           params: equal on all devices.
           batch: as in `gradient_sums`, and number [b] int32: the batch's index in the evaluation,
             which seeds the masks of masked-LM.
           apply_fn: the model's apply function.
+          micro_batches: number of parts that the device's sequences are cut into; divides b.
 
         Returns:
           loss_sum (nats) and weight_sum, [] float32 each.
         """
         number = batch["number"][0]
-        sums = self._loss_sums(apply_fn, params, _with_rows(batch), number, train=False)
-        return lax.psum(sums, AXIS)
+
+        def sums(params, micro):
+            return self._loss_sums(apply_fn, params, micro, number, train=False)
+
+        found = reductions.accumulate(sums, params, _with_rows(batch), micro_batches)
+        return lax.psum(found, AXIS)
 
     def _loss_sums(self, apply_fn, params, micro: Batch, number, train: bool):
         micro = dict(micro)

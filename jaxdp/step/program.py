@@ -1,6 +1,7 @@
 """The compiled training steps of a run: one for each sync method and round length it needs."""
 
 import contextlib
+import functools
 from typing import Any
 
 import jax
@@ -147,3 +148,28 @@ def pmapped(setup: Setup, replicas: Replicas, state: State, method: Sync | None 
     axes = state_axes(state, method or setup.method)
     step = step_of(setup, method)
     return replicas.pmap(step, state_axes=axes, out_axes=(axes, None), donate=True)
+
+
+def pmapped_evaluation(setup: Setup, replicas: Replicas, rows: int | None = None) -> Any:
+    """Returns the pmapped `Objective.eval_step` of a setup; it needs no more memory than training.
+
+    Args:
+      setup: the run's setup.
+      replicas: the devices.
+      rows: the most sequences that a device evaluates at a time; by default, as many as it trains
+        on at a time.
+    """
+    count = micro_batches(setup.sizes.per_device, rows or setup.sizes.micro)
+    step, apply_fn = setup.objective.eval_step, setup.model.apply
+    return replicas.pmap(functools.partial(step, apply_fn=apply_fn, micro_batches=count))
+
+
+def micro_batches(per_device: int, rows: int) -> int:
+    """Returns the least number of equal parts, of at most `rows` sequences each.
+
+    Examples:
+      >>> micro_batches(96, rows=12), micro_batches(96, rows=20), micro_batches(4, rows=12)
+      (8, 6, 1)
+    """
+    counts = range(1, per_device + 1)
+    return next(n for n in counts if per_device % n == 0 and per_device // n <= rows)

@@ -152,7 +152,8 @@ def batch_sizes(config: ConfigDict, process_count: int, device_count: int) -> Ba
         )
     METHODS[config.sync.method].check_devices(config, device_count)
     per_device = total // device_count
-    return BatchSizes(total, total // process_count, per_device, per_device // accum)
+    micro = per_device // METHODS[config.sync.method].batch_unit(config, device_count)
+    return BatchSizes(total, total // process_count, per_device, micro)
 
 
 def can_split(config: ConfigDict, device_count: int) -> bool:

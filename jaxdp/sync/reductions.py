@@ -180,7 +180,10 @@ def doubling_sum(tree: Tree, axis_name: str) -> Tree:
 
 
 def accumulate(value_and_grad: Callable, params: Tree, batch: Tree, count: int) -> Tree:
-    """Sums ((loss_sum, weight_sum), gradients) over `count` micro-batches, one at a time."""
+    """Sums what a function returns over `count` micro-batches, one at a time.
+
+    In training it returns ((loss_sum, weight_sum), gradients), in evaluation only the first part.
+    """
     if count == 1:
         return value_and_grad(params, batch)
     micros = _cut(batch, count)

@@ -64,18 +64,17 @@ class Checkpoints:
             report(f"Checkpoint {path.name} is damaged (its metrics can't be read).")
         self._set_aside([int(path.name) for path in damaged])
         self._saver = Saver(self._folder, config, report)
-        self._last: tuple[int, dict, float | None] | None = None
+        self._last: tuple[int, dict] | None = None
 
-    def save(self, step: int, state: State, extra: dict, eval_loss: float | None) -> None:
+    def save(self, step: int, state: State, extra: dict) -> None:
         """Starts to save in the background; waits only for the last save and a copy of the state.
 
         Args:
           step: steps done; names the checkpoint.
           state: the state after that step, on the devices.
           extra: JSON to save with it.
-          eval_loss: validation loss of this state; None if it wasn't evaluated.
         """
-        self._last = (step, extra, eval_loss)
+        self._last = (step, extra)
         tree = self.saved(state)
         if processes.is_main():
             extra = extra | {
@@ -84,7 +83,24 @@ class Checkpoints:
             }
             # With several processes, Orbax refuses arrays on the devices of one.
             tree = tree if jax.process_count() == 1 else jax.device_get(tree)
-            self._saver.start(step, tree, extra, eval_loss)
+            self._saver.start(step, tree, extra)
+
+    def evaluated(self, step: int, loss: float) -> None:
+        """Records a step's validation loss in its checkpoint, if it has one; see `Saver`."""
+        if processes.is_main():
+            self._saver.evaluated(step, loss)
+
+    def eval_loss(self, step: int) -> float | None:
+        """Returns the validation loss of a checkpoint; all processes have to call this.
+
+        Infinite if the loss isn't finite; None if the checkpoint hasn't been evaluated.
+        """
+        loss = None
+        if processes.is_main():
+            recorded = integrity.eval_loss(self._folder / str(step))
+            loss = self._saver.eval_losses.get(step, recorded)
+        text = processes.from_main("" if loss is None else repr(loss))
+        return float(text) if text else None
 
     def check(self) -> None:
         """Reports a save that failed in the background, without waiting for one in progress."""
@@ -102,11 +118,11 @@ class Checkpoints:
         """
         self._saver.wait_for_save("trying once more")
         if self._last is not None and processes.from_main(self._saver.failure):
-            step, extra, eval_loss = self._last
-            self.save(step, state, extra, eval_loss)
+            step, extra = self._last
+            self.save(step, state, extra)
             self._saver.wait_for_save("")
         if self._last is None or not self._saver.failure:
-            return ""
+            return self._saver.unrecorded()
         newest = self.manager.latest_step()
         has = "there is no checkpoint" if newest is None else f"the newest is checkpoint {newest}"
         return f"checkpoint {self._last[0]} could not be saved ({self._saver.failure}; {has})"

@@ -14,6 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxdp.common.errors import ConfigError, RunError
+from jaxdp.common.files import write_atomically
 from jaxdp.sync.fingerprints import fingerprints
 
 METRIC = "eval/loss"
@@ -113,15 +114,38 @@ def readable(checkpoint: Path) -> bool:
     return checkpoint.is_dir() and _metric(checkpoint) is not None
 
 
+def record_eval_loss(checkpoint: Path, loss: float) -> None:
+    """Records the validation loss of a checkpoint in its folder, atomically.
+
+    It is the file that Orbax would write if it knew the loss when it saves. A loss that isn't
+    finite is recorded as infinity, which ranks worst.
+
+    Raises:
+      ConfigError, OSError: it can't be written, for example on a full disk.
+    """
+    path = _metrics_file(checkpoint)
+    path.parent.mkdir(exist_ok=True)
+    write_atomically(path, json.dumps({METRIC: loss if math.isfinite(loss) else math.inf}))
+
+
+def eval_loss(checkpoint: Path) -> float | None:
+    """Returns the recorded validation loss, infinite if it isn't finite; None if there is none."""
+    return _eval_loss(checkpoint) if _metrics_file(checkpoint).exists() else None
+
+
 def _eval_loss(checkpoint: Path) -> float:
     """Returns the validation loss of a checkpoint; infinite if it has none."""
     found = _metric(checkpoint)
     return found if found is not None and -math.inf < found < math.inf else math.inf
 
 
+def _metrics_file(checkpoint: Path) -> Path:
+    return checkpoint / "metrics" / "metrics"
+
+
 def _metric(checkpoint: Path) -> float | None:
     """Reads the validation loss of a checkpoint: infinite if missing, None if unreadable."""
-    path = checkpoint / "metrics" / "metrics"
+    path = _metrics_file(checkpoint)
     try:
         metrics = json.loads(path.read_bytes()) if path.exists() else {METRIC: math.inf}
         value = metrics.get(METRIC) if isinstance(metrics, dict) else None

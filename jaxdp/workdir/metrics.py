@@ -64,18 +64,36 @@ class MetricsWriter:
     is in the file once, as if the run had never stopped.
     """
 
-    def __init__(self, workdir: Path, config: ConfigDict, start_step: int, active: bool = True):
-        """Opens the files for a run that has done `start_step` steps; does nothing if inactive."""
+    def __init__(
+        self,
+        workdir: Path,
+        config: ConfigDict,
+        start_step: int,
+        active: bool = True,
+        line: Mapping[str, float | None] | None = None,
+    ):
+        """Opens the files for a run that has done `start_step` steps; does nothing if inactive.
+
+        Args:
+          workdir: the folder of the run.
+          config: a config with the keys of configs/default.py.
+          start_step: lines after this step are dropped.
+          active: whether to write at all.
+          line: replaces the line of start_step, which is to be continued; see `line`.
+        """
         self._active, self._wandb = active, None
         self._record: dict[str, Any] = {}
         if active:
-            _drop_after(workdir / JSONL, start_step)
+            kept = start_step if line is None else start_step - 1
+            _drop_after(workdir / JSONL, kept)
             self._jsonl = PatientFile(workdir / JSONL)
             register_writer_factory(_PatientFiles.SCHEME, _PatientFiles())
             logdir = f"{_PatientFiles.SCHEME}:{workdir / 'tensorboard'}"
-            self._tensorboard = SummaryWriter(logdir, purge_step=start_step + 1)
+            self._tensorboard = SummaryWriter(logdir, purge_step=kept + 1)
             if config.wandb_project:
                 self._wandb = _start_wandb(workdir, config)
+        if line:
+            self.write(start_step, line)
 
     def write(self, step: int, values: Mapping[str, float | None]) -> None:
         """Logs values at a step; all values of one step become one line of the file."""
@@ -91,6 +109,15 @@ class MetricsWriter:
             self._tensorboard.add_scalar(name, value, step)
         if self._wandb:
             self._wandb.log(given, step=step)
+
+    def line(self, step: int) -> dict[str, float | None]:
+        """Returns the values of a step whose line isn't written yet; writes those of earlier steps.
+
+        A checkpoint saves them if more values of its step are to come.
+        """
+        if step != self._record.get("step"):
+            self.flush()
+        return {name: _finite(x) for name, x in self._record.items() if name != "step"}
 
     def flush(self) -> None:
         """Writes the line of the last step."""

@@ -3,13 +3,13 @@
 import contextlib
 import dataclasses
 import functools
-import math
 import shutil
 import sys
 import time
 from collections.abc import Callable
 from logging import ERROR, Formatter, LogRecord, getLogger
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from jaxdp.common import files
 from jaxdp.parallel import processes
-from jaxdp.workdir.integrity import METRIC
+from jaxdp.workdir import integrity
 
 LEFTOVERS = "*.orbax-checkpoint-tmp*"
 
@@ -31,9 +31,15 @@ class Saver:
     Only process 0 writes, as every process has all that is saved. So no process waits for another,
     and a disk that is full for one can't hold up the rest. The other processes only read.
 
+    A step is saved before it is evaluated, so that an evaluation that dies loses nothing. Its
+    validation loss is recorded in its checkpoint as soon as both are there, and no later save
+    begins before. So only the newest checkpoint can lack the loss of an evaluation that was due,
+    and a run that resumes from it makes that evaluation.
+
     Attributes:
       manager: Orbax's manager, for this process alone; a new one after a failed save.
       failure: why the newest state could not be saved; empty if it was, or is being saved.
+      eval_losses: {step: validation loss} that are not recorded yet.
     """
 
     def __init__(self, folder: Path, config: ConfigDict, report: Callable[[str], None]):
@@ -42,21 +48,60 @@ class Saver:
         quieten()
         self.failure, self._step, self._under_way = "", 0, False
         self._error: Exception | None = None
+        self.eval_losses: dict[int, float] = {}
+        self._policy = _policy(config)
         self.manager = self._open()
 
-    def start(self, step: int, tree: Any, extra: dict, eval_loss: float | None) -> None:
+    def start(self, step: int, tree: Any, extra: dict) -> None:
         """Starts to save, in process 0; `check` and `wait_for_save` report a failure."""
         self.wait_for_save()
         self._step, self.failure, self._under_way = step, "", True
         args = ocp.args.Composite(state=ocp.args.StandardSave(tree), extra=ocp.args.JsonSave(extra))
-        # Infinity ranks worst: a checkpoint without a finite loss is kept only while it is new.
-        finite = eval_loss is not None and math.isfinite(eval_loss)
-        metrics = {METRIC: eval_loss if finite else math.inf}
         try:
+            self._record()
+            self.eval_losses = {x: loss for x, loss in self.eval_losses.items() if x == step}
             files.require_space(self._folder, files.num_bytes(tree))
-            self.manager.save(step, args=args, metrics=metrics, force=True)
+            self.manager.save(step, args=args, force=True)
         except Exception as error:  # Orbax and TensorStore raise whatever they like.
             self._error = error
+
+    def evaluated(self, step: int, loss: float) -> None:
+        """Records the validation loss of a step once its checkpoint, if it has one, is on disk."""
+        self.eval_losses[step] = loss
+        self.check()
+        if not self._under_way:
+            self.unrecorded()
+
+    def unrecorded(self) -> str:
+        """Tries to record the losses that are not; returns what can't be and why, or ""."""
+        try:
+            self._record()
+        except Exception as error:  # As above: reading metrics is Orbax's part.
+            step = next(iter(self.eval_losses))
+            return f"the loss of checkpoint {step} could not be recorded ({files.reason(error)})"
+        return ""
+
+    def _record(self) -> None:
+        """Records losses in the checkpoints that are on disk."""
+        for step, loss in list(self.eval_losses.items()):
+            if (checkpoint := self._folder / str(step)).is_dir():
+                integrity.record_eval_loss(checkpoint, loss)
+                self._remove_former_best()
+                del self.eval_losses[step]
+
+    def _remove_former_best(self) -> None:
+        """Removes checkpoints that are to be kept no longer, now that one has got its loss."""
+        self.manager.reload()
+        found: Any = [
+            SimpleNamespace(step=step, metrics=self.manager.metrics(step))
+            for step in self.manager.all_steps()
+        ]
+        context = preservation_policy.PreservationContext()
+        kept = self._policy.should_preserve(found, context=context)
+        for checkpoint, keep in zip(found, kept, strict=True):
+            if not keep:
+                with contextlib.suppress(OSError):  # The next save tries again.
+                    self.manager.delete(checkpoint.step)
 
     def check(self) -> None:
         """Reports a save that has failed, without waiting for one in progress."""
@@ -88,6 +133,7 @@ class Saver:
             # After a failed save, Orbax no longer knows which old checkpoints it was to remove.
             self._close()
             self.manager = self._open()
+        self.unrecorded()
 
     def close(self) -> None:
         """Waits for a save in progress, and ends Orbax's threads."""
@@ -100,9 +146,7 @@ class Saver:
         process = jax.process_index()
         options = ocp.CheckpointManagerOptions(
             create=False,
-            preservation_policy=_policy(self._config),
-            best_fn=_loss,  # Without it, metrics are not written to disk.
-            best_mode="min",
+            preservation_policy=self._policy,
             multiprocessing_options=ocp.options.MultiprocessingOptions(
                 primary_host=process,
                 active_processes={process},
@@ -153,7 +197,7 @@ def quieten() -> None:
 
 
 def _loss(metrics: dict) -> float:
-    return metrics[METRIC]
+    return metrics[integrity.METRIC]
 
 
 def _policy(config: ConfigDict) -> preservation_policy.PreservationPolicy:

@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxdp.run import loop
+from jaxdp.run import loop, session
 from jaxdp.run.divergence import Divergence
 from jaxdp.run.early_stopping import EarlyStopping
 from support.bad_input import tries
-from support.runs import figures, params_of, train_in_parts
+from support.runs import checkpoints_of, figures, params_of, train_in_parts
 
 
 def judged(config, losses, patience=3, min_delta=0.0):
@@ -111,5 +111,32 @@ def test_what_is_taken_back_is_not_waited_for(overfitting, tmp_path, monkeypatch
         EarlyStopping, "add", lambda self, *a: add(self, *a) or seen.append(self.waited)
     )
     result = loop.train(config, tmp_path, devices=jax.local_devices()[:1])
-    # Up to step 12, then back to step 10, with the evaluation of step 14.
-    assert seen == [0, 1, 2, 3, 4, 5, 5] and result.finished
+    # Up to step 12, then back to step 10, whose loss is read, and the evaluation of step 14.
+    assert seen == [0, 1, 2, 3, 4, 5, 4, 5] and result.finished
+
+
+@pytest.mark.parametrize("every", [2, 100])
+def test_the_evaluation_that_ends_a_run_can_be_made_after_it_resumes(
+    overfitting, tmp_path, monkeypatch, every
+):
+    """Step 6 is saved before its evaluation where it is due, and after it where it isn't."""
+    config, devices = overfitting, jax.local_devices()[:1]
+    config.update({"num_train_steps": 12, "eval_every": 2})
+    config.optimizer.learning_rate = 0.0  # So that no evaluation is better than the first.
+    config.stop.patience, config.checkpoint.every = 2, every
+    evaluate = session.evaluate_all
+
+    def dies_at_the_third(*args):
+        if len([r for r in figures(tmp_path / "parts") if "eval/loss" in r]) == 2:
+            raise KeyboardInterrupt
+        return evaluate(*args)
+
+    whole = loop.train(config, tmp_path / "whole", devices=devices)
+    monkeypatch.setattr(session, "evaluate_all", dies_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(config, tmp_path / "parts", devices=devices)
+    monkeypatch.undo()
+    parts = loop.train(config, tmp_path / "parts", devices=devices)
+    assert (whole.step, whole.finished) == (parts.step, parts.finished) == (6, True)
+    assert whole.evaluations == parts.evaluations
+    assert checkpoints_of(tmp_path / "whole") == checkpoints_of(tmp_path / "parts")

@@ -6,9 +6,18 @@ import pytest
 
 from jaxdp.common.errors import ConfigError, RunError
 from jaxdp.run import loop, session
+from jaxdp.run.early_stopping import EarlyStopping
 from jaxdp.sync.methods import METHODS
+from jaxdp.workdir.checkpoints import Checkpoints
 from jaxdp.workdir.generation import generate
-from support.runs import after, assert_close_losses, contents, figures, params_of
+from support.runs import (
+    after,
+    assert_close_losses,
+    checkpoints_of,
+    contents,
+    figures,
+    params_of,
+)
 from support.steps import corrupt, flip_lowest_bit
 
 
@@ -39,6 +48,58 @@ def test_resuming_on_other_devices_is_the_same_run(config, tmp_path):
     )
     loop.train(config, tmp_path / "parts", devices=jax.local_devices()[:8])
     assert_close_losses(figures(tmp_path / "whole"), figures(tmp_path / "parts"))
+
+
+DEATHS = {
+    "in the evaluation": (session, "evaluate_all"),
+    "before its loss is recorded": (Checkpoints, "evaluated"),
+    "after it": (EarlyStopping, "add"),
+}
+
+
+@pytest.mark.parametrize("moment", DEATHS)
+def test_a_run_that_dies_at_its_evaluations_loses_nothing(config, tmp_path, monkeypatch, moment):
+    """Each step is saved before it is evaluated; what is missing is made up for at the start."""
+    config.update({"num_train_steps": 12, "log_every": 2, "eval_every": 3})
+    config.checkpoint.update({"every": 3, "keep_last": 1})
+    config.optimizer.update({"learning_rate": 3.0, "warmup_steps": 11})  # Worse and worse.
+    devices = jax.local_devices()[:1]
+    loop.train(config, tmp_path / "whole", devices=devices)
+    (where, name), calls = DEATHS[moment], iter(range(100))
+    call = getattr(where, name)
+
+    def dies(*args):
+        if next(calls) in (0, 3, 5):
+            raise KeyboardInterrupt
+        return call(*args)
+
+    monkeypatch.setattr(where, name, dies)
+    starts = [0]
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            loop.train(config, tmp_path / "parts", devices=devices)
+        starts.append(max(checkpoints_of(tmp_path / "parts")))
+    result = loop.train(config, tmp_path / "parts", devices=devices)
+    assert starts == [0, 3, 9, 12]
+    assert result.finished and result.step == 12
+    assert figures(tmp_path / "whole") == figures(tmp_path / "parts")
+    left = checkpoints_of(tmp_path / "parts")
+    assert left == checkpoints_of(tmp_path / "whole") and set(left) == {3, 12}  # Best and newest.
+
+
+@pytest.mark.parametrize(("times", "step"), [(2, 3), (5, 6)])
+def test_a_run_that_is_asked_to_stop_evaluates_when_it_resumes(config, tmp_path, times, step):
+    """In the middle and after the last step; a process that has to end may have no time for it."""
+    devices = jax.local_devices()[:2]
+    whole = loop.train(config, tmp_path / "whole", devices=devices)
+    stopped = loop.train(config, tmp_path / "parts", devices=devices, stop_requested=after(times))
+    assert (stopped.step, stopped.finished, stopped.evaluations) == (step, False, {})
+    assert "eval/loss" not in figures(tmp_path / "parts")[-1]
+    parts = loop.train(config, tmp_path / "parts", devices=devices)
+    assert parts.finished and parts.evaluations == whole.evaluations
+    assert figures(tmp_path / "whole") == figures(tmp_path / "parts")
+    assert checkpoints_of(tmp_path / "whole") == checkpoints_of(tmp_path / "parts")
+    assert loop.train(config, tmp_path / "parts", devices=devices).evaluations == {}
 
 
 @pytest.mark.parametrize("method", METHODS)

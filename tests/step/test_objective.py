@@ -6,22 +6,22 @@ import numpy as np
 
 from jaxdp.model.transformer import ModelConfig, Transformer
 from jaxdp.parallel.replicas import Replicas
-from jaxdp.run.evaluation import compiled
 from jaxdp.step import losses
-from jaxdp.step.objective import Objective
+from jaxdp.step.program import pmapped_evaluation
+from jaxdp.step.setup import make_setup
 from support.steps import ROWS, VOCAB, assert_same_run, batches, start, train
 
 
 def test_evaluation_sums_over_devices_and_chunks(config):
-    model = Transformer(ModelConfig.from_config(config, VOCAB))
     params = jax.device_get(start(config, 1)[2].params)
     batch = next(batches(1)) | {"number": np.zeros(ROWS, np.int32)}
+    model = Transformer(ModelConfig.from_config(config, VOCAB))
     logits = model.apply({"params": params}, batch["inputs"])
     expected = losses.cross_entropy(logits, batch["targets"], batch["weights"])
-    for devices, chunks in ((1, 1), (4, 1), (2, 4)):
+    for devices, chunks, rows in ((1, 1, 8), (4, 1, 1), (2, 4, 4), (1, 1, 3)):
         replicas = Replicas(jax.local_devices()[:devices])
-        objective = Objective(0, loss_chunks=chunks)
-        p_step = compiled(model, objective, replicas)
+        config.loss_chunks = chunks
+        p_step = pmapped_evaluation(make_setup(config, VOCAB, devices), replicas, rows)
         sums = p_step(replicas.replicate(params), replicas.shard(batch))
         np.testing.assert_allclose(sums, expected, rtol=1e-5)
 

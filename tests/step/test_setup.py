@@ -66,6 +66,9 @@ def test_batch_sizes_go_down_to_one_forward_pass(config):
     config.global_batch_size, config.grad_accum_steps = 96, 3
     sizes = setup.batch_sizes(config, process_count=2, device_count=8)
     assert sizes == setup.BatchSizes(global_=96, per_host=48, per_device=12, micro=4)
+    config.update({"grad_accum_steps": 1})
+    config.sync.update({"method": "fixed_order", "virtual_replicas": 32})
+    assert setup.batch_sizes(config, process_count=2, device_count=8).micro == 3
 
 
 @given(st.integers(1, 500), st.integers(1, 9), st.integers(1, 4), st.integers(1, 9))

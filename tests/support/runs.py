@@ -1,6 +1,7 @@
 """Runs in this process, and what they leave."""
 
 import itertools
+import json
 
 import jax
 import numpy as np
@@ -9,7 +10,7 @@ from tensorboardX.proto import event_pb2
 from jaxdp.common.config import flatten
 from jaxdp.huggingface import save
 from jaxdp.run import loop
-from jaxdp.workdir import finished
+from jaxdp.workdir import finished, integrity
 from jaxdp.workdir.metrics import read_jsonl
 
 TIMES = {"tokens_per_second", "step_time_ms", "data_wait_ms", "mfu"}
@@ -19,6 +20,15 @@ CLOCKED = TIMES | {"balance/slowest_process", "balance/slowest_ms"}
 def figures(workdir):
     """What is logged, without what the clock decides."""
     return [{k: v for k, v in r.items() if k not in CLOCKED} for r in read_jsonl(workdir)]
+
+
+def checkpoints_of(workdir):
+    """{step: (its validation loss, the state of early stopping in it)}."""
+    found = {}
+    for path in integrity.steps(workdir / "checkpoints"):
+        extra = json.loads((path / "extra" / "metadata").read_text())
+        found[int(path.name)] = integrity.eval_loss(path), extra["stopping"]
+    return found
 
 
 def after(times):

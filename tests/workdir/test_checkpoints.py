@@ -1,3 +1,5 @@
+import errno
+import os
 import shutil
 
 import jax
@@ -10,9 +12,10 @@ from jaxdp.parallel.replicas import AXIS, Replicas
 from jaxdp.step.setup import make_setup
 from jaxdp.step.state import abstract_state, saved_shapes, state_axes
 from jaxdp.sync.methods import METHODS
+from jaxdp.workdir import integrity
 from jaxdp.workdir.checkpoints import Checkpoints
 from jaxdp.workdir.parameters import load_params
-from support.checkpoints import open_checkpoints, state_of, two_checkpoints
+from support.checkpoints import open_checkpoints, save_and_evaluate, state_of, two_checkpoints
 from support.steps import VOCAB
 from support.steps import start as begin
 
@@ -30,7 +33,7 @@ def test_nothing_to_restore_in_a_new_workdir(tmp_path, config):
 def test_restores_bit_by_bit_on_other_devices(tmp_path, config, before, after):
     state = state_of(7, value=0.1, devices=before)
     with open_checkpoints(tmp_path, config, before) as checkpoints:
-        checkpoints.save(7, state, {"digest": "x"}, 1.5)
+        checkpoints.save(7, state, {"digest": "x"})
     with open_checkpoints(tmp_path, config, after) as checkpoints:
         step, extra, restored = checkpoints.restore(state_of(0, devices=after))
     assert (step, extra["digest"], extra["devices"]) == (7, "x", before)
@@ -46,31 +49,71 @@ def test_restores_bit_by_bit_on_other_devices(tmp_path, config, before, after):
 def test_keeps_the_newest_the_best_and_the_milestones(tmp_path, config):
     """Also across a restart, which must not forget which one was the best."""
     config.checkpoint.update({"keep_last": 2, "keep_every": 4, "every": 100})
-    state = state_of(0)
     with open_checkpoints(tmp_path, config) as checkpoints:
-        for step, loss in enumerate([5.0, 3.0, 1.0, 4.0, None, 6.0, 7.0], 1):
-            checkpoints.save(step, state, {}, loss)
+        losses = {1: 5.0, 2: 3.0, 3: 1.0, 4: 4.0, 5: None, 6: 6.0, 7: 7.0}
+        save_and_evaluate(checkpoints, losses)
     assert saved_steps(tmp_path) == [3, 4, 6, 7]
     with open_checkpoints(tmp_path, config) as checkpoints:
-        for step, loss in ((9, 3.0), (10, None), (11, 8.0)):
-            checkpoints.save(step, state, {}, loss)
+        save_and_evaluate(checkpoints, {9: 3.0, 10: None, 11: 8.0})
     assert saved_steps(tmp_path) == [3, 4, 10, 11]
 
 
 def test_a_later_best_replaces_the_best(tmp_path, config):
     config.checkpoint.update({"keep_last": 1, "every": 100})
     with open_checkpoints(tmp_path, config) as checkpoints:
-        for step, loss in enumerate([2.0, 1.0, float("nan"), 3.0], 1):
-            checkpoints.save(step, state_of(0), {}, loss)
+        save_and_evaluate(checkpoints, {1: 2.0, 2: 1.0, 3: float("nan"), 4: 3.0})
     assert saved_steps(tmp_path) == [2, 4]
+
+
+def test_the_former_best_goes_when_the_new_best_is_known(tmp_path, config):
+    """A step is saved before it is evaluated, so the loss comes later; maybe to another process."""
+    config.checkpoint.update({"keep_last": 1, "every": 100})
+    with open_checkpoints(tmp_path, config) as checkpoints:
+        save_and_evaluate(checkpoints, {1: 2.0, 2: None})
+    assert saved_steps(tmp_path) == [1, 2]
+    with open_checkpoints(tmp_path, config) as checkpoints:
+        assert checkpoints.restore(state_of(0))[0] == 2
+        assert [checkpoints.eval_loss(step) for step in (1, 2)] == [2.0, None]
+        checkpoints.evaluated(2, 1.0)
+        assert saved_steps(tmp_path) == [2]
+        assert checkpoints.eval_loss(2) == 1.0
+
+
+def test_no_later_step_is_saved_before_a_loss_is_recorded(tmp_path, config, monkeypatch):
+    """So only the newest checkpoint can lack its loss; there, a run that resumes evaluates."""
+
+    def full(checkpoint, loss):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    lines = []
+    with open_checkpoints(tmp_path, config, report=lines.append) as checkpoints:
+        monkeypatch.setattr(integrity, "record_eval_loss", full)
+        save_and_evaluate(checkpoints, {1: 2.0, 2: 1.0})
+        checkpoints.wait()
+        assert saved_steps(tmp_path) == [1] and len(lines) == 1
+        assert lines[0].startswith("Checkpoint 2 could not be saved (No space left on device)")
+        # A roll-back needs the loss, whether it is on disk or not.
+        assert checkpoints.eval_loss(1) == 2.0
+        assert checkpoints.finish(state_of(2)) == (
+            "checkpoint 2 could not be saved (No space left on device; the newest is checkpoint 1)"
+        )
+        monkeypatch.undo()
+        assert checkpoints.finish(state_of(2)) == ""
+        assert integrity.eval_loss(tmp_path / "checkpoints" / "1") == 2.0
+        assert integrity.eval_loss(tmp_path / "checkpoints" / "2") == 1.0
+        checkpoints.save(3, state_of(3), {})
+        monkeypatch.setattr(integrity, "record_eval_loss", full)
+        checkpoints.evaluated(3, 3.0)
+        assert checkpoints.finish(state_of(3)) == (
+            "the loss of checkpoint 3 could not be recorded (No space left on device)"
+        )
 
 
 def test_interruptions_leave_the_newest_that_was_due(tmp_path, config):
     """To which a run goes back where it diverges, however often it was stopped since."""
     config.checkpoint.update({"keep_last": 1, "every": 4})
     with open_checkpoints(tmp_path, config) as checkpoints:
-        for step, loss in ((3, 1.0), (4, 2.0), (5, None), (6, None), (7, None)):
-            checkpoints.save(step, state_of(step), {}, loss)
+        save_and_evaluate(checkpoints, {3: 1.0, 4: 2.0, 5: None, 6: None, 7: None})
     assert saved_steps(tmp_path) == [3, 4, 7]
     with open_checkpoints(tmp_path, config) as checkpoints:
         found = checkpoints.restore(state_of(0), lambda step, extra: step % 4 == 0)
@@ -80,7 +123,7 @@ def test_interruptions_leave_the_newest_that_was_due(tmp_path, config):
 def test_parameters_alone(tmp_path, config):
     state = state_of(3, value=0.5)
     with open_checkpoints(tmp_path, config) as checkpoints:
-        checkpoints.save(3, state, {}, None)
+        checkpoints.save(3, state, {})
     shapes = jax.eval_shape(lambda: state.params)
     params, step = load_params(tmp_path, shapes)
     assert step == 3
@@ -117,7 +160,7 @@ def test_what_each_device_has_of_its_own_comes_back(tmp_path, config, method):
     config.sync.method = method
     state = own_state(config, 4, 7)
     with open_checkpoints(tmp_path, config, 4) as checkpoints:
-        checkpoints.save(7, state, {}, None)
+        checkpoints.save(7, state, {})
     with open_checkpoints(tmp_path, config, 4) as checkpoints:
         _, _, restored = checkpoints.restore(own_state(config, 4, 0))
     for a, b in zip(*map(jax.tree.leaves, (restored, state)), strict=True):
@@ -132,7 +175,7 @@ def test_slices_are_cut_anew_for_other_devices_and_methods(tmp_path, config):
     config.sync.method = "sharded"
     state = own_state(config, 4, 7)
     with open_checkpoints(tmp_path, config, 4) as checkpoints:
-        checkpoints.save(7, state, {}, None)
+        checkpoints.save(7, state, {})
     mu = np.asarray(state.opt_state[0].mu["a"]).reshape(-1)[:6].reshape(2, 3)
     with open_checkpoints(tmp_path, config, 2) as checkpoints:
         _, _, two = checkpoints.restore(own_state(config, 2, 0))
@@ -146,7 +189,7 @@ def test_slices_are_cut_anew_for_other_devices_and_methods(tmp_path, config):
 def test_diloco_goes_on_with_mean_moments_on_other_devices(tmp_path, config):
     config.sync.method = "diloco"
     with open_checkpoints(tmp_path, config, 4) as checkpoints:
-        checkpoints.save(7, own_state(config, 4, 7), {}, None)
+        checkpoints.save(7, own_state(config, 4, 7), {})
     with open_checkpoints(tmp_path, config, 2) as checkpoints:
         _, _, two = checkpoints.restore(own_state(config, 2, 0))
     assert two.opt_state[0].mu["a"].shape == (2, 2, 3)
@@ -196,10 +239,10 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(tmp_path, config, 
 
 def test_the_same_step_can_be_damaged_twice(tmp_path, config):
     with open_checkpoints(tmp_path, config) as checkpoints:
-        checkpoints.save(3, state_of(3), {}, None)
+        checkpoints.save(3, state_of(3), {})
     for _ in range(2):
         with open_checkpoints(tmp_path, config) as checkpoints:
-            checkpoints.save(5, state_of(5), {}, None)
+            checkpoints.save(5, state_of(5), {})
         (tmp_path / "checkpoints" / "5" / "extra" / "metadata").unlink()
         with open_checkpoints(tmp_path, config) as checkpoints:
             assert checkpoints.restore(state_of(0))[0] == 3

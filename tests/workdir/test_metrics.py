@@ -38,6 +38,27 @@ def test_going_on_drops_what_came_after_the_checkpoint(tmp_path, config):
     assert [r["train/loss"] for r in read_jsonl(tmp_path)] == [1.0, 2.0, 3.0, 40.0]
 
 
+def test_a_line_that_a_checkpoint_holds_is_continued(tmp_path, config):
+    """Also when it was written already: each step has one line, and its events are not doubled."""
+    with MetricsWriter(tmp_path, config, 0) as writer:
+        writer.write(1, {"train/loss": 2.0})
+        assert writer.line(2) == {}
+        assert read_jsonl(tmp_path) == [{"step": 1, "train/loss": 2.0}]
+        writer.write(2, {"train/loss": math.nan, "mfu": 0.5})
+        line = writer.line(2)
+        writer.write(2, {"eval/loss": 1.0})
+    assert line == {"train/loss": None, "mfu": 0.5}
+    with MetricsWriter(tmp_path, config, 2, line=line) as writer:
+        writer.write(2, {"eval/loss": 1.25})
+    assert read_jsonl(tmp_path) == [
+        {"step": 1, "train/loss": 2.0},
+        {"step": 2, "train/loss": None, "mfu": 0.5, "eval/loss": 1.25},
+    ]
+    with MetricsWriter(tmp_path, config, 2, line={}):
+        pass
+    assert read_jsonl(tmp_path) == [{"step": 1, "train/loss": 2.0}]
+
+
 def test_a_flushed_step_is_on_disk(tmp_path, config):
     with MetricsWriter(tmp_path, config, 0) as writer:
         writer.write(1, {"train/loss": 2.0})
