@@ -200,3 +200,5 @@ def on_stop_signal(callback: Callable[[], None]) -> None:
 
     signal.signal(signal.SIGTERM, handle)
     signal.signal(signal.SIGINT, handle)
+    # Blocked if jaxdp.parallel.launcher has started this process; what came meanwhile comes now.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGINT))
