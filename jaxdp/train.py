@@ -51,10 +51,10 @@ def main() -> int:
     processes.check_identity(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     gpus = launcher.visible_gpus() if PROCESSES.value != "1" else 0
     count = launcher.process_count(PROCESSES.value, gpus)
-    return _train(config) if count == 1 else _start(config, count, gpus)
+    return _train(config, WORKDIR.value) if count == 1 else _start(config, count, gpus)
 
 
-def _train(config: ConfigDict) -> int:
+def _train(config: ConfigDict, workdir: str) -> int:
     """Trains in this process."""
     from jaxdp.parallel import cpu, processes
     from jaxdp.run import loop, preflight
@@ -67,7 +67,7 @@ def _train(config: ConfigDict) -> int:
     preflight.check_devices()
     stop = threading.Event()
     cli.on_stop_signal(stop.set)
-    result = loop.train_valid(config, os.path.expanduser(WORKDIR.value), stop_requested=stop.is_set)
+    result = loop.train_valid(config, os.path.expanduser(workdir), stop_requested=stop.is_set)
     return 0 if result.finished else STOPPED
 
 
@@ -90,13 +90,7 @@ def _start(config: ConfigDict, count: int, gpus: int) -> int:
     with launcher.local_coordinator() as (address, environ):
         if COORDINATOR.value is not None:
             address, environ = COORDINATOR.value, {}
-        group = [f"--coordinator_address={address}", f"--num_processes={machines * count}"]
-        command = [sys.executable, *sys.orig_argv[1:], *group, "--processes=1"]
-        children = [
-            launcher.Child([*command, f"--process_id={machine * count + i}"], environ | own, cores)
-            for i, (own, cores) in enumerate(launcher.shares(count, gpus))
-        ]
-        return launcher.run(children)
+        return launcher.run(launcher.children(count, gpus, address, environ, machine, machines))
 
 
 if __name__ == "__main__":

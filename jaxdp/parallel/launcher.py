@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import dataclasses
 import importlib.util
 import itertools
 import math
@@ -13,9 +14,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO
 
 from jaxdp.common.errors import STOPPED, WRONG_INPUT, ConfigError, shown
 
@@ -28,7 +29,8 @@ PROXIES = {"grpc_proxy", "https_proxy", "http_proxy"}  # What gRPC reads.
 PR_SET_PDEATHSIG = 1  # From Linux's prctl.h.
 
 
-class Child(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Child:
     """A process to start.
 
     Attributes:
@@ -38,7 +40,7 @@ class Child(NamedTuple):
     """
 
     command: Sequence[str]
-    environ: dict[str, str] = {}
+    environ: Mapping[str, str] = dataclasses.field(default_factory=dict)
     cores: Sequence[int] = ()
 
 
@@ -72,7 +74,7 @@ def process_count(processes: str, gpus: int) -> int:
         )
     if processes == "auto":
         return gpus
-    if not re.fullmatch("0*[1-9][0-9]{0,3}", processes):
+    if not re.fullmatch("[1-9][0-9]{0,3}", processes):
         raise ConfigError(
             f"--processes={shown(processes, as_text=str)} is no number of processes: give a number "
             "from 1 to 9999, or auto for one for each GPU"
@@ -104,6 +106,27 @@ def local_coordinator() -> Iterator[tuple[str, dict[str, str]]]:
         if os.environ.keys() & PROXIES:  # gRPC would look for 127.0.0.1 at the proxy.
             environ["no_grpc_proxy"] = "127.0.0.1"
         yield address, environ
+
+
+def children(
+    count: int, gpus: int, coordinator: str, environ: Mapping[str, str], machine: int, machines: int
+) -> list[Child]:
+    """Lists the processes to start here: this command, with flags that say who each of them is.
+
+    Args:
+      count: number of processes on each machine.
+      gpus: number of GPUs of this machine.
+      coordinator: HOST:PORT of process 0.
+      environ: variables that all of them need.
+      machine: number of this machine.
+      machines: how many there are.
+    """
+    group = [f"--coordinator_address={coordinator}", f"--num_processes={machines * count}"]
+    command = [sys.executable, *sys.orig_argv[1:], *group, "--processes=1"]
+    return [
+        Child([*command, f"--process_id={machine * count + i}"], {**environ, **own}, cores)
+        for i, (own, cores) in enumerate(shares(count, gpus))
+    ]
 
 
 def shares(count: int, gpus: int) -> list[tuple[dict[str, str], list[int]]]:
@@ -174,11 +197,15 @@ def _start(children: Sequence[Child], processes: list[subprocess.Popen]) -> None
     try:
         for child in children:
             os.sched_setaffinity(0, child.cores or cores)  # They are born with this, too.
-            others = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
-            others["stderr"] = subprocess.PIPE
-            environ = os.environ | child.environ | {LAUNCHER: str(os.getpid())}
-            kinds = others if processes else {}
-            processes.append(subprocess.Popen(child.command, env=environ, **kinds))
+            main = not processes
+            process = subprocess.Popen(
+                child.command,
+                env={**os.environ, **child.environ, LAUNCHER: str(os.getpid())},
+                stdin=None if main else subprocess.DEVNULL,
+                stdout=None if main else subprocess.DEVNULL,
+                stderr=None if main else subprocess.PIPE,
+            )
+            processes.append(process)
     finally:
         os.sched_setaffinity(0, cores)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
