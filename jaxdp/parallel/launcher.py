@@ -177,13 +177,15 @@ def run(children: Sequence[Child], grace: float = GRACE) -> int:
             process.kill()
         for number, handler in before.items():
             signal.signal(number, handler)
+    for printer in printers:
+        printer.join(1)  # No longer: what a process has started may still hold its stderr.
     codes = [process.returncode for process in processes]
     if len(received) > 1:
         return 128 + received[1]
     if not failed:
         return max(codes)
     for printer in printers:
-        printer.join(1)  # A process that it has started may still hold its stderr.
+        # A wrong input is the same for all, and the main process has told it.
         if printer.number == failed[0] and not codes[0] == codes[failed[0]] == WRONG_INPUT:
             printer.show_reasons()
     return _report(failed[0], codes)
@@ -269,7 +271,7 @@ class _Printer(threading.Thread):
 
 
 def _report(first: int, codes: list[int]) -> int:
-    """Says which process failed first, unless it has; returns its exit status as a shell has it."""
+    """Says which process failed first, if by a fault; returns its exit status as a shell has it."""
     code = codes[first]
     how = f"ended with status {code}"
     if code < 0:

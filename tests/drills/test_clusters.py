@@ -127,23 +127,23 @@ def test_a_command_that_starts_its_processes_is_one_run(config, tmp_path, comman
 
     run = start()
     try:
-        assert run.until(newest)
+        assert run.until(newest, 600), run.printed
         children = children_of(run.process)
         os.kill(children[1], signal.SIGKILL)
-        assert run.ended() == 128 + signal.SIGKILL, run.printed
+        assert run.ended(600) == 128 + signal.SIGKILL, run.printed
         assert "process 1 of 2 was ended by signal 9 (Killed)" in run.printed
         assert not any(os.path.exists(f"/proc/{child}") for child in children)
         killed = newest()
 
         run = start()
-        assert run.until(lambda: newest() > killed), run.printed
+        assert run.until(lambda: newest() > killed, 600), run.printed
         run.process.send_signal(signal.SIGTERM)
-        assert run.ended() == 75, run.printed
+        assert run.ended(600) == 75, run.printed
         assert f"Going on after step {killed}." in run.printed.replace(",", "")
 
         steps = newest() + 5
         run = start(num_train_steps=steps)
-        assert run.ended() == 0, run.printed
+        assert run.ended(600) == 0, run.printed
         assert "2 x cpu in 2 processes" in run.printed
         assert run.printed.count("Finished") == 1
     finally:
