@@ -15,9 +15,9 @@ def main() -> int:
     """
     name, *rest = sys.argv[1:] or ["--help"]
     if name in usage.HELP:
-        print(usage.listing())
+        usage.show(usage.listing())
     elif name == "--version":
-        print(usage.VERSION)
+        usage.show(usage.VERSION)
     elif name in usage.COMMANDS:
         sys.argv[1:] = rest
         runpy.run_module(f"jaxdp.{name}", run_name="__main__", alter_sys=True)

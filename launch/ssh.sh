@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# Trains on several machines by ssh, one process per machine with all of its GPUs:
+# Trains on several machines by ssh, one process per GPU:
 #
-#     launch/ssh.sh HOST0,HOST1 --config=configs/gpt2_124m.py --workdir=SHARED_FOLDER
+#     launch/ssh.sh HOST0,HOST1 --processes=auto --config=configs/gpt2_124m.py --workdir=SHARED_FOLDER
 #
-# Run it in the repository, with the virtual environment active. Both must have the same path on all
-# machines, and ssh must not ask for a password. HOST0 is the coordinator of jax.distributed, on
-# port JAX_COORDINATOR_PORT (55527). Ctrl-C or SIGTERM stops all processes, with everything saved.
-# If one fails, the others are stopped. Exit status: the status of the first process that failed;
-# else 75 if they were stopped on request; else 0.
+# Without --processes=auto, one process per machine has all of its GPUs. Run it in the repository, with
+# the virtual environment active. Both must have the same path on all machines, and ssh must not ask
+# for a password. HOST0 is the coordinator of jax.distributed, on port JAX_COORDINATOR_PORT (55527).
+# Ctrl-C or SIGTERM stops all processes, with everything saved. If one fails, the others are stopped.
+# Exit status: the status of the first process that failed; else 75 if they were stopped on request;
+# else 0.
 
 set -uo pipefail
 if (($# < 2)); then

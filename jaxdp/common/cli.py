@@ -69,7 +69,7 @@ def _shows_help(
     end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     asked = set(sys.argv[1:end])
     if "--version" in asked:
-        print(usage.VERSION)
+        usage.show(usage.VERSION)
         return True
     if not asked & set(usage.HELP):
         return False
@@ -82,7 +82,7 @@ def _shows_help(
     rows = {name: [row for flag in modules[name] for row in _rows(flag)] for name in modules}
     own = [row for name in names for row in rows.pop(name, [])]
     others = list(itertools.chain(*rows.values())) if "--helpfull" in asked else []
-    print(usage.help_for(Path(inspect.getfile(main)), own, others))
+    usage.show(usage.help_for(Path(inspect.getfile(main)), own, others))
     return True
 
 
@@ -200,3 +200,5 @@ def on_stop_signal(callback: Callable[[], None]) -> None:
 
     signal.signal(signal.SIGTERM, handle)
     signal.signal(signal.SIGINT, handle)
+    # Blocked if jaxdp.parallel.launcher has started this process; what came meanwhile comes now.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGINT))

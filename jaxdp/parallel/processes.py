@@ -34,19 +34,9 @@ def initialize(
     Raises:
       ConfigError: the arguments don't go together, or the other processes can't be reached.
     """
-    given = [coordinator_address, num_processes, process_id]
-    if any(x is not None for x in given) and any(x is None for x in given):
-        raise ConfigError(
-            f"--coordinator_address={coordinator_address} --num_processes={num_processes} "
-            f"--process_id={process_id} are incomplete: give all three, or none under a scheduler"
-        )
-    if num_processes is None and not _scheduled():
+    check_identity(coordinator_address, num_processes, process_id)
+    if num_processes is None and not scheduled_by():
         return
-    if process_id is not None and not 0 <= process_id < (num_processes or 0):
-        raise ConfigError(
-            f"--process_id={process_id} is out of range: number the processes from 0 to "
-            f"num_processes - 1 = {(num_processes or 0) - 1}"
-        )
     # JAX waits for 300 s without a word, then aborts with a stack trace.
     late = threading.Timer(WAITING, print, [LATE], {"file": sys.stderr, "flush": True})
     late.daemon = True
@@ -62,16 +52,34 @@ def initialize(
         late.cancel()
 
 
-def _scheduled() -> bool:
-    """Returns whether a launcher known to jax.distributed started this process with others."""
+def check_identity(
+    coordinator_address: str | None, num_processes: int | None, process_id: int | None
+) -> None:
+    """Raises ConfigError if some arguments of `initialize` are missing or out of range."""
+    given = [coordinator_address, num_processes, process_id]
+    if any(x is not None for x in given) and any(x is None for x in given):
+        raise ConfigError(
+            f"--coordinator_address={coordinator_address} --num_processes={num_processes} "
+            f"--process_id={process_id} are incomplete: give all three, or none under a scheduler"
+        )
+    if process_id is not None and not 0 <= process_id < (num_processes or 0):
+        raise ConfigError(
+            f"--process_id={process_id} is out of range: number the processes from 0 to "
+            f"num_processes - 1 = {(num_processes or 0) - 1}"
+        )
+
+
+def scheduled_by() -> str | None:
+    """Returns the variable that shows that a scheduler started this process with others, if any."""
     environ = os.environ
-    counts = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
-    return (
-        any(int(environ.get(name, "1")) > 1 for name in counts)
-        or "," in environ.get("TPU_WORKER_HOSTNAMES", "")
-        or "JOB_COMPLETION_INDEX" in environ  # A Kubernetes indexed job or JobSet.
-        or "JAX_COORDINATOR_ADDRESS" in environ
-    )
+    signs = {
+        "SLURM_STEP_NUM_TASKS": int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1,
+        "OMPI_COMM_WORLD_SIZE": int(environ.get("OMPI_COMM_WORLD_SIZE", "1")) > 1,
+        "TPU_WORKER_HOSTNAMES": "," in environ.get("TPU_WORKER_HOSTNAMES", ""),
+        "JOB_COMPLETION_INDEX": "JOB_COMPLETION_INDEX" in environ,  # A Kubernetes indexed job.
+        "JAX_COORDINATOR_ADDRESS": "JAX_COORDINATOR_ADDRESS" in environ,
+    }
+    return next((name for name, found in signs.items() if found), None)
 
 
 def is_main() -> bool:

@@ -1,5 +1,7 @@
 """What a user sees before anything runs: the list of commands, --help, and mistakes in --config."""
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -86,6 +88,21 @@ def test_help_says_what_a_command_does_and_all_its_flags(name):
     assert ("configs/default.py explains every key" in out) == ("config" in flags_of(name))
     assert "verbosity" not in out
     assert run("-m", "jaxdp", name, "-h") == (0, out, "")
+
+
+@pytest.mark.parametrize("arguments", [["jaxdp"], ["jaxdp.train", "--help"]])
+def test_help_ends_without_a_word_when_its_reader_has_gone(arguments):
+    """As `head -1` does."""
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write) as closed:
+        done = subprocess.run(
+            [sys.executable, "-m", *arguments],
+            cwd=REPOSITORY,
+            stdout=closed,
+            stderr=subprocess.PIPE,
+        )
+    assert (done.returncode, done.stderr) == (-signal.SIGPIPE, b"")
 
 
 def test_help_tells_defaults():

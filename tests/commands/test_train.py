@@ -73,6 +73,9 @@ def test_a_signal_saves_and_exits_with_75(config, tmp_path, command, number):
         ("--workdir=/proc/nowhere", "--workdir=/proc/nowhere can't be written"),
         ("--config=configs/nowhere.py", "no such file; the nearest is configs/"),
         ("nonsense", "'nonsense' is not understood"),
+        ("--processes=two", "--processes=two is no number of processes"),
+        ("--processes=auto", "--processes=auto is one for each GPU"),
+        ("--processes=3", "global_batch_size=8 can't be split equally over 6 devices"),
     ],
 )
 def test_wrong_input_is_one_line_and_status_2(config, tmp_path, command, override, message):
@@ -89,3 +92,15 @@ def test_a_missing_accelerator_is_one_line_and_status_2(config, tmp_path, comman
     process = command("train", *flags(config, tmp_path / "run"), check=2)
     assert "jaxdp: JAX_PLATFORMS='cuda' can't be used" in process.stderr
     assert "Traceback" not in process.stderr
+
+
+def test_processes_that_a_scheduler_has_started_start_no_others(
+    config, tmp_path, command, monkeypatch
+):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    arguments = [*flags(config, tmp_path / "run"), "--processes=2"]
+    [line] = command("train", *arguments, check=2).stderr.splitlines()
+    assert line.startswith(
+        "jaxdp: --processes=2 can't go with a scheduler that has started several"
+    )
+    assert "(SLURM_STEP_NUM_TASKS is set)" in line

@@ -1,11 +1,14 @@
 """Several processes on loopback are one run."""
 
+import os
+import signal
+
 import jax
 import numpy as np
 import pytest
 
 from jaxdp.run import loop
-from support.processes import group, start_group
+from support.processes import FreshRun, group, start_group
 from support.runs import assert_close_losses, figures, flags
 
 
@@ -105,3 +108,50 @@ def test_a_learning_rate_that_is_far_too_high(config, tmp_path):
     assert "roll-back 3 of at most 3" in runs[0].printed
     assert "layer_0" in runs[0].printed
     assert (tmp_path / "run" / "diagnosis.json").exists()
+
+
+def test_a_command_that_starts_its_processes_is_one_run(config, tmp_path, command):
+    """One is killed, all are stopped, all finish: to the bit what one process gives."""
+    config.update({"num_train_steps": 20_000, "eval_every": 20_000, "log_every": 10})
+    config.checkpoint.every = 20
+    config.sync.method = "fixed_order"
+    config.optimizer.schedule = "constant"  # Parts of the run know nothing of its length.
+    folder = tmp_path / "several" / "checkpoints"
+
+    def newest():
+        return max([int(path.name) for path in folder.glob("*") if path.name.isdigit()], default=0)
+
+    def start(**overrides):
+        arguments = flags(config, tmp_path / "several", **overrides)
+        return FreshRun(*arguments, "--processes=2", devices=1)
+
+    run = start()
+    try:
+        assert run.until(newest, 600), run.printed
+        children = children_of(run.process)
+        os.kill(children[1], signal.SIGKILL)
+        assert run.ended(600) == 128 + signal.SIGKILL, run.printed
+        assert "process 1 of 2 was ended by signal 9 (Killed)" in run.printed
+        assert not any(os.path.exists(f"/proc/{child}") for child in children)
+        killed = newest()
+
+        run = start()
+        assert run.until(lambda: newest() > killed, 600), run.printed
+        run.process.send_signal(signal.SIGTERM)
+        assert run.ended(600) == 75, run.printed
+        assert f"Going on after step {killed}." in run.printed.replace(",", "")
+
+        steps = newest() + 5
+        run = start(num_train_steps=steps)
+        assert run.ended(600) == 0, run.printed
+        assert "2 x cpu in 2 processes" in run.printed
+        assert run.printed.count("Finished") == 1
+    finally:
+        run.kill()
+    command("train", *flags(config, tmp_path / "one", num_train_steps=steps), devices=2)
+    assert figures(tmp_path / "one") == figures(tmp_path / "several")
+
+
+def children_of(process):
+    with open(f"/proc/{process.pid}/task/{process.pid}/children") as numbers:
+        return [int(number) for number in numbers.read().split()]

@@ -86,18 +86,16 @@ class Run:
 
     def __init__(self, *arguments, devices=2):
         read, write = os.pipe()
-        self.process = Process(
-            "jaxdp.train",
-            *arguments,
-            cwd=REPOSITORY,
-            env=environment_of(devices),
-            stdout=write,
-            stderr=write,
+        self.process = self.started(
+            *arguments, cwd=REPOSITORY, env=environment_of(devices), stdout=write, stderr=write
         )
         os.close(write)
         self.printed = ""
         self._reader = threading.Thread(target=self._read, args=(read,))
         self._reader.start()
+
+    def started(self, *arguments, **options):
+        return Process("jaxdp.train", *arguments, **options)
 
     def _read(self, printed: int):
         with open(printed, errors="replace") as stream:
@@ -127,6 +125,13 @@ class Run:
         status = self.process.wait(seconds)
         self._reader.join()
         return status
+
+
+class FreshRun(Run):
+    """The same with an interpreter of its own, which can start others as it was started."""
+
+    def started(self, *arguments, **options):
+        return subprocess.Popen([sys.executable, "-m", "jaxdp.train", *arguments], **options)
 
 
 @contextlib.contextmanager
