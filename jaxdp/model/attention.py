@@ -128,7 +128,8 @@ _attend.defvjp(_forward, _backward)
 def _blocks(causal, heads, query):
     """Yields the tokens of each block, their rows among the queries, and the keys they may see."""
     length, count = query.shape[2] // heads, 1
-    while causal and count < MAX_BLOCKS and length % (2 * count * SMALLEST_BLOCK) == 0:
+    most = MAX_BLOCKS if target().platform == "cpu" else 1  # More takes a GPU long to compile.
+    while causal and count < most and length % (2 * count * SMALLEST_BLOCK) == 0:
         count *= 2
     size = length // count
     for start in range(0, length, size):

@@ -44,7 +44,7 @@ def _is_known(flag: str) -> bool:
 def xla_libraries() -> list[Path]:
     """Returns jaxlib's library with XLA, and those of JAX's CUDA plugins."""
     roots = [("jaxlib", "libjax_common.so"), ("jax_plugins", "xla_cuda*/xla_cuda_plugin.so")]
-    found = []
+    found: list[Path] = []
     for package, pattern in roots:
         spec = importlib.util.find_spec(package)
         for folder in (spec.submodule_search_locations or []) if spec else []:

@@ -17,6 +17,7 @@ from jaxdp.data.batch import token_keys
 from jaxdp.data.feed import Feed
 from jaxdp.data.sequences import Examples
 from jaxdp.model import attention
+from jaxdp.model.target import target
 from jaxdp.model.transformer import flops_per_token, num_parameters, parameter_shapes
 from jaxdp.run.early_stopping import EarlyStopping
 from jaxdp.run.evaluation import Evaluation
@@ -39,7 +40,7 @@ def header(setup: Setup, workdir: Path, device_kind: str) -> dict[str, str]:
         + ("process" if processes == 1 else "processes"),
         "batch": f"{sizes.global_} sequences x {config.seq_len} tokens = {per_step:,} a step",
         "": f"(per host {sizes.per_host}, per device {sizes.per_device}, micro {sizes.micro})",
-        "parameters": f"{quantity(parameters)}, computed with in {config.model.dtype}"
+        "parameters": f"{quantity(parameters)}, computed with in {_arithmetic(config.model.dtype)}"
         + (f"; evaluated: their EMA, decay {config.ema.decay:g}" if config.ema.decay else ""),
         "attention": f"by {_kernel(config)}",
         "data": f"{config.data.path}, {quantity(len(cache.train))} training and "
@@ -52,6 +53,13 @@ def header(setup: Setup, workdir: Path, device_kind: str) -> dict[str, str]:
         **_examples(setup.feed),
         **_eval_sets(setup.feeds),
     }
+
+
+def _arithmetic(dtype: str) -> str:
+    """Returns the dtype of computation, and what the device makes of it in matrix products."""
+    precision = jax.config.values["jax_default_matmul_precision"] or "default"
+    shortened = dtype == "float32" and target().capability >= 8 and precision == "default"
+    return f"{dtype}, with products in TF32" if shortened else dtype
 
 
 def _eval_sets(feeds: Mapping[str, Feed]) -> dict[str, str]:
