@@ -175,16 +175,19 @@ class Block(nn.Module):
     def __call__(self, x, rows, positions, decode, segments):
         """Maps [B, L, D] to [B, L, D]; other arguments: see `Transformer.hidden`."""
         c = self.config
-        dropout = Dropout(c.dropout)
         attention, mlp = Attention(c, name="attention"), MLP(c, name="mlp")
         norms = _norm(c, "attention_norm"), _norm(c, "mlp_norm")
+
+        def drop(y):
+            return Dropout(c.dropout)(y, rows)
+
         if c.norm_position == "pre":
             x, y = norms[0](x)
-            x += dropout(attention(y, positions, decode, segments), rows)
+            x += drop(attention(y, positions, decode, segments))
             x, y = norms[1](x)
-            return x + dropout(mlp(y), rows)
-        x = norms[0](x + dropout(attention(x, positions, decode, segments), rows))[1]
-        return norms[1](x + dropout(mlp(x), rows))[1]
+            return x + drop(mlp(y))
+        x = norms[0](x + drop(attention(x, positions, decode, segments)))[1]
+        return norms[1](x + drop(mlp(x)))[1]
 
 
 class Attention(nn.Module):
