@@ -23,6 +23,9 @@ import optax
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
+# Gradients that a collective of `scatter_mean` sends, about; small models are sent by a single one.
+BUCKET_BYTES = 2**24
+
 Tree = Any
 Figures = dict[str, jax.Array]
 
@@ -136,18 +139,42 @@ def scatter_mean(
 ) -> tuple[Tree, Figures]:
     """Computes `gradient_mean`, but returns only this device's slice of each leaf, [S]."""
     cut = slices(sums, lax.axis_size(axis_name))
-    leaves, treedef = jax.tree.flatten(cut)
-    sent = jnp.concatenate(leaves, axis=1).astype(dtype)
-    mine = lax.psum_scatter(sent, axis_name).astype(leaves[0].dtype)
+
+    def send(bucket):
+        joined = jnp.concatenate(bucket, axis=1).astype(dtype)
+        return lax.psum_scatter(joined, axis_name).astype(bucket[0].dtype)
+
     figures = lax.psum(figures, axis_name)
-    return divide(jax.tree.unflatten(treedef, _split(mine, leaves)), figures), figures
+    return divide(_by_buckets(send, cut, BUCKET_BYTES), figures), figures
 
 
 def all_gather(mine: Tree, like: Tree, axis_name: str) -> Tree:
-    """Puts the devices' slices together, in one collective; like: the shapes of the whole."""
-    leaves, treedef = jax.tree.flatten(mine)
-    every = lax.all_gather(jnp.concatenate(leaves), axis_name)
-    return unslice(jax.tree.unflatten(treedef, _split(every, leaves)), like)
+    """Puts the devices' slices together; like: the shapes of the whole."""
+    count = lax.axis_size(axis_name)
+    bucket = BUCKET_BYTES // count  # Of a device, so that the buckets are those of `scatter_mean`.
+    every = _by_buckets(lambda x: lax.all_gather(jnp.concatenate(x), axis_name), mine, bucket)
+    return unslice(every, like)
+
+
+def _by_buckets(send: Callable, tree: Tree, limit: int) -> Tree:
+    """Maps a collective over the leaves of a tree, of which it takes several at a time.
+
+    A collective for each leaf would take its latency each time; a single one could not start before
+    the backward pass has ended (as in PyTorch's DDP, Li et al. 2020).
+
+    Args:
+      send: maps a list of leaves [..., S] to their result, joined along the last axis.
+      tree: leaves whose last axis may be joined.
+      limit: bytes from which on a bucket is full.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    buckets: list[list[jax.Array]] = [[]]
+    for leaf in leaves:
+        if sum(x.nbytes for x in buckets[-1]) >= limit:
+            buckets.append([])
+        buckets[-1].append(leaf)
+    results = [part for bucket in buckets for part in _split(send(bucket), bucket)]
+    return jax.tree.unflatten(treedef, results)
 
 
 def _split(joined: jax.Array, leaves: list[jax.Array]) -> list[jax.Array]:

@@ -120,8 +120,11 @@ def test_slices_and_back(count):
     assert all((back[k] == tree[k]).all() and back[k].shape == tree[k].shape for k in tree)
 
 
-@pytest.mark.parametrize("devices", [1, 2, 4, 8])
-def test_scatter_and_gather_are_the_mean(devices):
+@pytest.mark.parametrize(("devices", "limit"), [(1, 0), (2, 2**24), (4, 0), (4, 30), (8, 2**24)])
+def test_scatter_and_gather_are_the_mean(devices, limit, monkeypatch):
+    """With a bucket for each leaf, and one for all."""
+    monkeypatch.setattr(reductions, "BUCKET_BYTES", limit)
+
     def there_and_back(part):
         sums = {"a": part["sums"].sum(0), "b": part["sums"].sum(0).reshape(5, 1)[:2]}
         mine, _ = reductions.scatter_mean(sums, figures(part), AXIS)
