@@ -170,7 +170,7 @@ def _by_buckets(send: Callable, tree: Tree, limit: int) -> Tree:
     leaves, treedef = jax.tree.flatten(tree)
     buckets: list[list[jax.Array]] = [[]]
     for leaf in leaves:
-        if sum(x.nbytes for x in buckets[-1]) >= limit:
+        if buckets[-1] and sum(x.nbytes for x in buckets[-1]) >= limit:
             buckets.append([])
         buckets[-1].append(leaf)
     results = [part for bucket in buckets for part in _split(send(bucket), bucket)]
