@@ -85,7 +85,8 @@ def test_evaluation_needs_no_more_memory_than_training(config, keys):
         program = pmapped_evaluation(setup, replicas, at_a_time)
         return other + bytes_of(program, state.params, batch)
 
-    assert evaluating() < training < evaluating(rows)
+    # All of a device's sequences at once have four times the logits, and here need far more.
+    assert evaluating() < training and 2 * evaluating() < evaluating(rows)
 
 
 def test_as_many_sequences_at_a_time_as_the_run_that_saved_the_checkpoint(
