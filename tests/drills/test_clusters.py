@@ -78,7 +78,7 @@ def test_many_steps_on_eight_devices_come_to_an_end(config, tmp_path, command):
 
 def test_two_processes_have_the_same(config, tmp_path):
     """Each has a slice, which is put together to evaluate, to save and to go on."""
-    config.ema.decay, config.sync.method = 0.8, "sharded"
+    config.ema.decay, config.sync.method, config.sample.num_tokens = 0.8, "sharded", 8
     config.optimizer.schedule = "constant"  # Whatever the number of steps.
     loop.train(config, tmp_path / "one", devices=jax.local_devices()[:2])
     for steps in (3, 6):
