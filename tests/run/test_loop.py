@@ -206,14 +206,14 @@ def test_every_option_of_the_model_trains(config, tmp_path):
 
 
 def test_another_run_is_not_overwritten(workdir):
-    config = loop.configs.load(workdir / "config.json")
+    config, devices = loop.configs.load(workdir / "config.json"), jax.local_devices()[:1]
     before = contents(workdir)
     other = config.copy_and_resolve_references()
     other.model.num_layers = 3
     with pytest.raises(ConfigError, match=r"model\.num_layers=3 \(was 1\)"):
-        loop.train(other, workdir)
+        loop.train(other, workdir, devices=devices)
     other = config.copy_and_resolve_references()
     other.data.eval_fraction = 0.2
     with pytest.raises(ConfigError, match="no longer gives the tokens"):
-        loop.train(other, workdir)
+        loop.train(other, workdir, devices=devices)
     assert contents(workdir) == before
