@@ -64,7 +64,7 @@ def config(text_file, cache_dir) -> ConfigDict:
     c.optimizer.warmup_steps = 2
     c.sync.every = 3
     c.checkpoint.every = 3
-    c.sample.num_tokens = 8
+    c.sample.num_tokens = 0
     return c
 
 
@@ -72,14 +72,14 @@ def config(text_file, cache_dir) -> ConfigDict:
 def short(config):
     """A config of a run of 2 steps."""
     config.num_train_steps, config.optimizer.warmup_steps, config.checkpoint.every = 2, 1, 1
-    config.eval_every, config.sample.num_tokens = 2, 0
+    config.eval_every = 2
     return config
 
 
 @pytest.fixture
 def overfitting(config):
     """The loss falls at first, and then no more."""
-    config.update({"num_train_steps": 100, "eval_every": 2})
+    config.update({"num_train_steps": 100, "eval_every": 2, "eval_max_batches": 4})
     config.optimizer.update({"learning_rate": 0.1, "schedule": "constant", "warmup_steps": 9})
     config.checkpoint.every = 10
     config.stop.patience = 3

@@ -81,9 +81,10 @@ class Checkpoints:
                 "devices": self._replicas.device_count,
                 integrity.FINGERPRINTS: integrity.fingerprints_by_path(tree),
             }
-            # With several processes, Orbax refuses arrays on the devices of one.
-            tree = tree if jax.process_count() == 1 else jax.device_get(tree)
-            self._saver.start(step, tree, extra)
+            # With several processes, Orbax refuses arrays on the devices of one. Of an array that
+            # is on several devices, it would fetch a slice from each, and compile each slice.
+            one = _first_copies(tree) if jax.process_count() == 1 else jax.device_get(tree)
+            self._saver.start(step, one, extra)
 
     def evaluated(self, step: int, loss: float) -> None:
         """Records a step's validation loss in its checkpoint, if it has one; see `Saver`."""
@@ -273,6 +274,11 @@ def _make(folder: Path) -> None:
 def folder_of(workdir: Path) -> Path:
     """Returns the folder of a run's checkpoints, whether it exists or not."""
     return workdir.absolute() / FOLDER
+
+
+def _first_copies(tree: Any) -> Any:
+    """Returns the first device's copy of each replicated array; arrays on the host as they are."""
+    return jax.tree.map(lambda x: x.addressable_data(0) if isinstance(x, jax.Array) else x, tree)
 
 
 def _on_host(shapes: Any) -> Any:

@@ -84,9 +84,12 @@ def steps(folder: Path) -> list[Path]:
 
 
 def fingerprints_by_path(tree: Any) -> dict[str, int]:
-    """Computes a fingerprint of each array in a tree, by path."""
+    """Computes a fingerprint of each array in a tree, by path; of replicated ones, the first copy.
+
+    On any number of devices, this is the same program.
+    """
     leaves = jax.tree.leaves_with_path(tree)
-    on_devices = [x for _, x in leaves if isinstance(x, jax.Array)]
+    on_devices = [x.addressable_data(0) for _, x in leaves if isinstance(x, jax.Array)]
     values = iter(np.asarray(_fingerprints(on_devices)) if on_devices else ())
     # Arrays on the host go to a device one by one: together they may be too large for it.
     found = [next(values) if isinstance(x, jax.Array) else _fingerprints([x])[0] for _, x in leaves]

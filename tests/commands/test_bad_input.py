@@ -47,6 +47,13 @@ WRONG_KEYS = st.one_of(
 )
 
 
+@pytest.fixture
+def config(config):
+    """A config with a sample, whose prompt is checked."""
+    config.sample.num_tokens = 8
+    return config
+
+
 @tries(400)
 @given(
     changes=st.lists(

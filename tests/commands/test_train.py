@@ -12,7 +12,7 @@ from support.runs import CLOCKED, TIMES, figures, flags
 
 def test_a_run_and_all_it_leaves(config, tmp_path, command, fresh_command):
     workdir = tmp_path / "run"
-    config.num_train_steps = 60
+    config.num_train_steps, config.sample.num_tokens = 60, 8
     out = fresh_command("train", *flags(config, workdir, eval_every=30), devices=2).stdout
     for text in (
         "2 x cpu in 1 process",

@@ -19,7 +19,7 @@ from jaxdp.model.transformer import ModelConfig, Transformer
 from jaxdp.run.preflight import check_data
 from jaxdp.step import losses
 from jaxdp.step.setup import validate
-from support.models import LLAMA, SMALL, VARIANTS, initialised
+from support.models import LLAMA, SMALL, VARIANTS, apply, initialised
 from support.runs import after
 from support.sequences import (
     END,
@@ -109,23 +109,23 @@ VARIANTS = VARIANTS | {
 @pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS.keys())
 def test_logits_of_packed_documents_are_those_of_each_alone(config):
     model, params = initialised(config)
-    apply = jax.jit(model.apply)
     documents = [[1, 2, 0], [3, 0], [0], [4, 5]]
     inputs = np.concatenate(documents)[None]
     batch = Windows(np.append(inputs, 1), 8, "causal", END).take(np.array([0]))
     packing = {key: batch[key] for key in ("segments", "positions")}
-    packed = apply({"params": params}, inputs, **packing)[0]
-    alone = [apply({"params": params}, np.array([document]))[0] for document in documents]
+    packed = apply(model, params, inputs, **packing)[0]
+    alone = [apply(model, params, np.array([document]))[0] for document in documents]
     # Sums of up to 32 float32 terms in another order, of logits of size 1 to 10.
     np.testing.assert_allclose(packed, np.concatenate(alone), rtol=1e-4, atol=1e-5)
     # Without them the documents see each other.
-    assert not np.allclose(apply({"params": params}, inputs)[0], packed, rtol=1e-2, atol=1e-2)
+    assert not np.allclose(apply(model, params, inputs)[0], packed, rtol=1e-2, atol=1e-2)
 
 
 def test_no_gradient_crosses_a_documents_border():
     model, params = initialised(LLAMA)
     segments = jnp.array([[0, 0, 0, 1, 1, 2, 2, 2]])
 
+    @jax.jit
     @jax.jacobian
     def influence(rows):
         embedding = params["embed"]["embedding"].at[jnp.arange(8)].set(rows)
@@ -179,7 +179,6 @@ def test_a_run_with_packed_documents_trains_evaluates_and_resumes(config, tmp_pa
         (tmp_path / f"{number:04}.txt").write_text(TEXT[start : start + 40])
     config.data.path, config.data.packing = f"text:{tmp_path}/*.txt", "documents"
     config.tokenizer, config.data.cache_dir = "byte", str(tmp_path / "cache")
-    config.sample.num_tokens = 0
     options = {"devices": jax.local_devices()[:2]}
     whole = loop.train(config, tmp_path / "whole", **options)
     part = loop.train(config, tmp_path / "parts", stop_requested=after(2), **options)
@@ -194,7 +193,7 @@ def test_a_run_with_packed_documents_trains_evaluates_and_resumes(config, tmp_pa
     for batch in Feed(config, cache).evaluation():
         assert len(batch["inputs"]) == config.global_batch_size
         more = {key: batch[key] for key in ("segments", "positions")}
-        logits = model.apply({"params": params}, batch["inputs"], **more)
+        logits = apply(model, params, batch["inputs"], **more)
         sums += np.array(losses.cross_entropy(logits, batch["targets"], batch["weights"]))
     assert whole.evaluation.tokens == sums[1]
     np.testing.assert_allclose(whole.evaluation.loss, sums[0] / sums[1], rtol=1e-5)
@@ -253,9 +252,9 @@ def test_padding_is_not_seen():
             model, params = initialised(config)
             batch = examples([([1, 2], [3]), ([4], [])], objective).take(np.array([0, 1]))
             packing = {k: batch[k] for k in ("segments",) if k in batch}
-            logits = model.apply({"params": params}, batch["inputs"], **packing)
+            logits = apply(model, params, batch["inputs"], **packing)
             for row, tokens in enumerate(([1, 2, 3, END], [4, END])):
-                alone = model.apply({"params": params}, np.array([tokens]))[0]
+                alone = apply(model, params, np.array([tokens]))[0]
                 # Sums of up to 32 float32 terms in another order.
                 np.testing.assert_allclose(logits[row][: len(tokens)], alone, rtol=1e-4, atol=1e-5)
 
@@ -289,7 +288,7 @@ def test_fine_tuning_on_json_lines(fine_tuning, tmp_path, capsys):
     for i in range(35, 40):
         prompt, text = f"{i} squared?".encode(), [*str(i * i).encode(), 256]
         ids = np.array([*prompt, *text])
-        log_p = jax.nn.log_softmax(model.apply({"params": params}, ids[None, :-1])[0])
+        log_p = jax.nn.log_softmax(apply(model, params, ids[None, :-1])[0])
         total -= log_p[np.arange(len(ids) - 1), ids[1:]][len(prompt) - 1 :].sum()
         count += len(text)
     assert result.evaluation.tokens == count

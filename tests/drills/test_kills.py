@@ -28,18 +28,19 @@ def when(moment, run, workdir, cache, delay):
         run.until(lambda: time.time() > reached + delay)
 
 
+STEPS = 2000  # More than a fast machine makes before the last kill.
 KILLS = {
-    "adamw": ("building the cache", "saving", "evaluating", "saving", "training"),
-    "lion": ("any time", "saving", "training", "evaluating", "building the cache"),
-    "sgd": ("saving", "training", "evaluating", "saving", "any time"),
-    "muon": ("training", "any time", "saving", "any time", "evaluating"),
+    "adamw": ("building the cache", "saving", "evaluating"),
+    "lion": ("any time", "training", "building the cache"),
+    "sgd": ("any time", "saving", "training"),
+    "muon": ("training", "saving", "evaluating"),
 }
 
 
 @pytest.mark.parametrize("optimizer", KILLS)
 def test_kills_leave_no_trace(config, tmp_path, optimizer):
     """SIGKILL while saving, evaluating, building the cache, training, and at any time."""
-    config.update({"num_train_steps": 3000, "log_every": 50, "eval_every": 200})
+    config.update({"num_train_steps": STEPS, "log_every": 50, "eval_every": 200})
     config.checkpoint.every = 25
     config.model.dropout = 0.2
     config.optimizer.name = optimizer
@@ -57,7 +58,7 @@ def test_kills_leave_no_trace(config, tmp_path, optimizer):
         run.kill()
         assert "Traceback" not in run.printed, run.printed
     assert killed == list(KILLS[optimizer])
-    config.checkpoint.every = 3000  # When it saves changes nothing.
+    config.checkpoint.every = STEPS  # When it saves changes nothing.
     for place in (workdir, tmp_path / "whole"):
         run = Run(*flags(config, place))
         assert run.ended() == 0, run.printed
@@ -67,7 +68,7 @@ def test_kills_leave_no_trace(config, tmp_path, optimizer):
 
 def fingerprints(workdir):
     """Of all arrays of the last state, moments too, as its checkpoint has them."""
-    extra = workdir / "checkpoints" / "3000" / "extra" / "metadata"
+    extra = workdir / "checkpoints" / str(STEPS) / "extra" / "metadata"
     found = json.loads(extra.read_text())["fingerprints"]
     assert any(name.startswith("opt_state") for name in found)
     return found

@@ -20,6 +20,7 @@ from support.models import (
     PAD,
     TOKENS,
     TOLERANCE,
+    apply,
     difference,
     initialised,
     name_of,
@@ -199,7 +200,7 @@ def test_a_shorter_context_is_the_beginning_of_a_longer(name, tmp_path):
     folder.check(half)
     logits = our_logits(model, folder.read(model))[:, :4]
     params = folder.read(half)
-    shorter = np.asarray(Transformer(half).apply({"params": params}, TOKENS[:, :4]))
+    shorter = np.asarray(apply(Transformer(half), params, TOKENS[:, :4]))
     if model.causal:
         assert difference(shorter, logits) < TOLERANCE
     else:
@@ -246,7 +247,7 @@ def test_text_gives_the_same_tokens_and_logits(short, change, tmp_path):
         model = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(folder)
         theirs = model(torch.tensor(ids[None])).logits.numpy()
     params, _ = run.params("newest", print)
-    ours = np.asarray(Transformer(run.model.config).apply({"params": params}, ids[None]))
+    ours = np.asarray(apply(run.model, params, ids[None]))
     assert difference(theirs, ours) < TOLERANCE
     if change is bert:
         assert words.mask_token == "<|mask|>" and words.mask_token_id == 257

@@ -6,6 +6,7 @@ import pytest
 from jaxdp.model.sampling import filter_logits, sample
 from jaxdp.model.transformer import ModelConfig, Transformer
 from jaxdp.run import loop
+from support.models import apply
 from support.runs import logged
 
 VOCAB, CONTEXT = 13, 16
@@ -15,7 +16,7 @@ VOCAB, CONTEXT = 13, 16
 def model(config):
     config.model.vocab_multiple = 8  # So the model has three ids that are padding.
     model = Transformer(ModelConfig.from_config(config, VOCAB))
-    params = model.init(jax.random.key(0), jnp.zeros((1, CONTEXT), jnp.int32))["params"]
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, CONTEXT), jnp.int32))["params"]
     return model, jax.tree.map(lambda p: 20 * p if p.ndim > 1 else p, params)
 
 
@@ -30,7 +31,7 @@ def test_greedy_is_the_argmax_without_a_cache(model):
     [drawn] = draw(model, [tokens], temperature=0)
     for token in drawn:
         padded = jnp.array([tokens + [0] * (CONTEXT - len(tokens))])
-        logits = transformer.apply({"params": params}, padded)[0, len(tokens) - 1, :VOCAB]
+        logits = apply(transformer, params, padded)[0, len(tokens) - 1, :VOCAB]
         assert token == logits.argmax()
         tokens.append(int(token))
 
@@ -92,7 +93,7 @@ def test_filter_keeps_the_likeliest(options, kept):
 
 @pytest.mark.parametrize(("at_eval", "steps"), [(True, [3, 6]), (False, [6])])
 def test_a_run_samples_where_it_is_asked_to(config, tmp_path, at_eval, steps):
-    config.sample.at_eval = at_eval
+    config.sample.update({"at_eval": at_eval, "num_tokens": 8})
     loop.train(config, tmp_path, devices=jax.local_devices()[:2])
     found = [step for step, tag in logged(tmp_path) if tag.startswith("sample")]
     assert found == steps

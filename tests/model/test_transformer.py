@@ -14,7 +14,7 @@ from jaxdp.model.transformer import (
     num_parameters,
     parameter_shapes,
 )
-from support.models import INPUTS, LLAMA, SMALL, VARIANTS, initialised
+from support.models import INPUTS, LLAMA, SMALL, VARIANTS, apply, initialised
 
 every_variant = pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS.keys())
 
@@ -38,11 +38,11 @@ def test_causal_by_gradient():
 @every_variant
 def test_later_tokens_change_no_earlier_logits(config):
     model, params = initialised(config)
-    apply = jax.jit(model.apply)
-    logits = apply({"params": params}, INPUTS)
+    logits = apply(model, params, INPUTS)
     for position in range(1, 8):
-        changed = INPUTS.at[:, position].set((INPUTS[:, position] + 1) % 11)
-        other = apply({"params": params}, changed)
+        changed = np.array(INPUTS)
+        changed[:, position] = (changed[:, position] + 1) % 11
+        other = apply(model, params, changed)
         assert (other[:, :position] == logits[:, :position]).all()
         assert (other[:, position] != logits[:, position]).any()
 
@@ -51,7 +51,7 @@ def test_masked_model_sees_both_sides():
     config = dataclasses.replace(SMALL, causal=False)
     model, params = initialised(config)
     changed = INPUTS.at[:, 7].set(0)
-    logits = [model.apply({"params": params}, x) for x in (INPUTS, changed)]
+    logits = [apply(model, params, x) for x in (INPUTS, changed)]
     assert (logits[0][0, 0] != logits[1][0, 0]).any()
 
 
@@ -59,7 +59,7 @@ def test_masked_model_sees_both_sides():
 def test_cache_gives_the_same_logits(config):
     """Reading a prefix, then token by token, gives the logits of reading everything at once."""
     model, params = initialised(config)
-    expected = model.apply({"params": params}, INPUTS)
+    expected = apply(model, params, INPUTS)
     positions = jnp.broadcast_to(jnp.arange(8), INPUTS.shape)
 
     @jax.jit
@@ -82,12 +82,10 @@ def test_scan_and_remat_change_nothing():
     layers = [params[f"layer_{i}"] for i in range(2)]
     stacked = {k: v for k, v in params.items() if not k.startswith("layer_")}
     stacked["layers"] = jax.tree.map(lambda *x: jnp.stack(x), *layers)
-    expected = plain.apply({"params": params}, INPUTS)
+    expected = apply(plain, params, INPUTS)
     for remat in (False, True):
         model = Transformer(dataclasses.replace(SMALL, scan_layers=True, remat=remat))
-        np.testing.assert_allclose(
-            model.apply({"params": stacked}, INPUTS), expected, rtol=1e-5, atol=1e-6
-        )
+        np.testing.assert_allclose(apply(model, stacked, INPUTS), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_grouped_heads_are_heads_that_share_keys():
@@ -100,8 +98,8 @@ def test_grouped_heads_are_heads_that_share_keys():
             kernel = params[layer]["attention"][name]["kernel"]
             repeated[layer]["attention"][name] = {"kernel": jnp.repeat(kernel, 2, axis=1)}
     np.testing.assert_allclose(
-        grouped.apply({"params": params}, INPUTS),
-        full.apply({"params": repeated}, INPUTS),
+        apply(grouped, params, INPUTS),
+        apply(full, repeated, INPUTS),
         rtol=1e-4,
         atol=1e-5,
     )
@@ -125,19 +123,19 @@ def test_dropout_of_a_row_depends_on_its_number_only():
 def test_dropout_is_off_without_rows():
     config = dataclasses.replace(SMALL, dropout=0.5)
     model, params = initialised(config)
-    logits = model.apply({"params": params}, INPUTS)
-    assert (logits == Transformer(SMALL).apply({"params": params}, INPUTS)).all()
+    logits = apply(model, params, INPUTS)
+    assert (logits == apply(Transformer(SMALL), params, INPUTS)).all()
 
 
 def test_initial_parameters_are_gpt2s():
-    config = dataclasses.replace(SMALL, embed_dim=128, mlp_dim=512, num_layers=8)
-    params = Transformer(config).init(jax.random.key(0), INPUTS)["params"]
-    layer = params["layer_3"]
+    config = dataclasses.replace(SMALL, embed_dim=128, mlp_dim=512, num_layers=2)
+    params = jax.jit(Transformer(config).init)(jax.random.key(0), INPUTS)["params"]
+    layer = params["layer_1"]
     # At least 16,384 draws estimate the standard deviation to 0.6%; 5% is 8 times that.
     for kernel in (layer["attention"]["query"]["kernel"], layer["mlp"]["up"]["kernel"]):
         np.testing.assert_allclose(kernel.std(), 0.02, rtol=0.05)
     for kernel in (layer["attention"]["out"]["kernel"], layer["mlp"]["down"]["kernel"]):
-        np.testing.assert_allclose(kernel.std(), 0.02 / 4, rtol=0.05)
+        np.testing.assert_allclose(kernel.std(), 0.02 / 2, rtol=0.05)
 
 
 def test_gpt2_has_124_million_parameters():
@@ -164,7 +162,7 @@ def test_gpt2_has_124_million_parameters():
 def test_bfloat16_computes_in_bfloat16_on_float32_parameters():
     model, params = initialised(dataclasses.replace(LLAMA, dtype=jnp.dtype("bfloat16")))
     assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(params))
-    assert model.apply({"params": params}, INPUTS).dtype == jnp.bfloat16
+    assert apply(model, params, INPUTS).dtype == jnp.bfloat16
 
 
 def test_vocabulary_is_padded_to_a_multiple(config):

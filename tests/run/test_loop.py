@@ -21,7 +21,7 @@ from support.runs import (
 from support.steps import corrupt, flip_lowest_bit
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "lion", "sgd", "muon"])
+@pytest.mark.parametrize("optimizer", ["lion", "sgd", "muon"])
 def test_resuming_is_not_stopping(config, tmp_path, optimizer):
     """Bit by bit, with dropout, wherever the run was interrupted."""
     config.optimizer.name = optimizer
@@ -106,13 +106,12 @@ def test_a_run_that_is_asked_to_stop_evaluates_when_it_resumes(config, tmp_path,
 def test_resuming_is_not_stopping_however_replicas_agree(config, tmp_path, method):
     """Bit by bit: parameters, each device's own moments, DiLoCo's outer momentum."""
     config.sync.update({"method": method, "every": 2})
-    config.update({"num_train_steps": 12, "eval_every": 4})
-    config.checkpoint.every = 4
+    config.eval_every = config.checkpoint.every = 2
     config.model.dropout = 0.2
     devices = jax.local_devices()[:4]
     whole = loop.train(config, tmp_path / "whole", devices=devices)
     stopped = loop.train(config, tmp_path / "parts", devices=devices, stop_requested=after(1))
-    assert not stopped.finished and 0 < stopped.step < 12
+    assert not stopped.finished and 0 < stopped.step < 6
     parts = loop.train(config, tmp_path / "parts", devices=devices)
     for a, b in zip(*map(jax.tree.leaves, (whole.state, parts.state)), strict=True):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
@@ -175,6 +174,7 @@ def test_epochs_end_with_a_batch_that_is_not_full(config, tmp_path, method):
 def test_masked_language_model(config, tmp_path):
     config.objective = "masked"
     config.tokenizer = "byte"
+    config.sample.num_tokens = 8  # Of no use to such a model, and no mistake.
     result = loop.train(config, tmp_path, devices=jax.local_devices()[:2])
     assert result.finished
     with pytest.raises(ConfigError, match="can't continue text"):
@@ -205,15 +205,15 @@ def test_every_option_of_the_model_trains(config, tmp_path):
     assert text.startswith("7 is") and len(text) > 20
 
 
-def test_another_run_is_not_overwritten(config, tmp_path):
-    loop.train(config, tmp_path, devices=jax.local_devices()[:1])
-    before = contents(tmp_path)
+def test_another_run_is_not_overwritten(workdir):
+    config, devices = loop.configs.load(workdir / "config.json"), jax.local_devices()[:1]
+    before = contents(workdir)
     other = config.copy_and_resolve_references()
     other.model.num_layers = 3
     with pytest.raises(ConfigError, match=r"model\.num_layers=3 \(was 1\)"):
-        loop.train(other, tmp_path)
+        loop.train(other, workdir, devices=devices)
     other = config.copy_and_resolve_references()
     other.data.eval_fraction = 0.2
     with pytest.raises(ConfigError, match="no longer gives the tokens"):
-        loop.train(other, tmp_path)
-    assert contents(tmp_path) == before
+        loop.train(other, workdir, devices=devices)
+    assert contents(workdir) == before

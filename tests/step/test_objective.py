@@ -9,6 +9,7 @@ from jaxdp.parallel.replicas import Replicas
 from jaxdp.step import losses
 from jaxdp.step.program import pmapped_evaluation
 from jaxdp.step.setup import make_setup
+from support.models import apply
 from support.steps import ROWS, VOCAB, assert_same_run, batches, start, train
 
 
@@ -16,7 +17,7 @@ def test_evaluation_sums_over_devices_and_chunks(config):
     params = jax.device_get(start(config, 1)[2].params)
     batch = next(batches(1)) | {"number": np.zeros(ROWS, np.int32)}
     model = Transformer(ModelConfig.from_config(config, VOCAB))
-    logits = model.apply({"params": params}, batch["inputs"])
+    logits = apply(model, params, batch["inputs"])
     expected = losses.cross_entropy(logits, batch["targets"], batch["weights"])
     for devices, chunks, rows in ((1, 1, 8), (4, 1, 1), (2, 4, 4), (1, 1, 3)):
         replicas = Replicas(jax.local_devices()[:devices])

@@ -60,12 +60,22 @@ INPUTS = jnp.array([[1, 2, 3, 4, 5, 6, 7, 8], [8, 1, 6, 10, 2, 3, 0, 9]])
 
 def initialised(config):
     model = Transformer(config)
-    params = jax.jit(model.init)(jax.random.key(0), INPUTS)["params"]
-    # Larger than the initial ones, so that every part of the model shows in the logits.
-    noise = jax.random.split(jax.random.key(1), len(jax.tree.leaves(params)))
-    leaves, tree = jax.tree.flatten(params)
-    leaves = [p + 0.3 * jax.random.normal(k, p.shape) for p, k in zip(leaves, noise, strict=True)]
-    return model, jax.tree.unflatten(tree, leaves)
+
+    @jax.jit  # Operation by operation, JAX would compile dozens of programs.
+    def init():
+        params = model.init(jax.random.key(0), INPUTS)["params"]
+        # Larger than the initial ones, so that every part of the model shows in the logits.
+        leaves, tree = jax.tree.flatten(params)
+        keys = jax.random.split(jax.random.key(1), len(leaves))
+        noise = [0.3 * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys, strict=True)]
+        return jax.tree.unflatten(tree, [p + n for p, n in zip(leaves, noise, strict=True)])
+
+    return model, init()
+
+
+def apply(model, params, tokens, **packing):
+    """Logits, on the host, where slicing and comparing them compiles nothing."""
+    return np.asarray(jax.jit(model.apply)({"params": params}, tokens, **packing))
 
 
 def difference(one, other):
@@ -119,4 +129,4 @@ def written(title, params, folder):
 
 
 def our_logits(model, params):
-    return np.asarray(jax.jit(Transformer(model).apply)({"params": params}, TOKENS))
+    return apply(Transformer(model), params, TOKENS)

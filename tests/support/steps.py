@@ -44,10 +44,22 @@ def start(config, devices, transform=plain):
     return Program(setup, replicas), replicas, create_state(setup, replicas)
 
 
+TRAINED = {}
+
+
 def train(config, devices, accum=1, steps=4, transform=plain, **batch_options):
-    """Figures of some steps, and the parameters after them."""
+    """Figures of some steps, and the parameters after them; tests share runs that are equal."""
     config.grad_accum_steps = accum
     config.num_train_steps = max(steps, config.optimizer.warmup_steps + 1)
+    data = (batches, *sorted(batch_options.items()))  # Tests replace the function.
+    run = (config.to_json(sort_keys=True), devices, steps, transform, data)
+    if run not in TRAINED:
+        TRAINED[run] = _train(config, devices, steps, transform, batch_options)
+    figures, params = TRAINED[run]
+    return [dict(f) for f in figures], params
+
+
+def _train(config, devices, steps, transform, batch_options):
     program, replicas, state = start(config, devices, transform)
     figures, waiting = [], batches(steps, **batch_options)
     while len(figures) < steps:

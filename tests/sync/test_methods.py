@@ -120,11 +120,15 @@ MODELS = [
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda m: "-".join(m) or "plain")
 def test_fixed_order_is_the_same_to_the_bit_on_any_number_of_devices(config, model):
-    """50 steps of AdamW, with clipping and different numbers of tokens per sequence."""
+    """25 steps of AdamW, with clipping and different numbers of tokens per sequence.
+
+    Of the eight parts of a batch, a device has all or one with each model, and 4 or 2 with the
+    plain one: these are summed in the same way.
+    """
     config.model.update(model)
     config.optimizer.clip_norm = 0.5
     choose(config, "fixed_order")
-    runs = [train(config, devices, steps=50) for devices in (1, 2, 4, 8)]
+    runs = [train(config, devices, steps=25) for devices in ((1, 8) if model else (1, 2, 4, 8))]
     assert len({bits(params) for _, params in runs}) == 1
     assert len({bits([f["loss"] for f in figures]) for figures, _ in runs}) == 1
 

@@ -4,6 +4,7 @@ import pytest
 from jaxdp.common.errors import ConfigError
 from jaxdp.model.transformer import parameter_shapes
 from jaxdp.workdir import finished
+from support.models import apply
 
 
 def test_a_workdir_has_all_that_a_model_needs(workdir):
@@ -11,7 +12,7 @@ def test_a_workdir_has_all_that_a_model_needs(workdir):
     params, step = run.params("newest", print)
     assert step == 4
     [ids] = run.words.encode_batch(["1 is odd"])
-    logits = run.model.apply({"params": params}, np.array([ids.ids]))
+    logits = apply(run.model, params, np.array([ids.ids]))
     assert logits.shape == (1, 8, run.model.config.vocab_size)
     assert parameter_shapes(run.model)["embed"]["embedding"].shape == (26, 8)
 
