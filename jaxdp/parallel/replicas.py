@@ -59,6 +59,11 @@ class Replicas:
         """Puts leaves [N, ...] on the devices, an entry on each."""
         return jax.device_put(tree, NamedSharding(self._mesh, PartitionSpec(AXIS)))
 
+    def shapes(self, tree: Any) -> Any:
+        """Returns the shapes [N, ...] of leaves of which each device has one of shape [...]."""
+        count = len(self.devices)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), tree)
+
     def zeros(self, shapes: Any) -> Any:
         """Puts zeros of these shapes on each device, as arguments to compile for.
 

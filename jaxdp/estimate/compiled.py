@@ -1,0 +1,122 @@
+"""Programs as XLA compiles them for this machine's devices, or for GPUs that it doesn't have.
+
+Only shapes are used: nothing is allocated and nothing runs.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from jax.sharding import SingleDeviceSharding
+from ml_collections import ConfigDict
+
+from jaxdp.data.batch import training_shapes
+from jaxdp.estimate.gpus import GPUS, Gpu, absent_devices, compiling_absent
+from jaxdp.parallel.replicas import Replicas
+from jaxdp.step.program import pmapped
+from jaxdp.step.setup import make_setup
+from jaxdp.step.state import abstract_state
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """The devices that a program is compiled for.
+
+    Attributes:
+      devices: N of them, of all processes.
+      gpu: their kind, if they are absent; None if they are this machine's.
+    """
+
+    devices: tuple[jax.Device, ...]
+    gpu: Gpu | None = None
+
+    @contextlib.contextmanager
+    def compiling(self) -> Iterator[None]:
+        """Makes functions traced in this context programs for these devices."""
+        with compiling_absent(self.gpu) if self.gpu else contextlib.nullcontext():
+            yield
+
+
+def local_machine(count: int) -> Machine:
+    """Returns the first `count` of this machine's devices."""
+    return Machine(tuple(jax.local_devices()[:count]))
+
+
+def absent_machine(name: str, count: int, hosts: int = 1) -> Machine:
+    """Returns GPUs that this machine doesn't have; raises ConfigError without their compiler.
+
+    Args:
+      name: a key of `gpus.GPUS`.
+      count: their number, over all hosts.
+      hosts: machines, each with one process; divides count.
+    """
+    gpu = GPUS[name]
+    return Machine(tuple(absent_devices(gpu, count, hosts)), gpu)
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A compiled program; sizes are bytes per device.
+
+    Attributes:
+      text: its HLO, with instructions in the order in which they run.
+      arguments: size of its arguments.
+      results: size of those results that don't take the memory of a donated argument.
+      temporaries: the most that it needs beside them.
+    """
+
+    text: str
+    arguments: int
+    results: int
+    temporaries: int
+
+    @property
+    def memory(self) -> int:
+        """All memory that a device needs to run the program, in bytes."""
+        return self.arguments + self.results + self.temporaries
+
+
+def compile_step(config: ConfigDict, vocab: int, machine: Machine) -> Compiled:
+    """Compiles the training step of a config: a round's steps, on all devices of a machine.
+
+    Args:
+      config: a valid config.
+      vocab: size of the tokenizer's vocabulary.
+      machine: the devices; their number must be able to split the config's batch.
+    """
+    replicas = Replicas(machine.devices)
+    with machine.compiling():
+        # The id of the mask token changes no shape.
+        setup = make_setup(config, vocab, replicas.device_count, mask_id=0)
+        state = abstract_state(setup)
+        batch = replicas.shapes(training_shapes(config, setup.method.every, setup.sizes.per_device))
+        return _compiled(pmapped(setup, replicas, state).lower(state, batch))
+
+
+def compile_function(function: Callable, *arguments: Any, machine: Machine) -> Compiled:
+    """Compiles a function for the first device of a machine.
+
+    Args:
+      function: a pure function.
+      *arguments: pytrees of arrays or `jax.ShapeDtypeStruct`s; only shapes and dtypes are used.
+      machine: see `local_machine` and `absent_machine`.
+    """
+    sharding = SingleDeviceSharding(machine.devices[0])
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments
+    )
+    with machine.compiling():
+        return _compiled(jax.jit(function).lower(*shapes))
+
+
+def _compiled(lowered: Any) -> Compiled:
+    program = lowered.compile()
+    sizes = program.memory_analysis()
+    return Compiled(
+        text=program.as_text(),
+        arguments=sizes.argument_size_in_bytes,
+        results=sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
+        temporaries=sizes.temp_size_in_bytes,
+    )

@@ -1,0 +1,150 @@
+"""NVIDIA GPUs that a program can be compiled for on a machine without them.
+
+XLA's compiler for GPUs needs no GPU, only a description of one. It comes with the extra
+`plan-gpu`. What it makes is the program that a machine with such GPUs would run, but for the choice
+among kernels of equal results that XLA times on the GPU itself.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+from jax._src.cudnn import fused_attention_stablehlo as fused  # See `compiling_absent`.
+from jax.experimental import topologies
+
+from jaxdp.common.errors import ConfigError
+from jaxdp.model.target import Target, compiling_for
+
+CUDNN = (9, 12)  # The version of cuDNN that programs are compiled for.
+
+
+class Gpu(NamedTuple):
+    """A GPU, as XLA describes it to its compiler, and its peak rate.
+
+    Attributes:
+      kind: JAX's `device_kind`.
+      capability: CUDA's compute capability.
+      memory: bytes of memory, as CUDA reports them.
+      bandwidth: bytes per second between memory and cores.
+      peak: bfloat16 FLOP/s of dense products, from the vendor's data sheet.
+      cores: number of streaming multiprocessors, of which the next four speak.
+      units: float32 units per core.
+      threads: most threads per core.
+      shared: bytes of shared memory per core; a block may have 1 KiB less.
+      clock: GHz.
+      cache: bytes of the L2 cache.
+    """
+
+    kind: str
+    capability: float
+    memory: int
+    bandwidth: float
+    peak: float
+    cores: int
+    units: int
+    threads: int
+    shared: int
+    clock: float
+    cache: int
+
+    def describe(self) -> str:
+        """Returns XLA's description, a `GpuTargetConfigProto` as text."""
+        major, minor = str(self.capability).split(".")
+        return f"""
+            gpu_device_info {{
+              cuda_compute_capability {{ major: {major} minor: {minor} }}
+              device_memory_size: {self.memory} memory_bandwidth: {self.bandwidth:.0f}
+              core_count: {self.cores} fpus_per_core: {self.units}
+              threads_per_core_limit: {self.threads} shared_memory_per_core: {self.shared}
+              shared_memory_per_block_optin: {self.shared - 1024}
+              clock_rate_ghz: {self.clock} l2_cache_size: {self.cache}
+              threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+              registers_per_core_limit: 65536 registers_per_block_limit: 65536
+              block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+            }}
+            platform_name: "CUDA"
+            dnn_version_info {{ major: {CUDNN[0]} minor: {CUDNN[1]} }}
+            runtime_version {{ major: 12 minor: 9 }}
+            device_description_str: "{self.kind}"
+        """
+
+    @property
+    def target(self) -> Target:
+        """What the model has to know of it."""
+        return Target("gpu", self.capability)
+
+
+# h100, h200 and a100 as in XLA's own files of GPUs; l4 and rtx4090 from NVIDIA's documents.
+GPUS = {
+    "h100": Gpu(
+        *("NVIDIA H100 80GB HBM3", 9.0, 84_942_979_072, 3352.32e9, 989e12),
+        *(132, 128, 2048, 233_472, 1.98, 50 * 2**20),
+    ),
+    "h200": Gpu(
+        *("NVIDIA H200", 9.0, 151_397_597_184, 4800e9, 989e12),
+        *(132, 128, 2048, 233_472, 1.98, 50 * 2**20),
+    ),
+    "a100": Gpu(
+        *("NVIDIA A100-SXM4-80GB", 8.0, 85_100_068_864, 2039.04e9, 312e12),
+        *(108, 64, 2048, 167_936, 1.41, 40 * 2**20),
+    ),
+    "l4": Gpu(
+        *("NVIDIA L4", 8.9, 23_650_000_000, 300e9, 121e12),
+        *(58, 128, 1536, 102_400, 2.04, 48 * 2**20),
+    ),
+    "rtx4090": Gpu(
+        *("NVIDIA GeForce RTX 4090", 8.9, 25_250_000_000, 1008e9, 165e12),
+        *(128, 128, 1536, 102_400, 2.52, 72 * 2**20),
+    ),
+}
+
+
+def absent_devices(gpu: Gpu, count: int, hosts: int = 1) -> list[jax.Device]:
+    """Returns devices that programs can be compiled for, and not run on.
+
+    Args:
+      gpu: their kind.
+      count: how many, over all hosts.
+      hosts: machines, each with one process and as many of the devices; divides count.
+
+    Raises:
+      ConfigError: the compiler is not installed.
+    """
+    assert count % hosts == 0
+    try:
+        topology = topologies.get_topology_desc(
+            topology_name=gpu.kind,
+            platform="cuda",
+            target_config=gpu.describe(),
+            # Machines (the GPUs inside are connected by NVLink), processes and devices of each.
+            topology=f"{hosts}x1x{count // hosts}",
+        )
+    except NotImplementedError:
+        raise ConfigError(
+            f"to compile for {gpu.kind} takes XLA's compiler for NVIDIA GPUs, in the version of "
+            f"jax {jax.__version__}: pip install 'jaxdp[plan-gpu]'"
+        ) from None
+    return list(topology.devices)
+
+
+@contextlib.contextmanager
+def compiling_absent(gpu: Gpu) -> Iterator[None]:
+    """Makes functions traced in this context programs for a GPU that this machine doesn't have.
+
+    Before JAX calls cuDNN's attention, it asks the first local GPU for its compute capability and
+    the installed cuDNN for its version. JAX has no public way to answer for another machine, so its
+    questions are answered here.
+    """
+    answers = {
+        "check_cudnn_version": lambda: CUDNN[0] * 10_000 + CUDNN[1] * 100,
+        "check_compute_capability": lambda least: gpu.capability >= float(least),
+        "is_cuda_compute_capability_equal": lambda other: gpu.capability == float(other),
+    }
+    asked = {name: getattr(fused, name) for name in answers}
+    try:
+        vars(fused).update(answers)
+        with compiling_for(gpu.target):
+            yield
+    finally:
+        vars(fused).update(asked)
