@@ -19,28 +19,20 @@ from jaxdp.model.target import Target, compiling_for
 CUDNN = (9, 12)  # The version of cuDNN that programs are compiled for.
 
 
-class Gpu(NamedTuple):
-    """A GPU, as XLA describes it to its compiler, and its peak rate.
+class Chip(NamedTuple):
+    """What XLA's compiler wants to know of a GPU, apart from its memory.
 
     Attributes:
-      kind: JAX's `device_kind`.
       capability: CUDA's compute capability.
-      memory: bytes of memory, as CUDA reports them.
-      bandwidth: bytes per second between memory and cores.
-      peak: bfloat16 FLOP/s of dense products, from the vendor's data sheet.
-      cores: number of streaming multiprocessors, of which the next four speak.
-      units: float32 units per core.
-      threads: most threads per core.
-      shared: bytes of shared memory per core; a block may have 1 KiB less.
+      cores: number of streaming multiprocessors; the next three are of each.
+      units: float32 units.
+      threads: the most threads.
+      shared: bytes of shared memory, of which a block can have all but 1 KiB.
       clock: GHz.
       cache: bytes of the L2 cache.
     """
 
-    kind: str
     capability: float
-    memory: int
-    bandwidth: float
-    peak: float
     cores: int
     units: int
     threads: int
@@ -48,17 +40,36 @@ class Gpu(NamedTuple):
     clock: float
     cache: int
 
+
+class Gpu(NamedTuple):
+    """A GPU.
+
+    Attributes:
+      kind: JAX's `device_kind`.
+      chip: its processor.
+      memory: bytes of memory, as CUDA reports them.
+      bandwidth: bytes per second between memory and cores.
+      peak: bfloat16 FLOP/s of dense products, from the vendor's data sheet.
+    """
+
+    kind: str
+    chip: Chip
+    memory: int
+    bandwidth: float
+    peak: float
+
     def describe(self) -> str:
         """Returns XLA's description, a `GpuTargetConfigProto` as text."""
-        major, minor = str(self.capability).split(".")
+        chip = self.chip
+        major, minor = str(chip.capability).split(".")
         return f"""
             gpu_device_info {{
               cuda_compute_capability {{ major: {major} minor: {minor} }}
               device_memory_size: {self.memory} memory_bandwidth: {self.bandwidth:.0f}
-              core_count: {self.cores} fpus_per_core: {self.units}
-              threads_per_core_limit: {self.threads} shared_memory_per_core: {self.shared}
-              shared_memory_per_block_optin: {self.shared - 1024}
-              clock_rate_ghz: {self.clock} l2_cache_size: {self.cache}
+              core_count: {chip.cores} fpus_per_core: {chip.units}
+              threads_per_core_limit: {chip.threads} shared_memory_per_core: {chip.shared}
+              shared_memory_per_block_optin: {chip.shared - 1024}
+              clock_rate_ghz: {chip.clock} l2_cache_size: {chip.cache}
               threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
               registers_per_core_limit: 65536 registers_per_block_limit: 65536
               block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
@@ -72,31 +83,20 @@ class Gpu(NamedTuple):
     @property
     def target(self) -> Target:
         """What the model has to know of it."""
-        return Target("gpu", self.capability)
+        return Target("gpu", self.chip.capability)
 
 
-# h100, h200 and a100 as in XLA's own files of GPUs; l4 and rtx4090 from NVIDIA's documents.
+GH100 = Chip(9.0, 132, 128, 2048, 233_472, 1.98, 50 * 2**20)
+GA100 = Chip(8.0, 108, 64, 2048, 167_936, 1.41, 40 * 2**20)
+AD104 = Chip(8.9, 58, 128, 1536, 102_400, 2.04, 48 * 2**20)
+AD102 = Chip(8.9, 128, 128, 1536, 102_400, 2.52, 72 * 2**20)
+# The first three as XLA's own files describe them, the others from NVIDIA's documents.
 GPUS = {
-    "h100": Gpu(
-        *("NVIDIA H100 80GB HBM3", 9.0, 84_942_979_072, 3352.32e9, 989e12),
-        *(132, 128, 2048, 233_472, 1.98, 50 * 2**20),
-    ),
-    "h200": Gpu(
-        *("NVIDIA H200", 9.0, 151_397_597_184, 4800e9, 989e12),
-        *(132, 128, 2048, 233_472, 1.98, 50 * 2**20),
-    ),
-    "a100": Gpu(
-        *("NVIDIA A100-SXM4-80GB", 8.0, 85_100_068_864, 2039.04e9, 312e12),
-        *(108, 64, 2048, 167_936, 1.41, 40 * 2**20),
-    ),
-    "l4": Gpu(
-        *("NVIDIA L4", 8.9, 23_650_000_000, 300e9, 121e12),
-        *(58, 128, 1536, 102_400, 2.04, 48 * 2**20),
-    ),
-    "rtx4090": Gpu(
-        *("NVIDIA GeForce RTX 4090", 8.9, 25_250_000_000, 1008e9, 165e12),
-        *(128, 128, 1536, 102_400, 2.52, 72 * 2**20),
-    ),
+    "h100": Gpu("NVIDIA H100 80GB HBM3", GH100, 84_942_979_072, 3352.32e9, 989e12),
+    "h200": Gpu("NVIDIA H200", GH100, 151_397_597_184, 4800e9, 989e12),
+    "a100": Gpu("NVIDIA A100-SXM4-80GB", GA100, 85_100_068_864, 2039.04e9, 312e12),
+    "l4": Gpu("NVIDIA L4", AD104, 23_650_000_000, 300e9, 121e12),
+    "rtx4090": Gpu("NVIDIA GeForce RTX 4090", AD102, 25_250_000_000, 1008e9, 165e12),
 }
 
 
@@ -138,8 +138,8 @@ def compiling_absent(gpu: Gpu) -> Iterator[None]:
     """
     answers = {
         "check_cudnn_version": lambda: CUDNN[0] * 10_000 + CUDNN[1] * 100,
-        "check_compute_capability": lambda least: gpu.capability >= float(least),
-        "is_cuda_compute_capability_equal": lambda other: gpu.capability == float(other),
+        "check_compute_capability": lambda least: gpu.chip.capability >= float(least),
+        "is_cuda_compute_capability_equal": lambda other: gpu.chip.capability == float(other),
     }
     asked = {name: getattr(fused, name) for name in answers}
     try:
