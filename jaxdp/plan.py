@@ -1,14 +1,16 @@
-"""Predicts the memory, the time and the scaling of a run.
+"""Says what a run will take: memory, time, and how it scales.
 
-    jaxdp plan --config=FILE.py [--devices=N --bandwidth_gbps=B ...] [--config.KEY=VALUE ...]
+    jaxdp plan --config=FILE.py [--gpu=h100 --devices=N ...] [--config.KEY=VALUE ...]
 
-`python -m jaxdp.plan` is the same. It prints memory per device, time per step, and how well each
-sync.method scales. It doesn't allocate the model. It times a matrix product to learn the speed of a
-device, unless --tflops gives it.
+`python -m jaxdp.plan` is the same. It compiles the training step, for this machine's devices or for
+NVIDIA GPUs that it needn't have (pip install 'jaxdp[plan-gpu]'). It prints the memory that a device
+needs, the largest batch that fits, time per step, and how well each sync.method scales. Nothing is
+allocated. Without --gpu and --tflops, it times a matrix product to learn the speed of a device.
 
 Exit status: 0; 2 the config or a flag is wrong; anything else is a fault.
 """
 
+import os
 import sys
 
 from absl import flags
@@ -19,48 +21,70 @@ from jaxdp.common.choices import MAX_INT32
 from jaxdp.common.terminal import Display
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config().")
-DEVICES = flags.DEFINE_integer(
-    "devices", None, "Number of devices; by default this machine's.", 1, MAX_INT32
+GPU = flags.DEFINE_string(
+    "gpu", None, "Compile for h100, h200, a100, l4 or rtx4090; by default for this machine's."
 )
+DEVICES = flags.DEFINE_integer(
+    "devices", None, "Number of devices; by default one GPU, or this machine's.", 1, MAX_INT32
+)
+HOSTS = flags.DEFINE_integer("hosts", 1, "Machines that the GPUs are in, together.", 1, MAX_INT32)
 BANDWIDTH = flags.DEFINE_float("bandwidth_gbps", 100.0, "Gbit/s that a device can send.", 1e-6)
 LATENCY = flags.DEFINE_float("latency_us", 10.0, "Latency of a message in microseconds.", 0.0)
 TFLOPS = flags.DEFINE_float(
-    "tflops", None, "10^12 FLOP/s that a device reaches; by default measured here.", 1e-6
+    "tflops", None, "10^12 FLOP/s that a device reaches; by default by --mfu, or measured.", 1e-6
+)
+MFU = flags.DEFINE_float(
+    "mfu", 0.4, "Share of the GPU's bfloat16 peak that a step reaches, without remat.", 1e-6, 1.0
 )
 MEMORY = flags.DEFINE_float(
-    "memory_gib", None, "Memory of a device in GiB; by default as on this machine.", 1e-6
+    "memory_gib", None, "GiB of a device for programs; by default what JAX takes of it.", 1e-6
 )
 VOCAB_SIZE = flags.DEFINE_integer(
     "vocab_size", None, "Size of the vocabulary; by default taken from the tokenizer.", 1, MAX_INT32
 )
 PNG = flags.DEFINE_string("png", None, "PNG file for a plot of efficiency over devices.")
-CHECK = flags.DEFINE_bool("check", False, "Also compile the step, to compare with XLA's figures.")
 
 
 def main() -> int:
     """Prints the plan; returns the exit status."""
     config, display = cli.config_of_flag(CONFIG), Display()
-    cli.check_finite(BANDWIDTH, LATENCY, TFLOPS, MEMORY)
+    cli.check_finite(BANDWIDTH, LATENCY, TFLOPS, MFU, MEMORY)
     if PNG.value:
         png.check(PNG.name, PNG.value)
+    # XLA warns where a program needs most of a GPU's memory; the plan says it better.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     # Imported here, so that --help and mistakes in flags don't wait seconds for JAX.
-    from jaxdp.estimate.plan import draw, plan
+    from jaxdp.common.config import check_values
+    from jaxdp.estimate.plan import plan
+    from jaxdp.estimate.tables import draw
+    from jaxdp.parallel import cpu
+    from jaxdp.run.preflight import check_devices
+    from jaxdp.step.setup import same_on_two_devices
 
+    cli.prepare_jax()
+    check_values(config)
+    if DEVICES.value:
+        cpu.be_devices(DEVICES.value)
+    elif same_on_two_devices(config):
+        cpu.be_two_devices()
+    check_devices()
     found = plan(
         config,
+        gpu=GPU.value,
         devices=DEVICES.value,
+        hosts=HOSTS.value,
         bandwidth_gbps=BANDWIDTH.value,
         latency_us=LATENCY.value,
         tflops=TFLOPS.value,
+        mfu=MFU.value,
         memory_gib=MEMORY.value,
         vocab_size=VOCAB_SIZE.value,
-        check=CHECK.value,
         report=display.line,
     )
     for title, rows in found.tables.items():
         display.table(title, rows)
     if PNG.value:
-        png.save(draw(found), PNG.name, PNG.value)
+        png.save(draw(found.efficiency, found.assumptions), PNG.name, PNG.value)
     return 0
 
 

@@ -47,6 +47,13 @@ def flatten(config: ConfigDict | dict, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def with_value(config: ConfigDict, key: str, value: Any) -> ConfigDict:
+    """Returns a copy of a config with another value for a key such as "model.remat"."""
+    config = ConfigDict(config.to_dict())
+    config.update_from_flattened_dict({key: value})
+    return config
+
+
 def check_values(config: ConfigDict) -> None:
     """Checks each key of a config by itself.
 

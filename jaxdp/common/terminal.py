@@ -133,6 +133,16 @@ def quantity(number: float) -> str:
     return f"{number:g}"
 
 
+def in_gib(size: int) -> str:
+    """Formats bytes in GiB, in which the memory of GPUs is counted.
+
+    Examples:
+      >>> in_gib(80 * 2**30)
+      '80.00 GiB'
+    """
+    return f"{size / 2**30:.2f} GiB"
+
+
 def in_bytes(size: float) -> str:
     """Formats a number of bytes with three digits and a unit.
 

@@ -6,7 +6,7 @@ Only shapes are used: nothing is allocated and nothing runs.
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import SingleDeviceSharding
@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from jaxdp.data.batch import training_shapes
 from jaxdp.estimate.gpus import GPUS, Gpu, absent_devices, compiling_absent
 from jaxdp.parallel.replicas import Replicas
-from jaxdp.step.program import pmapped
+from jaxdp.step.program import Sizes, pmapped, sizes_of
 from jaxdp.step.setup import make_setup
 from jaxdp.step.state import abstract_state
 
@@ -56,26 +56,21 @@ def absent_machine(name: str, count: int, hosts: int = 1) -> Machine:
     return Machine(tuple(absent_devices(gpu, count, hosts)), gpu)
 
 
-@dataclasses.dataclass(frozen=True)
-class Compiled:
-    """A compiled program; sizes are bytes per device.
+class Compiled(NamedTuple):
+    """A compiled program.
 
     Attributes:
       text: its HLO, with instructions in the order in which they run.
-      arguments: size of its arguments.
-      results: size of those results that don't take the memory of a donated argument.
-      temporaries: the most that it needs beside them.
+      sizes: bytes that a device needs to run it.
     """
 
     text: str
-    arguments: int
-    results: int
-    temporaries: int
+    sizes: Sizes
 
     @property
     def memory(self) -> int:
         """All memory that a device needs to run the program, in bytes."""
-        return self.arguments + self.results + self.temporaries
+        return self.sizes.total
 
 
 def compile_step(config: ConfigDict, vocab: int, machine: Machine) -> Compiled:
@@ -113,10 +108,4 @@ def compile_function(function: Callable, *arguments: Any, machine: Machine) -> C
 
 def _compiled(lowered: Any) -> Compiled:
     program = lowered.compile()
-    sizes = program.memory_analysis()
-    return Compiled(
-        text=program.as_text(),
-        arguments=sizes.argument_size_in_bytes,
-        results=sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
-        temporaries=sizes.temp_size_in_bytes,
-    )
+    return Compiled(program.as_text(), sizes_of(program))

@@ -1,153 +1,94 @@
-"""Memory that a training step needs per device: predicted, and as XLA compiles it.
+"""Does a training step fit in a device's memory, and with how many sequences?"""
 
-Only shapes are used: nothing is allocated.
-"""
-
-import dataclasses
-import functools
 from collections.abc import Callable
-from typing import Any
 
-import jax
-import jax.numpy as jnp
-from ml_collections import ConfigDict
-
+from jaxdp.common.errors import ConfigError
 from jaxdp.common.files import num_bytes
+from jaxdp.common.terminal import in_bytes
 from jaxdp.data.batch import training_shapes
-from jaxdp.estimate import liveness
-from jaxdp.parallel.replicas import AXIS, Replicas
-from jaxdp.step.program import pmapped
-from jaxdp.step.setup import Setup, make_setup
-from jaxdp.step.state import abstract_state, per_device_shapes
-from jaxdp.step.train_step import step_of
-from jaxdp.sync.methods import METHODS
+from jaxdp.step.setup import Setup
+from jaxdp.step.state import State, abstract_state, per_device_shapes
+
+MAX_TRIES = 6  # Programs compiled in search of the largest batch.
 
 
-@dataclasses.dataclass(frozen=True)
-class Memory:
-    """Bytes per device at the peak of a step."""
-
-    parameters: int
-    ema: int
-    optimizer: int
-    gradients: int
-    activations: int
-    batch: int
-
-    @property
-    def total(self) -> int:
-        """The sum of all parts, in bytes."""
-        return sum(dataclasses.astuple(self))
+def state_shapes(setup: Setup) -> State:
+    """Returns the shapes of the state that one device holds."""
+    return per_device_shapes(abstract_state(setup), setup.method)
 
 
-def abstract_array(dimensions: tuple[int, ...], dtype: Any = "float32") -> Any:
-    """Returns a `jax.ShapeDtypeStruct`, the shape and dtype of an array without its values."""
-    return jax.ShapeDtypeStruct(dimensions, dtype)
+def least_bytes(setup: Setup) -> int:
+    """Returns the bytes per device that a step needs in any case: the state and the batch.
 
-
-def setup_of(config: ConfigDict, vocab: int, count: int) -> Setup:
-    """Returns a run's setup without its data; the mask token is 0, which changes no shape."""
-    return make_setup(config, vocab, count, mask_id=0)
-
-
-def trace(function: Callable, count: int, *args: Any) -> Any:
-    """Returns the jaxpr of a function as one of `count` devices runs it."""
-    return jax.make_jaxpr(function, axis_env=[(AXIS, count)])(*args)
-
-
-def remat_saves(config: ConfigDict) -> bool:
-    """Returns whether model.remat is on and saves memory: in a scan, or if XLA recomputes late."""
-    return config.model.remat and (config.model.scan_layers or recomputes_late())
-
-
-@functools.cache
-def recomputes_late() -> bool:
-    """Returns whether XLA recomputes layers with remat in the backward pass, and not before.
-
-    The CPU backend of jax 0.10 removes what it can of the recomputation, and does the rest at the
-    end of the forward pass: outside a scan, model.remat costs time and saves nothing. This compiles
-    small layers to find out.
+    What is needed beside them, the compiler decides; see `compiled.compile_step`.
     """
+    batch = training_shapes(setup.config, setup.method.every, setup.sizes.per_device)
+    return num_bytes(state_shapes(setup)) + num_bytes(batch)
 
-    def temporary(wrap: Callable) -> int:
-        layer = wrap(lambda x, w: x + jnp.tanh(jnp.tanh(x @ w) @ w))
 
-        def loss(kernels, x):
-            return functools.reduce(layer, kernels, x).sum()
+def check_fits(setup: Setup, needed: int, room: int) -> None:
+    """Refuses a compiled step that needs more memory than a device has.
 
-        kernels = [abstract_array((64, 64))] * 8
-        compiled = (
-            jax.jit(jax.value_and_grad(loss)).lower(kernels, abstract_array((1024, 64))).compile()
+    Args:
+      setup: the run's setup.
+      needed: bytes per device, as compiled.
+      room: bytes that programs can have there.
+
+    Raises:
+      ConfigError: it doesn't fit.
+    """
+    if needed > room:
+        config = setup.config
+        raise ConfigError(
+            f"global_batch_size={config.global_batch_size} is too large: with "
+            f"{setup.sizes.micro} sequences at once the compiled step takes {in_bytes(needed)} on "
+            f"a device, which has {in_bytes(room)}: {way_out(setup)}"
         )
-        sizes: Any = compiled.memory_analysis()
-        return sizes.temp_size_in_bytes
-
-    return temporary(jax.checkpoint) < temporary(lambda layer: layer)
 
 
-def predict_memory(config: ConfigDict, vocab: int, count: int) -> Memory:
-    """Predicts the memory that one of `count` devices needs; see `liveness.peak_bytes`."""
-    setup = setup_of(config, vocab, count)
-    state = per_device_shapes(abstract_state(setup), setup.method)
-    batch = training_shapes(config, setup.method.every, setup.sizes.per_device)
-    peak = liveness.peak_bytes(trace(step_of(setup), count, state, batch).jaxpr)
-    gradients = min(num_bytes(state.params), peak)
-    return Memory(
-        parameters=num_bytes(state.params),
-        ema=num_bytes(state.ema),
-        optimizer=num_bytes((state.opt_state, state.outer)),
-        gradients=gradients,
-        activations=peak - gradients,
-        batch=num_bytes(batch),
-    )
+def way_out(setup: Setup) -> str:
+    """Returns what to change in the config of a step that doesn't fit."""
+    config, sizes = setup.config, setup.sizes
+    ways = []
+    if sizes.micro > 1:
+        ways.append(f"raise grad_accum_steps (now {config.grad_accum_steps})")
+    if not config.model.remat:
+        ways.append("set model.remat=True")
+    if config.loss_chunks == 1:
+        ways.append("raise loss_chunks")
+    return ", ".join([*ways, "or take a smaller model"] if ways else ["take a smaller model"])
 
 
-def with_useful_remat(config: ConfigDict) -> ConfigDict:
-    """Returns the config with model.remat on only if it saves memory; see `remat_saves`."""
-    return with_value(config, "model.remat", remat_saves(config))
+def largest_batch(
+    needed: Callable[[int], int], room: int, first: int, least: int, most: int
+) -> tuple[int, int]:
+    """Finds the largest batch that fits, compiling about three of them.
 
+    A step's memory grows about linearly: two sizes give a line, whose result is compiled, too, to
+    check it.
 
-def with_value(config: ConfigDict, key: str, value: Any) -> ConfigDict:
-    """Returns a copy of the config with another value for a key such as "model.remat"."""
-    config = ConfigDict(config.to_dict())
-    config.update_from_flattened_dict({key: value})
-    return config
+    Args:
+      needed: number of sequences -> bytes that the compiled step needs.
+      room: bytes that it can have.
+      first: the size to begin with.
+      least: bytes without any sequence, approximately; for a first guess.
+      most: the largest size to try.
 
-
-def largest_batch(config: ConfigDict, vocab: int, count: int, limit: int) -> int:
-    """Returns the most sequences per device that fit in `limit` bytes; 0 if not even one does."""
-    unit = METHODS[config.sync.method].batch_unit(config, count)
-
-    @functools.cache
-    def total(units: int) -> int:
-        other = with_value(config, "global_batch_size", units * unit * count)
-        return predict_memory(other, vocab, count).total
-
-    # Memory grows linearly except at first, so the secant method needs only a few steps.
-    low, high = 1, 2
-    for _ in range(6):
-        slope = max((total(high) - total(low)) / (high - low), 1)
-        low, high = high, max(int(high + (limit - total(high)) / slope), 1)
-        if low == high:
+    Returns:
+      The largest size that fits as compiled, and its bytes; (0, 0) if 1 doesn't fit.
+    """
+    known = {first: needed(first)}
+    while len(known) < MAX_TRIES:
+        fits = max((size for size, x in known.items() if x <= room), default=0)
+        over = min((size for size, x in known.items() if x > room), default=most + 1)
+        # The two sizes nearest to the limit; at first, one and the empty batch.
+        near = sorted(known, key=lambda size: abs(known[size] - room))[:2]
+        (a, x), (b, y) = (*((size, known[size]) for size in near), (0, least))[:2]
+        slope = (x - y) / (a - b)
+        guess = int(a + (room - x) / slope) if slope > 0 else most
+        guess = min(max(guess, fits, 1), over - 1)
+        if guess <= fits + fits // 100:  # Not worth another compilation.
             break
-    while high and total(high) > limit:
-        high -= 1
-    return high * unit
-
-
-def compiled_memory(config: ConfigDict, vocab: int, count: int) -> int:
-    """Returns the bytes per device that XLA reports: arguments, undonated results, temporaries."""
-    sizes = compiled_step(config, vocab, count).memory_analysis()
-    results = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
-    return sizes.argument_size_in_bytes + results + sizes.temp_size_in_bytes
-
-
-def compiled_step(config: ConfigDict, vocab: int, count: int) -> Any:
-    """Compiles a round's steps for `count` local devices; returns a `jax.stages.Compiled`."""
-    setup, replicas = setup_of(config, vocab, count), Replicas(jax.local_devices()[:count])
-    state = abstract_state(setup)
-    batch = jax.tree.map(
-        lambda x: abstract_array((count, *x.shape), x.dtype),
-        training_shapes(config, setup.method.every, setup.sizes.per_device),
-    )
-    return pmapped(setup, replicas, state).lower(state, batch).compile()
+        known[guess] = needed(guess)
+    fits = max((size for size, x in known.items() if x <= room), default=0)
+    return fits, known.get(fits, 0)

@@ -1,60 +1,26 @@
-"""The plan of a run, as numbers and tables: memory, time per step, efficiency on more devices.
+"""The plan of a run, as numbers and tables: memory, collectives, time, efficiency on more devices.
 
-Nothing is allocated, except for a matrix product that is timed if no FLOP rate is given.
+The training step is compiled, for this machine's devices or for GPUs that it doesn't have. Nothing
+is allocated, except for a matrix product that is timed if no rate is given.
 """
 
 import dataclasses
-import itertools
 import re
 from collections.abc import Callable
-from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
 from jaxdp.common import config as configs
-from jaxdp.common import png
-from jaxdp.common.errors import ConfigError
-from jaxdp.common.terminal import in_bytes, quantity
+from jaxdp.common.choices import MAX_INT32
+from jaxdp.common.files import num_bytes
 from jaxdp.data.cache import open_cache
-from jaxdp.estimate import memory, scaling
-from jaxdp.estimate.memory import Memory
-from jaxdp.estimate.scaling import COUNTS
-from jaxdp.model.transformer import ModelConfig, Transformer, parameter_shapes
-from jaxdp.parallel.replicas import device_memory
-from jaxdp.step.setup import can_split, validate
-from jaxdp.sync import traffic
-from jaxdp.sync.traffic import Collective
-
-EFFICIENCY = (
-    "Efficiency: compute / (compute + communication), no overlap, the same batch per device"
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Assumptions:
-    """The hardware that a plan assumes.
-
-    Attributes:
-      devices: number of devices.
-      bandwidth_gbps: Gbit/s that a device can send.
-      latency_us: microseconds per message.
-      flop_rate: FLOP/s that a device reaches.
-      measured: whether flop_rate was timed on this host.
-      memory: bytes of memory per device.
-    """
-
-    devices: int
-    bandwidth_gbps: float
-    latency_us: float
-    flop_rate: float
-    measured: bool
-    memory: int
-
-    @property
-    def link(self) -> tuple[float, float]:
-        """The bytes per second that a device sends, and the seconds per message."""
-        return self.bandwidth_gbps * 1e9 / 8, self.latency_us / 1e6
+from jaxdp.estimate import assumptions, compiled, memory, scaling, tables
+from jaxdp.estimate.assumptions import MFU, Assumptions
+from jaxdp.estimate.compiled import Compiled
+from jaxdp.estimate.schedule import Schedule, covered_share
+from jaxdp.step.setup import Setup, make_setup, validate
+from jaxdp.sync.methods import METHODS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,17 +29,23 @@ class Plan:
 
     Attributes:
       assumptions: the hardware.
-      memory: bytes per device.
+      memory: bytes per device that the compiled step needs.
+      fits: whether a device has them.
       largest_batch: the most sequences per device that fit.
+      covered: share of the collectives' bytes that products of the backward pass cover.
       seconds: computing time per step.
+      tokens_per_second: of all devices together.
       efficiency: {method: {devices: compute / (compute + communication)}}.
       tables: {title: {row: text}}, all of the above as text.
     """
 
     assumptions: Assumptions
-    memory: Memory
+    memory: int
+    fits: bool
     largest_batch: int
+    covered: float
     seconds: float
+    tokens_per_second: float
     efficiency: dict[str, dict[int, float]]
     tables: dict[str, dict[str, str]]
 
@@ -89,57 +61,105 @@ class Plan:
 def plan(
     config: ConfigDict,
     *,
+    gpu: str | None = None,
     devices: int | None = None,
+    hosts: int = 1,
     bandwidth_gbps: float = 100.0,
     latency_us: float = 10.0,
     tflops: float | None = None,
+    mfu: float = MFU,
     memory_gib: float | None = None,
     vocab_size: int | None = None,
-    check: bool = False,
     report: Callable[[str], None] = print,
 ) -> Plan:
-    """Predicts a run's memory per device, time per step, and efficiency on more devices.
+    """Compiles a run's training step; says what it needs and predicts its speed.
 
     Args:
       config: a config with the keys of configs/default.py.
-      devices: number of devices; by default those of this host.
+      gpu: a GPU to compile for, a key of `gpus.GPUS`; by default this host's devices.
+      devices: number of devices; by default 1 such GPU, or all devices of this host.
+      hosts: machines that the GPUs are in, with one process each.
       bandwidth_gbps: Gbit/s that a device can send.
       latency_us: microseconds per message.
-      tflops: 10^12 FLOP/s that a device reaches; by default a matrix product is timed here.
-      memory_gib: GiB of memory per device; by default that of this host's devices.
+      tflops: 10^12 FLOP/s that a device reaches; by default `mfu` of the GPU's peak, or the rate of
+        a matrix product that is timed here.
+      mfu: share of the GPU's peak that a step without model.remat reaches.
+      memory_gib: GiB per device that programs can have; by default what JAX takes of the GPU's, or
+        of this host's.
       vocab_size: vocabulary size; if given, the tokenizer is not opened.
-      check: whether to compile the step as well, and compare the memory that XLA reports.
       report: called with a line of text before something slow.
 
     Raises:
       ConfigError: the config is wrong, or can't be planned on this host.
     """
     vocab = vocabulary(config, vocab_size, report)
-    count = devices or jax.local_device_count()
-    if check and count > jax.local_device_count():
-        raise ConfigError(
-            f"--check compiles for {jax.local_device_count()} local devices, not --devices={count}:"
-            " lower it, or on a CPU set JAX_NUM_CPU_DEVICES"
-        )
-    limit = int(memory_gib * 2**30) if memory_gib else device_memory()
-    remat = {
-        on: memory.predict_memory(memory.with_value(config, "model.remat", on), vocab, count)
-        for on in (False, True)
-    }
-    batch = memory.largest_batch(memory.with_useful_remat(config), vocab, count, limit)
-    compiled = {"XLA": check_rows(config, vocab, count)} if check else {}
-    rate = tflops * 1e12 if tflops else scaling.measure_rate(config)
-    given = Assumptions(count, bandwidth_gbps, latency_us, rate, not tflops, limit)
-    efficiency = scaling.efficiencies(config, vocab, count, rate, *given.link)
-    tables = {
-        "Memory per device": memory_rows(config, given, remat, batch),
-        **compiled,
-        "Time per step": time_rows(config, vocab, given),
-        EFFICIENCY: efficiency_rows(efficiency),
-    }
-    seconds = scaling.compute_seconds(config, vocab, count, rate)
-    predicted = remat[memory.remat_saves(config)]
-    return Plan(given, predicted, batch, seconds, efficiency, tables)
+    count = devices or (1 if gpu else jax.local_device_count())
+    machine = assumptions.machine_of(gpu, count, hosts)
+    setup = make_setup(config, vocab, count, process_count=hosts, mask_id=0)
+    kind = machine.devices[0].device_kind
+    given = Assumptions(
+        *(count, kind, bandwidth_gbps, latency_us),
+        *assumptions.rate_of(config, gpu, tflops, mfu),
+        *assumptions.room_of(gpu, memory_gib),
+    )
+
+    def compile_with(config: ConfigDict) -> Compiled:
+        rows = config.global_batch_size // count
+        report(f"Compiling for {count} x {kind}, {rows} sequences each ...")
+        return compiled.compile_step(config, vocab, machine)
+
+    step = compile_with(config)
+    largest = largest_batch(setup, compile_with, step, given.room)
+    schedule = Schedule(step.text, count)
+    efficiency = scaling.efficiencies(config, vocab, count, given.flop_rate, *given.link)
+    seconds = scaling.compute_seconds(config, vocab, count, given.flop_rate)
+    return Plan(
+        assumptions=given,
+        memory=step.memory,
+        fits=step.memory <= given.room,
+        largest_batch=largest[0],
+        covered=covered_share(schedule.transfers()),
+        seconds=seconds,
+        tokens_per_second=config.global_batch_size * config.seq_len / seconds,
+        efficiency=efficiency,
+        tables={
+            "Memory per device": tables.memory_rows(setup, given, step, largest),
+            "The compiled step": tables.step_rows(setup, schedule),
+            "Time": tables.time_rows(setup, given, seconds),
+            tables.efficiency_title(given): tables.efficiency_rows(efficiency),
+        },
+    )
+
+
+def largest_batch(
+    setup: Setup, compile_with: Callable[[ConfigDict], Compiled], step: Compiled, room: int
+) -> tuple[int, int]:
+    """Returns the most sequences per device that fit, and the bytes that they take.
+
+    Args:
+      setup: the run's setup.
+      compile_with: compiles the step of a config.
+      step: the step of the setup's own config, compiled.
+      room: bytes that a device has.
+    """
+    config, count = setup.config, setup.device_count
+    unit = METHODS[config.sync.method].batch_unit(config, count)
+
+    def needed(units: int) -> int:
+        if units * unit == setup.sizes.per_device:
+            return step.memory
+        other = configs.with_value(config, "global_batch_size", units * unit * count)
+        return compile_with(other).memory
+
+    state = memory.state_shapes(setup)
+    units, found = memory.largest_batch(
+        needed,
+        room,
+        first=setup.sizes.per_device // unit,
+        least=num_bytes(state) + num_bytes(state.params),  # The latter for gradients.
+        most=MAX_INT32 // (unit * count),
+    )
+    return units * unit, found
 
 
 def vocabulary(config: ConfigDict, given: int | None, report: Callable[[str], None]) -> int:
@@ -159,91 +179,3 @@ def vocabulary(config: ConfigDict, given: int | None, report: Callable[[str], No
         config.data.path = "unused"
     validate(config)
     return given or open_cache(config, report).vocab_size
-
-
-def memory_rows(
-    config: ConfigDict, given: Assumptions, remat: dict[bool, Memory], batch: int
-) -> dict[str, str]:
-    """Returns rows about parameters, memory with and without remat, and the largest batch."""
-    predicted = remat[memory.remat_saves(config)]
-    activations = [in_bytes(remat[on].activations) for on in (False, True)]
-    parameters = predicted.parameters // 4  # float32
-    useless = not memory.remat_saves(memory.with_value(config, "model.remat", True))
-    note = " (on this XLA only with model.scan_layers)" if useless else ""
-    bad = [str(n) for n in COUNTS if not can_split(config, n)]
-    return {
-        "parameters": f"{quantity(parameters)} in {in_bytes(predicted.parameters)}",
-        **({"their EMA": in_bytes(predicted.ema)} if config.ema.decay else {}),
-        "optimizer state": in_bytes(predicted.optimizer),
-        "gradients": in_bytes(predicted.gradients),
-        "activations": f"{activations[0]}, with remat {activations[1]}{note}",
-        "total": f"{in_bytes(predicted.total)}, model.remat={config.model.remat}, "
-        f"loss_chunks={config.loss_chunks}",
-        "devices": f"{given.devices}, {config.global_batch_size // given.devices} sequences each, "
-        f"grad_accum_steps={config.grad_accum_steps}, sync.method={config.sync.method}",
-        "largest batch": f"{batch} sequences per device in {given.memory / 2**30:.3g} GiB",
-        "can't split": f"global_batch_size={config.global_batch_size} over "
-        f"{', '.join(bad) or 'none'} of 1 to {COUNTS[-1]} devices",
-    }
-
-
-def check_rows(config: ConfigDict, vocab: int, count: int) -> dict[str, str]:
-    """Compiles the step; returns rows that compare the prediction with XLA's memory."""
-    actual = memory.compiled_memory(config, vocab, count)
-    predicted = memory.predict_memory(memory.with_useful_remat(config), vocab, count).total
-    return {
-        "compiled": f"{actual} bytes",
-        "predicted": f"{predicted} bytes",
-        "error": f"{predicted / actual - 1:+.1%}",
-    }
-
-
-def time_rows(config: ConfigDict, vocab: int, given: Assumptions) -> dict[str, str]:
-    """Returns rows about FLOPs, computing time, and a ring all-reduce of the gradient."""
-    count, rate = given.devices, given.flop_rate
-    per_token, per_step = scaling.step_flops(config, vocab, count)
-    params = parameter_shapes(Transformer(ModelConfig.from_config(config, vocab)))
-    gradient = Collective("all-reduce", traffic.num_bytes(params, config.sync.dtype))
-    ring = scaling.communication([gradient], count, *given.link)
-    origin = "reached by a matrix product of this model, timed here" if given.measured else "given"
-    return {
-        "FLOPs per token": f"{per_token:.3g}",
-        "FLOPs per step": f"{per_step:.3g} per device"
-        + (", a third more for remat" if config.model.remat else ""),
-        "FLOP rate": f"{rate:.3g} per device and second, {origin}",
-        "computing": f"{scaling.compute_seconds(config, vocab, count, rate):.3g} s",
-        "gradient all-reduce": f"{ring:.3g} s, a ring of {count} at {given.bandwidth_gbps:g} "
-        f"Gbit/s with {given.latency_us:g} us",
-    }
-
-
-def efficiency_rows(table: dict[str, dict[int, float]]) -> dict[str, str]:
-    """Formats the result of `scaling.efficiencies`, a row per number of devices."""
-    rows = {"devices": "  ".join(f"{name:>14}" for name in table)}
-    for n in COUNTS:
-        cells = (f"{by_count[n]:.1%}" if n in by_count else "-" for by_count in table.values())
-        rows[str(n)] = "  ".join(f"{cell:>14}" for cell in cells)
-    return rows
-
-
-def draw(found: Plan) -> Any:
-    """Draws efficiency over devices with matplotlib, a line per sync.method."""
-    figure = png.new(7, 4.5)
-    axes = figure.subplots()
-    # Small markers on large ones: the lines of gradient_mean and sharded coincide.
-    sizes = itertools.chain([10], itertools.repeat(6))
-    styles = zip(found.efficiency.items(), itertools.cycle("os^DvP*"), sizes, strict=False)
-    for (name, by_count), marker, size in styles:
-        x, y = list(by_count), list(by_count.values())
-        axes.plot(x, y, marker=marker, markersize=size, label=name)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(COUNTS, [str(n) for n in COUNTS])
-    axes.set_ylim(0, 1.05)
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    axes.set_xlabel("devices, the same batch on each")
-    axes.set_ylabel("compute / (compute + communication)")
-    link = f"{found.assumptions.bandwidth_gbps:g} Gbit/s, {found.assumptions.latency_us:g} us"
-    axes.set_title(f"Predicted: {link}, no overlap")
-    axes.grid(alpha=0.3)
-    axes.legend(title="sync.method", frameon=False)
-    return figure

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from jaxdp.estimate.memory import with_value
+from jaxdp.common.config import with_value
 from jaxdp.model.transformer import (
     ModelConfig,
     Transformer,

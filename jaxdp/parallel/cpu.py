@@ -22,25 +22,30 @@ def prepare(config: ConfigDict, *, two_devices: bool) -> None:
       two_devices: whether two devices may train the run; see `setup.same_on_two_devices`.
     """
     if two_devices:
-        _be_two_devices()
+        be_two_devices()
     if not (glob.glob("/dev/nvidia[0-9]*") or "MALLOC_" in "".join(os.environ)):
         _keep_memory(activation_bytes(config))
 
 
-def _be_two_devices() -> None:
-    """Splits a CPU into two devices, unless the user has set a number of devices.
+def be_two_devices() -> None:
+    """Splits a CPU into two devices, unless it has one core or the user has set a number.
 
     XLA doesn't split much of a small model's step over cores: a device for each of two cores is up
     to 1.5 times as fast as one device for both (benchmarks/RESULTS.md). A process that is one of
     several stays one device.
     """
+    alone = not jax.distributed.is_initialized()
+    if len(os.sched_getaffinity(0)) > 1 and alone:
+        be_devices(2)
+
+
+def be_devices(count: int) -> None:
+    """Splits a CPU into devices, unless the user has set a number."""
     is_set = jax.config.values["jax_num_cpu_devices"] > 0 or "device_count" in os.environ.get(
         "XLA_FLAGS", ""
     )
-    alone = not jax.distributed.is_initialized()
-    cores = len(os.sched_getaffinity(0))
-    if cores > 1 and alone and not is_set:
-        jax.config.update("jax_num_cpu_devices", 2)
+    if not is_set:
+        jax.config.update("jax_num_cpu_devices", count)
 
 
 def _keep_memory(step_bytes: int) -> None:
@@ -64,7 +69,7 @@ def activation_bytes(config: ConfigDict) -> int:
     """Estimates the bytes a device stores between forward and backward pass, without the logits.
 
     It counts 16 arrays of the model's width and 3 of attention weights per layer, in float32. The
-    exact figure is `liveness.peak_bytes`, which takes seconds.
+    exact figure comes with the compiled step, and this one is needed before it.
     """
     model = config.model
     devices = max(1, jax.config.values["jax_num_cpu_devices"])

@@ -22,6 +22,7 @@ from jaxdp.data import eval_sets, tokenizer
 from jaxdp.data.cache import TokenCache
 from jaxdp.data.feed import Feed
 from jaxdp.data.layout import SPLITS
+from jaxdp.estimate import memory
 from jaxdp.huggingface import load
 from jaxdp.model.transformer import ModelConfig
 from jaxdp.parallel import processes
@@ -173,7 +174,8 @@ def check_init(config: ConfigDict, workdir: Path, vocab_size: int | None = None)
 def check_memory(setup: Setup) -> None:
     """Refuses a model or batch that can't fit in a device's memory, however it is compiled.
 
-    The lower bound counts parameters and gradients, the input of one layer, and the batch.
+    The first lower bound counts parameters and gradients, the input of one layer, and the batch;
+    it takes no time, however large the model. The second is exact for the state and the batch.
     """
     model, sizes = setup.model.config, setup.sizes
     layer = 2 * model.embed_dim**2 + 2 * model.embed_dim * model.mlp_dim
@@ -187,6 +189,13 @@ def check_memory(setup: Setup) -> None:
                 f"{model.embed_dim} with {sizes.micro} sequences at once take at least "
                 f"{in_bytes(needed)} and a device has {in_bytes(room)}: make them smaller"
             )
+    least = memory.least_bytes(setup)
+    if least > room:
+        raise ConfigError(
+            f"model is too large: its state, with optimizer.name={setup.config.optimizer.name!r}, "
+            f"and the batch take {in_bytes(least)} and a device has {in_bytes(room)}: use "
+            "a smaller model or another optimizer, or several devices and sync.method='sharded'"
+        )
 
 
 def create_workdir(workdir: Path) -> None:

@@ -21,11 +21,12 @@ from jaxdp.common.terminal import Display
 from jaxdp.data import batch as batches
 from jaxdp.data import tokenizer
 from jaxdp.data.batch import Batch
+from jaxdp.estimate.memory import check_fits
 from jaxdp.huggingface import load
 from jaxdp.model import sampling
 from jaxdp.model.transformer import flops_per_token, num_parameters, parameter_shapes
 from jaxdp.parallel import processes
-from jaxdp.parallel.replicas import Replicas, prefetch
+from jaxdp.parallel.replicas import Replicas, device_memory, prefetch
 from jaxdp.run import preflight, report
 from jaxdp.run.divergence import Divergence
 from jaxdp.run.early_stopping import EarlyStopping
@@ -206,14 +207,19 @@ class Run:
             done += steps
 
     def compile(self, done: int, state: State) -> bool:
-        """Compiles the round after `done` steps if it is new; returns whether it was."""
+        """Compiles the round after `done` steps if it is new; returns whether it was.
+
+        Raises:
+          ConfigError: a device has less memory than the compiled program needs.
+        """
         if not self.program.is_new(done):
             return False
         self.watchdog.beat("compiling a step", done, slow=True)
         self.display.line("Compiling the training step ...")
         steps = self.program.round_length(done)
         shapes = batches.training_shapes(self.config, steps, self.setup.sizes.per_device)
-        self.program.compile(done, state, self.replicas.zeros(shapes))
+        needed = self.program.compile(done, state, self.replicas.zeros(shapes))
+        check_fits(self.setup, needed.total, device_memory())
         return True
 
     def fetch(self, rounds: Iterator[Any], done: int) -> Any:

@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -19,6 +19,35 @@ from jaxdp.sync.traffic import Collective
 
 # The calls of a compiled program that the profiler records; it has warmed up by then.
 TRACED = range(4, 7)
+
+
+class Sizes(NamedTuple):
+    """Bytes that a device needs to run a program.
+
+    Attributes:
+      arguments: its arguments.
+      results: those results that don't take the memory of a donated argument.
+      temporaries: the most that it needs beside them.
+    """
+
+    arguments: int
+    results: int
+    temporaries: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return sum(self)
+
+
+def sizes_of(program: Any) -> Sizes:
+    """Returns the sizes of a `jax.stages.Compiled`, as its compiler reports them."""
+    found = program.memory_analysis()
+    return Sizes(
+        arguments=found.argument_size_in_bytes,
+        results=found.output_size_in_bytes - found.alias_size_in_bytes,
+        temporaries=found.temp_size_in_bytes,
+    )
 
 
 class Program:
@@ -64,16 +93,21 @@ class Program:
         self._calls += 1
         return self._p_steps[method, steps](state, batch)
 
-    def compile(self, done: int, state: Any, batch: Any) -> None:
-        """Compiles the round after `done` steps, for arrays shaped like this state and batch."""
+    def compile(self, done: int, state: Any, batch: Any) -> Sizes:
+        """Compiles the round after `done` steps, for arrays shaped like this state and batch.
+
+        Returns:
+          What a device needs to run it.
+        """
         method = self._method(done)
         p_step = pmapped(self._setup, self._replicas, state, method)
         self._p_steps[method, self.round_length(done)] = p_step
         # JAX keeps the compiled program, so calls of p_step don't compile again.
-        text = p_step.lower(state, batch).compile().as_text()
-        self.collectives = traffic.collectives(text, self._replicas.device_count)
+        program = p_step.lower(state, batch).compile()
+        self.collectives = traffic.collectives(program.as_text(), self._replicas.device_count)
         self.close()
         self._calls = 0
+        return sizes_of(program)
 
     def at_step(self, state: Any, step: int) -> Any:
         """Moves a state to another step by `train_step.at_step`; the given state is donated."""

@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxdp.common import hlo
+
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
@@ -61,12 +63,10 @@ def num_bytes(tree: Any, dtype: str | None = None) -> int:
     return sum(x.size * jnp.dtype(dtype or x.dtype).itemsize for x in floats)
 
 
-# The operations that make devices wait for each other, as compiled programs name them; on GPUs
-# each is split into a -start, which is counted, and a -done.
+# The operations that make devices wait for each other, as compiled programs name them. On GPUs each
+# is split into a -start, under whose name it is counted, and a -done.
 KINDS = ("all-reduce", "reduce-scatter", "all-gather", "collective-permute", "all-to-all")
-_CALL = re.compile(rf" ({'|'.join(KINDS)})(-start)?\(")
-_INSTRUCTION = re.compile(rf"%?(\S+) = (.+?){_CALL.pattern}")
-_BUFFER = re.compile(r"([a-z]+)(\d+)\[([\d,]*)\]")
+_CALL = re.compile(rf" ({'|'.join(KINDS)})(-start|-done)?\(")
 
 
 def collectives(program: str, device_count: int) -> dict[str, Collective]:
@@ -81,23 +81,14 @@ def collectives(program: str, device_count: int) -> dict[str, Collective]:
     """
     found = {}
     # Searching for the call first is much faster, as most lines hold other instructions.
-    lines = filter(_CALL.search, program.splitlines())
-    for name, shape, kind, start in _INSTRUCTION.findall("\n".join(lines)):
-        buffers = [
-            int(bits) // 8 * _product(dimensions) for _, bits, dimensions in _BUFFER.findall(shape)
-        ]
-        # The text shows the result's shape. The result of a -start includes the operands; that
-        # of a reduce-scatter is one device's part.
+    for instruction in hlo.instructions(filter(_CALL.search, program.splitlines())):
+        kind = instruction.kind.removesuffix("-start").removesuffix("-done")
+        # The shape is the result's, of a reduce-scatter one device's part. In some versions of XLA
+        # that of a -start includes the operands, so it is taken from the -done that follows.
+        name = instruction.operands[0] if instruction.kind.endswith("-done") else instruction.name
         parts = device_count if kind == "reduce-scatter" else 1
-        found[name] = Collective(kind, parts * sum(buffers) // (2 if start else 1))
+        found[name] = Collective(kind, parts * hlo.num_bytes(instruction.shape))
     return found
-
-
-def _product(dimensions: str) -> int:
-    size = 1
-    for dimension in filter(None, dimensions.split(",")):
-        size *= int(dimension)
-    return size
 
 
 class Trace:

@@ -53,13 +53,19 @@ def test_collectives_of_a_compiled_program(function, kind, size):
 
 def test_names_as_gpu_programs_have_them():
     text = """
-      %all-reduce-start.1 = (f32[10]{0}, f32[10]{0}) all-reduce-start(%x), channel_id=1
+      %all-reduce-start.1 = ((f32[10]{0}), f32[10]{0}) all-reduce-start(%x), channel_id=1
+      %all-reduce-start.2 = f32[20]{0} all-reduce-start(%y), channel_id=2
+      %reduce-scatter-start = ((f32[8]{0}), f32[2]{0}) reduce-scatter-start(%z)
       %all-reduce-done.1 = f32[10]{0} all-reduce-done(%all-reduce-start.1)
+      %all-reduce-done.2 = f32[20]{0} all-reduce-done(%all-reduce-start.2)
+      %reduce-scatter-done = f32[2]{0} reduce-scatter-done(%reduce-scatter-start)
       ROOT %psum.2 = (bf16[], bf16[3,2]{1,0}) all-reduce(%a, %b), to_apply=%add
     """
     found = traffic.collectives(text, 4)
     assert [(n, c.kind, c.bytes) for n, c in found.items()] == [
         ("all-reduce-start.1", "all-reduce", 40),
+        ("all-reduce-start.2", "all-reduce", 80),
+        ("reduce-scatter-start", "reduce-scatter", 32),
         ("psum.2", "all-reduce", 14),
     ]
 
