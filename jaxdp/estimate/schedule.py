@@ -4,17 +4,36 @@ It is read from the order of the program's instructions, without running it.
 """
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from jaxdp.common import hlo
 from jaxdp.common.hlo import Instruction, num_bytes
 from jaxdp.sync import traffic
 
+GROUPS = ("products", "attention", "collectives", "other")
 # Instructions that only name a part of memory, and the ends of others.
 _FREE = ("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "partition-id", "iota")
 _CALLS = ("while", "call", "conditional")
 _SLICES = ("slice", "dynamic-slice", "gather")  # They read only what they return ...
 _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # ... and write only this operand.
+
+
+class Kernel(NamedTuple):
+    """Something that a program makes a device run.
+
+    Attributes:
+      instruction: as the program has it.
+      group: one of `GROUPS`; attention is cuDNN's.
+      bytes: what it reads and writes; of an array of which it reads a slice, or writes one in
+        place, the slice.
+      times: how often it runs; more than once in a loop.
+    """
+
+    instruction: Instruction
+    group: str
+    bytes: int
+    times: int
 
 
 class Transfer(NamedTuple):
@@ -39,14 +58,25 @@ class Schedule:
         self._program = hlo.parse(text)
         self._collectives = traffic.collectives(text, device_count)
 
-    def moved(self) -> dict[str, int]:
-        """Returns the bytes that kernels read and write, by group of kernels.
+    def kernels(self) -> Iterator[Kernel]:
+        """Yields what the devices run, one by one, without what is inside of fusions."""
+        return self._kernels(self._program.entry, 1)
 
-        The groups are products, attention (fused, by cuDNN), collectives and other. A kernel that
-        reads a slice of an array, or writes one in place, counts with the slice.
-        """
-        moved = Counter({"products": 0, "attention": 0, "collectives": 0, "other": 0})
-        self._add(moved, self._program.entry, 1)
+    def _kernels(self, name: str, times: int) -> Iterator[Kernel]:
+        instructions = self._program.computations[name]
+        shapes = {x.name: x.shape for x in instructions}
+        for x in instructions:
+            if x.kind in _CALLS:
+                for called in x.called:
+                    yield from self._kernels(called, times * x.trips)
+            elif x.kind not in _FREE and not x.kind.endswith("-done"):
+                yield Kernel(x, self._group(x), self._bytes(x, shapes), times)
+
+    def moved(self) -> dict[str, int]:
+        """Returns the bytes that kernels read and write, by group of kernels."""
+        moved = Counter(dict.fromkeys(GROUPS, 0))
+        for kernel in self.kernels():
+            moved[kernel.group] += kernel.times * kernel.bytes
         return dict(moved)
 
     def transfers(self) -> list[Transfer]:
@@ -69,16 +99,6 @@ class Schedule:
     def _transfer(self, name: str, covered: bool) -> Transfer:
         collective = self._collectives[name]
         return Transfer(collective.kind, collective.bytes, covered)
-
-    def _add(self, moved: Counter, name: str, times: int) -> None:
-        """Adds the bytes that a computation moves, if it runs so many times."""
-        shapes = {x.name: x.shape for x in self._program.computations[name]}
-        for x in self._program.computations[name]:
-            if x.kind in _CALLS:
-                for called in x.called:
-                    self._add(moved, called, times * x.trips)
-            elif x.kind not in _FREE and not x.kind.endswith("-done"):
-                moved[self._group(x)] += times * self._bytes(x, shapes)
 
     def _group(self, x: Instruction) -> str:
         if x.name in self._collectives:
