@@ -10,7 +10,7 @@ from jaxdp.common.errors import ConfigError
 from jaxdp.common.terminal import in_gib
 from jaxdp.estimate import compiled, scaling
 from jaxdp.estimate.compiled import Machine
-from jaxdp.estimate.gpus import GPUS, Gpu
+from jaxdp.estimate.gpus import GPUS, Gpu, peak_flops
 from jaxdp.parallel.replicas import device_memory
 
 # The share of a GPU's memory that JAX's allocator takes, unless one of these variables says
@@ -77,7 +77,7 @@ def rate_of(
     if tflops:
         return tflops * 1e12, "given"
     if gpu:
-        peak = GPUS[gpu].peak
+        peak = peak_flops(GPUS[gpu])
         return mfu * peak, f"an MFU of {mfu:.0%} of {peak / 1e12:.0f}e12, assumed"
     return scaling.measure_rate(config), "reached by a matrix product of this model, timed here"
 

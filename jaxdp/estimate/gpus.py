@@ -45,18 +45,16 @@ class Gpu(NamedTuple):
     """A GPU.
 
     Attributes:
-      kind: JAX's `device_kind`.
+      device_kind: JAX's name for it.
       chip: its processor.
       memory: bytes of memory, as CUDA reports them.
       bandwidth: bytes per second between memory and cores.
-      peak: bfloat16 FLOP/s of dense products, from the vendor's data sheet.
     """
 
-    kind: str
+    device_kind: str
     chip: Chip
     memory: int
     bandwidth: float
-    peak: float
 
     def describe(self) -> str:
         """Returns XLA's description, a `GpuTargetConfigProto` as text."""
@@ -77,7 +75,7 @@ class Gpu(NamedTuple):
             platform_name: "CUDA"
             dnn_version_info {{ major: {CUDNN[0]} minor: {CUDNN[1]} }}
             runtime_version {{ major: 12 minor: 9 }}
-            device_description_str: "{self.kind}"
+            device_description_str: "{self.device_kind}"
         """
 
     @property
@@ -92,12 +90,33 @@ AD104 = Chip(8.9, 58, 128, 1536, 102_400, 2.04, 48 * 2**20)
 AD102 = Chip(8.9, 128, 128, 1536, 102_400, 2.52, 72 * 2**20)
 # The first three as XLA's own files describe them, the others from NVIDIA's documents.
 GPUS = {
-    "h100": Gpu("NVIDIA H100 80GB HBM3", GH100, 84_942_979_072, 3352.32e9, 989e12),
-    "h200": Gpu("NVIDIA H200", GH100, 151_397_597_184, 4800e9, 989e12),
-    "a100": Gpu("NVIDIA A100-SXM4-80GB", GA100, 85_100_068_864, 2039.04e9, 312e12),
-    "l4": Gpu("NVIDIA L4", AD104, 23_650_000_000, 300e9, 121e12),
-    "rtx4090": Gpu("NVIDIA GeForce RTX 4090", AD102, 25_250_000_000, 1008e9, 165e12),
+    "h100": Gpu("NVIDIA H100 80GB HBM3", GH100, 84_942_979_072, 3352.32e9),
+    "h200": Gpu("NVIDIA H200", GH100, 151_397_597_184, 4800e9),
+    "a100": Gpu("NVIDIA A100-SXM4-80GB", GA100, 85_100_068_864, 2039.04e9),
+    "l4": Gpu("NVIDIA L4", AD104, 23_650_000_000, 300e9),
+    "rtx4090": Gpu("NVIDIA GeForce RTX 4090", AD102, 25_250_000_000, 1008e9),
 }
+
+
+# Dense bf16 peak per device in FLOP/s, from the vendors' data sheets (V100, T4: fp16).
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10G": 70e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+    "V100": 125e12,
+    "T4": 65e12,
+}
+
+
+def peak_flops(device: jax.Device | Gpu) -> float:
+    """Returns a device's bfloat16 peak in FLOP/s; 0 where it isn't known (CPUs)."""
+    kind = device.device_kind
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in kind), 0.0)
 
 
 def absent_devices(gpu: Gpu, count: int, hosts: int = 1) -> list[jax.Device]:
@@ -114,7 +133,7 @@ def absent_devices(gpu: Gpu, count: int, hosts: int = 1) -> list[jax.Device]:
     assert count % hosts == 0
     try:
         topology = topologies.get_topology_desc(
-            topology_name=gpu.kind,
+            topology_name=gpu.device_kind,
             platform="cuda",
             target_config=gpu.describe(),
             # Machines (the GPUs inside are connected by NVLink), processes and devices of each.
@@ -122,7 +141,7 @@ def absent_devices(gpu: Gpu, count: int, hosts: int = 1) -> list[jax.Device]:
         )
     except NotImplementedError:
         raise ConfigError(
-            f"to compile for {gpu.kind} takes XLA's compiler for NVIDIA GPUs, in the version of "
+            f"to compile for {gpu.device_kind} takes XLA's compiler for NVIDIA GPUs, in the version of "
             f"jax {jax.__version__}: pip install 'jaxdp[plan-gpu]'"
         ) from None
     return list(topology.devices)

@@ -71,12 +71,14 @@ def largest_batch(
       needed: number of sequences -> bytes that the compiled step needs.
       room: bytes that it can have.
       first: the size to begin with.
-      least: bytes without any sequence, approximately; for a first guess.
+      least: bytes that are needed without any sequence, or a little less.
       most: the largest size to try.
 
     Returns:
       The largest size that fits as compiled, and its bytes; (0, 0) if 1 doesn't fit.
     """
+    if least > room:
+        return 0, 0
     known = {first: needed(first)}
     while len(known) < MAX_TRIES:
         fits = max((size for size, x in known.items() if x <= room), default=0)

@@ -156,7 +156,7 @@ def largest_batch(
         needed,
         room,
         first=setup.sizes.per_device // unit,
-        least=num_bytes(state) + num_bytes(state.params),  # The latter for gradients.
+        least=num_bytes(state) + num_bytes(state.params),  # As the gradients are as large.
         most=MAX_INT32 // (unit * count),
     )
     return units * unit, found

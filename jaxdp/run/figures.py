@@ -7,19 +7,7 @@ from typing import Any
 
 import jax
 
-# Dense bf16 peak per device in FLOP/s, from the vendors' data sheets (V100, T4: fp16).
-PEAK_FLOPS = {
-    "H200": 989e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A10G": 70e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-    "V100": 125e12,
-    "T4": 65e12,
-}
+from jaxdp.estimate.gpus import peak_flops
 
 
 class MeanLoss:
@@ -127,9 +115,3 @@ class Throughput:
         }
         self.start()
         return figures
-
-
-def peak_flops(device: jax.Device) -> float:
-    """Returns a device's bfloat16 peak in FLOP/s; 0 where it isn't known (CPUs)."""
-    kind = device.device_kind
-    return next((peak for name, peak in PEAK_FLOPS.items() if name in kind), 0.0)

@@ -1,16 +1,16 @@
 """Programs for GPUs that this machine doesn't have; nothing runs."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental import topologies
 
 from jaxdp.common import hlo
 from jaxdp.common.errors import ConfigError
 from jaxdp.configs import gpt2_124m
 from jaxdp.estimate import compiled, gpus
 from jaxdp.estimate.schedule import Schedule, covered_share
+from jaxdp.model.target import target
 
 VOCAB = 8192
 
@@ -53,7 +53,8 @@ def test_no_float32_logits_are_stored(step):
     wide = [
         x.instruction
         for x in Schedule(program.text, 8).kernels()
-        if x.instruction.shape.startswith("f32") and hlo.num_bytes(x.instruction.shape) >= 4 * logits
+        if x.instruction.shape.startswith("f32")
+        and hlo.num_bytes(x.instruction.shape) >= 4 * logits
     ]
     assert not wide, [(x.name, x.shape, x.op_name) for x in wide]
 
@@ -70,7 +71,48 @@ def test_no_scatter_adds_16_bit_numbers(step):
 
 @needs_compiler
 def test_gradients_are_summed_while_the_backward_pass_runs(step):
-    config, program = step
+    _, program = step
     transfers = Schedule(program.text, 8).transfers()
     assert {x.kind for x in transfers} == {"all-reduce"}
+    # The last ones have nothing to hide behind; in a model of two layers they are half of all.
     assert covered_share(transfers) > 0.4
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", gpus.GPUS)
+def test_each_gpu_is_known_to_the_compiler(name):
+    machine = compiled.absent_machine(name, 1)
+    gpu, [device] = gpus.GPUS[name], machine.devices
+    assert device.device_kind == gpu.device_kind
+    assert float(device.compute_capability) == gpu.chip.capability
+    assert gpus.peak_flops(device) == gpus.peak_flops(gpu) > 0
+    x = jax.ShapeDtypeStruct((256, 256), jnp.bfloat16)
+    program = compiled.compile_function(jnp.matmul, x, x, machine=machine)
+    assert program.sizes.arguments == 2 * 256 * 256 * 2
+    assert program.memory >= 3 * 256 * 256 * 2
+
+
+@needs_compiler
+def test_the_gpus_of_two_machines_are_those_of_two_processes(config):
+    machine = compiled.absent_machine("h100", 4, hosts=2)
+    assert [x.process_index for x in machine.devices] == [0, 0, 1, 1]
+    text = compiled.compile_step(config, VOCAB, machine).text
+    assert "num_partitions=4" in text
+    assert Schedule(text, 4).transfers()
+
+
+@needs_compiler
+def test_what_jax_knows_of_this_machine_is_as_before(step):
+    before = target()
+    with compiled.absent_machine("a100", 1).compiling():
+        assert target() == gpus.GPUS["a100"].target
+    assert target() == before
+
+
+def test_a_missing_compiler_is_said_in_a_line(monkeypatch):
+    def fail(*args, **kwargs):
+        raise NotImplementedError("topology not implemented for cuda")
+
+    monkeypatch.setattr(topologies, "get_topology_desc", fail)
+    with pytest.raises(ConfigError, match=r"NVIDIA H100 .*: pip install 'jaxdp\[plan-gpu\]'"):
+        compiled.absent_machine("h100", 8)
