@@ -1,6 +1,8 @@
 """Functions that the commands share: flags, errors, signals, and JAX's settings."""
 
 import contextlib
+import glob
+import importlib.util
 import inspect
 import itertools
 import math
@@ -182,12 +184,30 @@ def check_step(flag: flags.FlagHolder) -> None:
 
 
 def prepare_jax() -> None:
-    """Turns on JAX's persistent compilation cache, unless the user has set its folder."""
+    """Prepares JAX for a command, except for what the user has set; call it before JAX is used.
+
+    It turns on JAX's persistent compilation cache. And where JAX's plugin for GPUs is installed,
+    which the extra plan-gpu does, and no GPU is there, it keeps JAX to the CPU: looking for GPUs,
+    the plugin would print a traceback, and then not even compile for them.
+    """
     import jax
 
     if jax.config.values["jax_compilation_cache_dir"] is None:
         home = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
         jax.config.update("jax_compilation_cache_dir", str(home / "jaxdp" / "xla"))
+    if not jax.config.values["jax_platforms"] and _only_plugin():
+        jax.config.update("jax_platforms", "cpu")
+        warn("no NVIDIA GPU is visible here, so this runs on the CPU (JAX_PLATFORMS=cpu)")
+
+
+def _only_plugin() -> bool:
+    """Returns whether JAX has a plugin for NVIDIA GPUs, and this machine has no accelerator."""
+    plugins = importlib.util.find_spec("jax_plugins")
+    folders = plugins.submodule_search_locations or [] if plugins else []
+    installed = any(glob.glob(f"{folder}/xla_cuda*") for folder in folders)
+    # The files that JAX looks for, too; the second is that of Windows' Linux.
+    devices = glob.glob("/dev/nvidia[0-9]*") or os.path.exists("/dev/dxg")
+    return installed and not devices and importlib.util.find_spec("libtpu") is None
 
 
 def on_stop_signal(callback: Callable[[], None]) -> None:

@@ -48,12 +48,28 @@ def training_shapes(config: ConfigDict, steps: int, rows: int) -> dict[str, jax.
     Returns:
       {key: shape}: [steps, b, L] for tokens, [steps, b] for `PROCESS`.
     """
+    return _shapes(config, PROCESS, (steps, rows))
+
+
+def evaluation_shapes(config: ConfigDict, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes of one device's evaluation batch: [b, L] for tokens, [b] for `NUMBER`.
+
+    Args:
+      config: a valid config.
+      rows: b, sequences per device.
+    """
+    return _shapes(config, NUMBER, (rows,))
+
+
+def _shapes(
+    config: ConfigDict, others: Mapping[str, type], leading: tuple[int, ...]
+) -> dict[str, jax.ShapeDtypeStruct]:
     keys = token_keys(config.objective, config.data.packing)
     tokens = {name: (dtype, (config.seq_len,)) for name, dtype in keys.items()}
-    process = {name: (dtype, ()) for name, dtype in PROCESS.items()}
+    rest = {name: (dtype, ()) for name, dtype in others.items()}
     return {
-        name: jax.ShapeDtypeStruct((steps, rows, *rest), dtype)
-        for name, (dtype, rest) in (tokens | process).items()
+        name: jax.ShapeDtypeStruct((*leading, *shape), dtype)
+        for name, (dtype, shape) in (tokens | rest).items()
     }
 
 

@@ -78,7 +78,10 @@ def rate_of(
         return tflops * 1e12, "given"
     if gpu:
         peak = peak_flops(GPUS[gpu])
-        return mfu * peak, f"an MFU of {mfu:.0%} of {peak / 1e12:.0f}e12, assumed"
+        return (
+            mfu * peak,
+            f"an MFU of {mfu:.0%} of {peak / 1e12:.0f}e12, assumed (small models reach less)",
+        )
     return scaling.measure_rate(config), "reached by a matrix product of this model, timed here"
 
 

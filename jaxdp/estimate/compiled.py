@@ -12,11 +12,13 @@ import jax
 from jax.sharding import SingleDeviceSharding
 from ml_collections import ConfigDict
 
-from jaxdp.data.batch import training_shapes
+from jaxdp.data.batch import evaluation_shapes, training_shapes
 from jaxdp.estimate.gpus import GPUS, Gpu, absent_devices, compiling_absent
+from jaxdp.model.transformer import parameter_shapes
+from jaxdp.parallel import gpu
 from jaxdp.parallel.replicas import Replicas
-from jaxdp.step.program import Sizes, pmapped, sizes_of
-from jaxdp.step.setup import make_setup
+from jaxdp.step.program import Sizes, pmapped, pmapped_evaluation, sizes_of
+from jaxdp.step.setup import Setup, make_setup
 from jaxdp.step.state import abstract_state
 
 
@@ -38,6 +40,10 @@ class Machine:
         with compiling_absent(self.gpu) if self.gpu else contextlib.nullcontext():
             yield
 
+    def options(self, config: ConfigDict) -> dict[str, str] | None:
+        """Returns the compiler's options that a run with this config has on absent devices."""
+        return gpu.wanted(config) if self.gpu else None
+
 
 def local_machine(count: int) -> Machine:
     """Returns the first `count` of this machine's devices."""
@@ -52,8 +58,7 @@ def absent_machine(name: str, count: int, hosts: int = 1) -> Machine:
       count: their number, over all hosts.
       hosts: machines, each with one process; divides count.
     """
-    gpu = GPUS[name]
-    return Machine(tuple(absent_devices(gpu, count, hosts)), gpu)
+    return Machine(tuple(absent_devices(GPUS[name], count, hosts)), GPUS[name])
 
 
 class Compiled(NamedTuple):
@@ -83,11 +88,28 @@ def compile_step(config: ConfigDict, vocab: int, machine: Machine) -> Compiled:
     """
     replicas = Replicas(machine.devices)
     with machine.compiling():
-        # The id of the mask token changes no shape.
-        setup = make_setup(config, vocab, replicas.device_count, mask_id=0)
+        setup = _setup(config, vocab, replicas)
         state = abstract_state(setup)
         batch = replicas.shapes(training_shapes(config, setup.method.every, setup.sizes.per_device))
-        return _compiled(pmapped(setup, replicas, state).lower(state, batch))
+        lowered = pmapped(setup, replicas, state).lower(state, batch)
+        return _compiled(lowered, machine.options(config))
+
+
+def compile_evaluation(config: ConfigDict, vocab: int, machine: Machine) -> Compiled:
+    """Compiles an evaluation step of a config, as a run makes it between training steps.
+
+    Args:
+      config: a valid config.
+      vocab: size of the tokenizer's vocabulary.
+      machine: the devices; their number must be able to split the config's batch.
+    """
+    replicas = Replicas(machine.devices)
+    with machine.compiling():
+        setup = _setup(config, vocab, replicas)
+        params = parameter_shapes(setup.model)
+        batch = replicas.shapes(evaluation_shapes(config, setup.sizes.per_device))
+        lowered = pmapped_evaluation(setup, replicas).lower(params, batch)
+        return _compiled(lowered, machine.options(config))
 
 
 def compile_function(function: Callable, *arguments: Any, machine: Machine) -> Compiled:
@@ -106,6 +128,11 @@ def compile_function(function: Callable, *arguments: Any, machine: Machine) -> C
         return _compiled(jax.jit(function).lower(*shapes))
 
 
-def _compiled(lowered: Any) -> Compiled:
-    program = lowered.compile()
+def _setup(config: ConfigDict, vocab: int, replicas: Replicas) -> Setup:
+    # The id of the mask token changes no shape.
+    return make_setup(config, vocab, replicas.device_count, mask_id=0)
+
+
+def _compiled(lowered: Any, options: dict[str, str] | None = None) -> Compiled:
+    program = lowered.compile(options)
     return Compiled(program.as_text(), sizes_of(program))

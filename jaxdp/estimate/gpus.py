@@ -6,6 +6,8 @@ among kernels of equal results that XLA times on the GPU itself.
 """
 
 import contextlib
+import importlib
+import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -131,20 +133,38 @@ def absent_devices(gpu: Gpu, count: int, hosts: int = 1) -> list[jax.Device]:
       ConfigError: the compiler is not installed.
     """
     assert count % hosts == 0
-    try:
-        topology = topologies.get_topology_desc(
-            topology_name=gpu.device_kind,
-            platform="cuda",
-            target_config=gpu.describe(),
-            # Machines (the GPUs inside are connected by NVLink), processes and devices of each.
-            topology=f"{hosts}x1x{count // hosts}",
+    # Machines (the GPUs inside are connected by NVLink), processes of each, devices of each.
+    topology = f"{hosts}x1x{count // hosts}"
+
+    def describe() -> list[jax.Device]:
+        found = topologies.get_topology_desc(
+            gpu.device_kind, "cuda", target_config=gpu.describe(), topology=topology
         )
-    except NotImplementedError:
-        raise ConfigError(
-            f"to compile for {gpu.device_kind} takes XLA's compiler for NVIDIA GPUs, in the version of "
-            f"jax {jax.__version__}: pip install 'jaxdp[plan-gpu]'"
-        ) from None
-    return list(topology.devices)
+        return list(found.devices)
+
+    with contextlib.suppress(NotImplementedError):
+        return describe()
+    _register_compiler()
+    with contextlib.suppress(NotImplementedError):
+        return describe()
+    raise ConfigError(
+        f"to compile for {gpu.device_kind} takes XLA's compiler for NVIDIA GPUs, of the version of "
+        f"jax {jax.__version__}: pip install 'jaxdp[plan-gpu]'"
+    )
+
+
+def _register_compiler() -> None:
+    """Registers JAX's plugin for GPUs, if it is installed, on a machine without them.
+
+    Before it looks for GPUs, JAX asks CUDA for its version, and where there is none, it leaves the
+    plugin out, unless this variable is set or JAX_PLATFORMS=cpu is.
+    """
+    jax.devices()  # First: afterwards JAX would expect GPUs here.
+    os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
+    for name in ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12"):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name).initialize()
+            return
 
 
 @contextlib.contextmanager

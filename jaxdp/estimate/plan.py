@@ -29,7 +29,7 @@ class Plan:
 
     Attributes:
       assumptions: the hardware.
-      memory: bytes per device that the compiled step needs.
+      memory: bytes per device that the compiled training or evaluation step needs.
       fits: whether a device has them.
       largest_batch: the most sequences per device that fit.
       covered: share of the collectives' bytes that products of the backward pass cover.
@@ -109,26 +109,34 @@ def plan(
         return compiled.compile_step(config, vocab, machine)
 
     step = compile_with(config)
+    evaluation = evaluation_bytes(setup, compiled.compile_evaluation(config, vocab, machine))
     largest = largest_batch(setup, compile_with, step, given.room)
+    needed = max(step.memory, evaluation)
     schedule = Schedule(step.text, count)
     efficiency = scaling.efficiencies(config, vocab, count, given.flop_rate, *given.link)
     seconds = scaling.compute_seconds(config, vocab, count, given.flop_rate)
     return Plan(
         assumptions=given,
-        memory=step.memory,
-        fits=step.memory <= given.room,
+        memory=needed,
+        fits=needed <= given.room,
         largest_batch=largest[0],
         covered=covered_share(schedule.transfers()),
         seconds=seconds,
         tokens_per_second=config.global_batch_size * config.seq_len / seconds,
         efficiency=efficiency,
         tables={
-            "Memory per device": tables.memory_rows(setup, given, step, largest),
+            "Memory per device": tables.memory_rows(setup, given, step, evaluation, largest),
             "The compiled step": tables.step_rows(setup, schedule),
             "Time": tables.time_rows(setup, given, seconds),
             tables.efficiency_title(given): tables.efficiency_rows(efficiency),
         },
     )
+
+
+def evaluation_bytes(setup: Setup, step: Compiled) -> int:
+    """Returns the bytes that a device needs in an evaluation step, the training state included."""
+    state = memory.state_shapes(setup)
+    return num_bytes(state) - num_bytes(state.params) + step.memory
 
 
 def largest_batch(

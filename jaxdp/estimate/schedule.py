@@ -17,6 +17,7 @@ _FREE = ("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "part
 _CALLS = ("while", "call", "conditional")
 _SLICES = ("slice", "dynamic-slice", "gather")  # They read only what they return ...
 _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # ... and write only this operand.
+_LIBRARIES = ("__cublas", "__cudnn", "__onednn")  # Their calls are matrix products.
 
 
 class Kernel(NamedTuple):
@@ -24,7 +25,7 @@ class Kernel(NamedTuple):
 
     Attributes:
       instruction: as the program has it.
-      group: one of `GROUPS`; attention is cuDNN's.
+      group: one of `GROUPS`; attention is that by a kernel of its own.
       bytes: what it reads and writes; of an array of which it reads a slice, or writes one in
         place, the slice.
       times: how often it runs; more than once in a loop.
@@ -103,7 +104,7 @@ class Schedule:
     def _group(self, x: Instruction) -> str:
         if x.name in self._collectives:
             return "collectives"
-        if "__cudnn$fmha" in x.attributes:
+        if _is_attention(x):
             return "attention"
         return "products" if self._products(x) else "other"
 
@@ -148,14 +149,20 @@ class Schedule:
 
     def _products(self, x: Instruction) -> tuple[str, ...]:
         """Returns the op_names of the matrix products that an instruction consists of."""
-        library = ("__cublas", "__cudnn", "__onednn")
-        if x.kind == "dot" or any(name in x.attributes for name in library):
+        of_library = x.kind == "custom-call" and any(y in x.attributes for y in _LIBRARIES)
+        if x.kind == "dot" or of_library or _is_attention(x):
             return (x.op_name,)
         inner = [y for name in x.called for y in self._program.computations[name]]
         return tuple(name for y in inner for name in self._products(y))
 
     def _is_backward(self, x: Instruction) -> bool:
         return any("transpose(jvp" in name for name in self._products(x))
+
+
+def _is_attention(x: Instruction) -> bool:
+    """Returns whether an instruction is a kernel for attention, of cuDNN or of this package."""
+    own = "triton" in x.attributes and "/attention/" in x.op_name
+    return x.kind == "custom-call" and ("__cudnn$fmha" in x.attributes or own)
 
 
 def covered_share(transfers: list[Transfer]) -> float:

@@ -17,15 +17,23 @@ DAY = 86_400  # Seconds.
 
 
 def memory_rows(
-    setup: Setup, given: Assumptions, step: Compiled, largest: tuple[int, int]
+    setup: Setup, given: Assumptions, step: Compiled, evaluation: int, largest: tuple[int, int]
 ) -> dict[str, str]:
-    """Returns rows about the state, the compiled step's memory, and the largest batch."""
+    """Returns rows about the state, the compiled steps' memory, and the largest batch.
+
+    Args:
+      setup: the run's setup.
+      given: the hardware.
+      step: the compiled training step.
+      evaluation: bytes that a device needs in an evaluation step.
+      largest: the most sequences per device that fit, and the bytes that they take.
+    """
     config, state = setup.config, memory.state_shapes(setup)
-    parameters = num_bytes(state.params)
-    rest = step.memory - step.sizes.arguments
-    bad = [str(n) for n in COUNTS if not can_split(config, n)]
+    parameters, rest = num_bytes(state.params), step.memory - step.sizes.arguments
+    room = f"in {in_gib(given.room)} ({given.room_from})"
+    fits = max(step.memory, evaluation) <= given.room
     batch, taken = largest
-    verdict = "FITS" if step.memory <= given.room else f"DOESN'T FIT: {memory.way_out(setup)};"
+    bad = [str(n) for n in COUNTS if not can_split(config, n)]
     return {
         "devices": f"{given.devices} x {given.kind}, {setup.sizes.per_device} sequences each, "
         f"grad_accum_steps={config.grad_accum_steps}, sync.method={config.sync.method}",
@@ -33,12 +41,14 @@ def memory_rows(
         **({"their EMA": in_bytes(num_bytes(state.ema))} if config.ema.decay else {}),
         "optimizer state": in_bytes(num_bytes((state.opt_state, state.outer))),
         "arguments": f"{in_bytes(step.sizes.arguments)}: the state and the batch",
-        "temporaries": f"{in_bytes(rest)}: gradients, activations and "
-        f"all else, model.remat={config.model.remat}, loss_chunks={config.loss_chunks}",
+        "temporaries": f"{in_bytes(rest)}: gradients, activations and all else, model.remat="
+        f"{config.model.remat}, loss_chunks={config.loss_chunks}",
         "total": f"{in_bytes(step.memory)}, {in_gib(step.memory)}, as compiled",
-        "verdict": f"{verdict} in {in_gib(given.room)} ({given.room_from})",
-        "largest batch": f"{batch} sequences per device"
-        + (f" take {in_gib(taken)}, as compiled" if batch else ": not even one step's least fits"),
+        "evaluation": f"{in_bytes(evaluation)}, the state included, as compiled",
+        "verdict": f"FITS {room}" if fits else f"DOESN'T FIT {room}: {memory.way_out(setup)}",
+        "largest batch": f"{batch} sequences per device take {in_gib(taken)}, as compiled"
+        if batch
+        else f"0 sequences per device: not even {config.grad_accum_steps} fit",
         "can't split": f"global_batch_size={config.global_batch_size} over "
         f"{', '.join(bad) or 'none'} of 1 to {COUNTS[-1]} devices",
     }

@@ -27,12 +27,16 @@ def prepare(config: ConfigDict) -> None:
     Args:
       config: a valid config; without xla_flags nothing is added.
     """
-    if not (config.xla_flags and glob.glob("/dev/nvidia[0-9]*")):
-        return
+    if glob.glob("/dev/nvidia[0-9]*"):
+        flags = [f"--{name}={value}" for name, value in wanted(config).items()]
+        os.environ["XLA_FLAGS"] = " ".join([*os.environ.get("XLA_FLAGS", "").split(), *flags])
+
+
+def wanted(config: ConfigDict) -> dict[str, str]:
+    """Returns those of `FLAGS` that a run on NVIDIA GPUs adds here to what the user has set."""
     given = os.environ.get("XLA_FLAGS", "")
-    wanted = {name: value for name, value in FLAGS.items() if name not in given}
-    known = [f"--{name}={value}" for name, value in wanted.items() if _is_known(name)]
-    os.environ["XLA_FLAGS"] = " ".join(filter(None, [given, *known]))
+    names = [name for name in FLAGS if config.xla_flags and name not in given]
+    return {name: FLAGS[name] for name in names if _is_known(name)}
 
 
 def _is_known(flag: str) -> bool:

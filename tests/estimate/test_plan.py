@@ -42,7 +42,7 @@ def test_every_config_has_a_plan(name):
     state = memory.state_shapes(make_setup(config, VOCAB, 2, mask_id=0))
     assert found.memory > num_bytes(state)
     assert not found.fits and found.largest_batch == 0
-    assert "DOESN'T FIT: raise grad_accum_steps" in repr(found)
+    assert "DOESN'T FIT in 0.00 GiB (given): raise grad_accum_steps" in repr(found)
     assert len(said) == 1
 
 
