@@ -94,8 +94,8 @@ def plan(
     """
     vocab = vocabulary(config, vocab_size, report)
     count = devices or (1 if gpu else jax.local_device_count())
-    machine = assumptions.machine_of(gpu, count, hosts)
     setup = make_setup(config, vocab, count, process_count=hosts, mask_id=0)
+    machine = assumptions.machine_of(gpu, count, hosts)
     kind = machine.devices[0].device_kind
     given = Assumptions(
         *(count, kind, bandwidth_gbps, latency_us),

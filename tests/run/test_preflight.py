@@ -1,4 +1,5 @@
 import collections
+import contextlib
 import multiprocessing
 import shutil
 
@@ -6,7 +7,11 @@ import numpy as np
 import pytest
 
 from jaxdp.common.errors import ConfigError
-from jaxdp.run import loop, preflight
+from jaxdp.estimate import memory
+from jaxdp.run import loop, preflight, session
+from jaxdp.step.setup import make_setup
+
+VOCAB = 300
 
 
 def hold(workdir, ready, over):
@@ -71,3 +76,25 @@ def test_too_small_a_disk_is_refused_before_anything_is_computed(config, tmp_pat
     with pytest.raises(ConfigError, match="full"):
         loop.train(config, tmp_path / "run")
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["lock"]
+
+
+def test_a_state_that_can_not_fit_is_refused_before_anything_is_compiled(
+    config, tmp_path, monkeypatch, no_compiling
+):
+    """It takes three times the memory of the parameters, and the first estimate counts two."""
+    setup = make_setup(config, VOCAB, 8)
+    least = memory.least_bytes(setup)
+    for room, refused in ((least - 1, True), (least, False)):
+        monkeypatch.setattr(preflight, "device_memory", lambda room=room: room)
+        with (
+            pytest.raises(ConfigError, match=r"model is too large: its state, .*'adamw', and the")
+            if refused
+            else contextlib.nullcontext()
+        ):
+            preflight.check_memory(setup)
+
+
+def test_a_step_that_does_not_fit_is_refused_once_it_is_compiled(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(session, "device_memory", lambda: 1000)
+    with pytest.raises(ConfigError, match=r"the compiled step takes .* which has 1kB: "):
+        loop.train(config, tmp_path / "run")
