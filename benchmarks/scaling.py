@@ -20,9 +20,10 @@ from ml_collections import ConfigDict, config_flags
 from schedule import Schedule
 
 from jaxdp.common import cli
+from jaxdp.common.config import with_value
 from jaxdp.common.terminal import quantity
 from jaxdp.configs import gpt2_124m
-from jaxdp.estimate import memory, scaling
+from jaxdp.estimate import compiled, scaling
 from jaxdp.model.transformer import ModelConfig, Transformer, parameter_shapes
 from jaxdp.step.optimizer import get_optimizer, get_schedule
 from jaxdp.sync import methods, traffic
@@ -93,9 +94,10 @@ def collective_rows(config: ConfigDict) -> Iterator[str]:
     """
     yield "| sync.method | collective | bytes | predicted | place | products before | could hide |"
     yield "|---|---|---|---|---|---|---|"
+    machine = compiled.local_machine(DEVICES)
     for name in METHODS:
-        other = memory.with_value(config, "sync.method", name)
-        text = memory.compiled_step(other, VOCAB_SIZE.value, DEVICES).as_text()
+        other = with_value(config, "sync.method", name)
+        text = compiled.compile_step(other, VOCAB_SIZE.value, machine).text
         found = traffic.collectives(text, DEVICES)
         large = {key: c for key, c in found.items() if c.bytes > FIGURES}
         predicted = predicted_traffic(other, VOCAB_SIZE.value)

@@ -39,7 +39,7 @@ def test_sharded_optimizer_state_is_a_share_and_diloco_has_an_outer_one(config):
     assert diloco == whole + parameters
 
 
-def test_smaller_parts_of_a_batch_and_of_a_loss_need_less(config):
+def test_parts_of_a_batch_and_chunks_of_a_loss_need_less(config):
     config.global_batch_size = 32
     whole = sizes(config, vocab=5000).temporaries  # Logits are the most of it.
     for key in ("grad_accum_steps", "loss_chunks"):
