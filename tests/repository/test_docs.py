@@ -171,11 +171,11 @@ def test_keys_in_the_documentation_exist(page):
 
 
 def test_ci_runs_the_readmes_test_command():
-    """Split over lines, but the same, with what models are compared with."""
+    """Split over lines, but the same, with all that tests can use."""
     ci = (REPOSITORY / ".ci" / "run").read_text()
     [command] = [x for x in README.splitlines() if x.startswith("python3 -m venv .venv &&")]
     for part in command.split(" && "):
-        assert part.replace("[dev]", "[dev,docs,style,compare]") in ci
+        assert part.replace("[dev]", "[dev,docs,style,compare,plan-gpu]") in ci
 
 
 def test_notebooks_open_in_colab():
