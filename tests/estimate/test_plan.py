@@ -117,9 +117,10 @@ def test_a_gpus_rate_and_link_are_assumed(config):
         ({"gpu": "b300"}, "--gpu='b300' is unknown: choose from h100, h200, a100"),
         ({"gpu": "h100", "devices": 4, "hosts": 3}, "--devices=4 can't be split .* --hosts=3"),
         ({"hosts": 2}, "--hosts=2 goes with --gpu"),
-        ({"devices": 1000}, "--devices=1000 is more than this machine has, 8"),
+        ({"devices": 1000}, "--devices=1000 is more than this machine has, 8: lower it"),
     ],
 )
 def test_devices_that_there_are_not_are_refused(config, options, message):
+    config.global_batch_size = 1000
     with pytest.raises(ConfigError, match=message):
         planned(config, **options)
