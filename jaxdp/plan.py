@@ -28,7 +28,9 @@ DEVICES = flags.DEFINE_integer(
     "devices", None, "Number of devices; by default one GPU, or this machine's.", 1, MAX_INT32
 )
 HOSTS = flags.DEFINE_integer("hosts", 1, "Machines that the GPUs are in, together.", 1, MAX_INT32)
-BANDWIDTH = flags.DEFINE_float("bandwidth_gbps", 100.0, "Gbit/s that a device can send.", 1e-6)
+BANDWIDTH = flags.DEFINE_float(
+    "bandwidth_gbps", None, "Gbit/s that a device can send; by default by NVLink, or 100.", 1e-6
+)
 LATENCY = flags.DEFINE_float("latency_us", 10.0, "Latency of a message in microseconds.", 0.0)
 TFLOPS = flags.DEFINE_float(
     "tflops", None, "10^12 FLOP/s that a device reaches; by default by --mfu, or measured.", 1e-6

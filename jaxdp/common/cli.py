@@ -197,7 +197,7 @@ def prepare_jax() -> None:
         jax.config.update("jax_compilation_cache_dir", str(home / "jaxdp" / "xla"))
     if not jax.config.values["jax_platforms"] and _only_plugin():
         jax.config.update("jax_platforms", "cpu")
-        warn("no NVIDIA GPU is visible here, so this runs on the CPU (JAX_PLATFORMS=cpu)")
+        warn("no NVIDIA GPU is visible here, so JAX uses the CPU (JAX_PLATFORMS=cpu)")
 
 
 def _only_plugin() -> bool:

@@ -19,6 +19,8 @@ ALLOCATED = 0.75
 VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 MFU = 0.4  # An H100 reached 0.43 to 0.47 with models of 124M and 350M parameters.
 
+NETWORK_GBPS = 100.0
+
 
 @dataclasses.dataclass(frozen=True)
 class Assumptions:
@@ -70,6 +72,11 @@ def machine_of(gpu: str | None, count: int, hosts: int) -> Machine:
     return compiled.local_machine(count)
 
 
+def gbps_of(gpu: str | None, hosts: int) -> float:
+    """Returns the Gbit/s that a device is assumed to send: to GPUs beside it, or to a network."""
+    return GPUS[gpu].link * 8 / 1e9 if gpu and hosts == 1 else NETWORK_GBPS
+
+
 def rate_of(
     config: ConfigDict, gpu: str | None, tflops: float | None, mfu: float
 ) -> tuple[float, str]:
@@ -77,7 +84,8 @@ def rate_of(
     if tflops:
         return tflops * 1e12, "given"
     if gpu:
-        peak = peak_flops(GPUS[gpu])
+        # Products of float32 are in TF32, at half the rate of bfloat16.
+        peak = peak_flops(GPUS[gpu]) / (2 if config.model.dtype == "float32" else 1)
         return (
             mfu * peak,
             f"an MFU of {mfu:.0%} of {peak / 1e12:.0f}e12, assumed (small models reach less)",

@@ -51,12 +51,14 @@ class Gpu(NamedTuple):
       chip: its processor.
       memory: bytes of memory, as CUDA reports them.
       bandwidth: bytes per second between memory and cores.
+      link: bytes per second that it can send to another one in its machine, by NVLink or PCIe.
     """
 
     device_kind: str
     chip: Chip
     memory: int
     bandwidth: float
+    link: float
 
     def describe(self) -> str:
         """Returns XLA's description, a `GpuTargetConfigProto` as text."""
@@ -92,11 +94,11 @@ AD104 = Chip(8.9, 58, 128, 1536, 102_400, 2.04, 48 * 2**20)
 AD102 = Chip(8.9, 128, 128, 1536, 102_400, 2.52, 72 * 2**20)
 # The first three as XLA's own files describe them, the others from NVIDIA's documents.
 GPUS = {
-    "h100": Gpu("NVIDIA H100 80GB HBM3", GH100, 84_942_979_072, 3352.32e9),
-    "h200": Gpu("NVIDIA H200", GH100, 151_397_597_184, 4800e9),
-    "a100": Gpu("NVIDIA A100-SXM4-80GB", GA100, 85_100_068_864, 2039.04e9),
-    "l4": Gpu("NVIDIA L4", AD104, 23_650_000_000, 300e9),
-    "rtx4090": Gpu("NVIDIA GeForce RTX 4090", AD102, 25_250_000_000, 1008e9),
+    "h100": Gpu("NVIDIA H100 80GB HBM3", GH100, 84_942_979_072, 3352.32e9, 450e9),
+    "h200": Gpu("NVIDIA H200", GH100, 151_397_597_184, 4800e9, 450e9),
+    "a100": Gpu("NVIDIA A100-SXM4-80GB", GA100, 85_100_068_864, 2039.04e9, 300e9),
+    "l4": Gpu("NVIDIA L4", AD104, 23_650_000_000, 300e9, 32e9),
+    "rtx4090": Gpu("NVIDIA GeForce RTX 4090", AD102, 25_250_000_000, 1008e9, 32e9),
 }
 
 

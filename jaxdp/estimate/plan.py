@@ -64,7 +64,7 @@ def plan(
     gpu: str | None = None,
     devices: int | None = None,
     hosts: int = 1,
-    bandwidth_gbps: float = 100.0,
+    bandwidth_gbps: float | None = None,
     latency_us: float = 10.0,
     tflops: float | None = None,
     mfu: float = MFU,
@@ -79,7 +79,8 @@ def plan(
       gpu: a GPU to compile for, a key of `gpus.GPUS`; by default this host's devices.
       devices: number of devices; by default 1 such GPU, or all devices of this host.
       hosts: machines that the GPUs are in, with one process each.
-      bandwidth_gbps: Gbit/s that a device can send.
+      bandwidth_gbps: Gbit/s that a device can send; by default as GPUs of one host can, or else
+        100.
       latency_us: microseconds per message.
       tflops: 10^12 FLOP/s that a device reaches; by default `mfu` of the GPU's peak, or the rate of
         a matrix product that is timed here.
@@ -98,7 +99,7 @@ def plan(
     machine = assumptions.machine_of(gpu, count, hosts)
     kind = machine.devices[0].device_kind
     given = Assumptions(
-        *(count, kind, bandwidth_gbps, latency_us),
+        *(count, kind, bandwidth_gbps or assumptions.gbps_of(gpu, hosts), latency_us),
         *assumptions.rate_of(config, gpu, tflops, mfu),
         *assumptions.room_of(gpu, memory_gib),
     )

@@ -113,6 +113,11 @@ def test_a_missing_compiler_is_said_in_a_line(monkeypatch):
     def fail(*args, **kwargs):
         raise NotImplementedError("topology not implemented for cuda")
 
+    def absent(name):
+        raise ModuleNotFoundError(name)
+
     monkeypatch.setattr(topologies, "get_topology_desc", fail)
+    monkeypatch.setattr(gpus.importlib, "import_module", absent)
+    monkeypatch.setenv("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # Set there; unset after the test.
     with pytest.raises(ConfigError, match=r"NVIDIA H100 .*: pip install 'jaxdp\[plan-gpu\]'"):
         compiled.absent_machine("h100", 8)

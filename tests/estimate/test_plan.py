@@ -101,15 +101,26 @@ def test_jax_takes_a_share_of_a_gpus_memory(monkeypatch):
         assumptions.room_of("h100", None)
 
 
+def test_a_gpus_rate_and_link_are_assumed(config):
+    config.model.dtype = "bfloat16"
+    assert assumptions.rate_of(config, "h100", None, 0.5)[0] == 0.5 * 989e12
+    assert assumptions.rate_of(config, "h100", 3, 0.5)[0] == 3e12
+    config.model.dtype = "float32"
+    assert assumptions.rate_of(config, "h100", None, 0.5)[0] == 0.25 * 989e12
+    assert assumptions.gbps_of("h100", hosts=1) == 3600
+    assert assumptions.gbps_of("h100", hosts=2) == assumptions.gbps_of(None, hosts=1) == 100
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"gpu": "b300"}, "--gpu='b300' is unknown: choose from h100, h200, a100"),
         ({"gpu": "h100", "devices": 4, "hosts": 3}, "--devices=4 can't be split .* --hosts=3"),
         ({"hosts": 2}, "--hosts=2 goes with --gpu"),
-        ({"devices": 1000}, "--devices=1000 is more than this machine has, 8"),
+        ({"devices": 1000}, "--devices=1000 is more than this machine has, 8: lower it"),
     ],
 )
 def test_devices_that_there_are_not_are_refused(config, options, message):
+    config.global_batch_size = 1000
     with pytest.raises(ConfigError, match=message):
         planned(config, **options)
