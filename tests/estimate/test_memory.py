@@ -9,7 +9,7 @@ from jaxdp.estimate import compiled, memory
 from jaxdp.step.setup import make_setup
 from jaxdp.sync.methods import METHODS
 
-VOCAB = 300  # Programs as in test_plan.py, so that they come from the cache.
+VOCAB = 300  # Programs as in test_plans.py, so that they come from the cache.
 
 
 def sizes(config, count=1, vocab=VOCAB):
