@@ -74,8 +74,8 @@ def test_gradients_are_summed_while_the_backward_pass_runs(step):
     _, program = step
     transfers = Schedule(program.text, 8).transfers()
     assert {x.kind for x in transfers} == {"all-reduce"}
-    # The last ones have nothing to hide behind; in a model of two layers they are half of all.
-    assert covered_share(transfers) > 0.4
+    # The last 30 MB have nothing to hide behind: a third of all here, 6% of GPT-2 124M's.
+    assert covered_share(transfers) > 0.6
 
 
 @needs_compiler
