@@ -1,6 +1,7 @@
 """Checks before anything is compiled, beyond the config: data, workdir, weights, memory, disk."""
 
 import contextlib
+import logging
 import os
 import shutil
 import sys
@@ -211,15 +212,27 @@ def create_workdir(workdir: Path) -> None:
 
 def check_devices() -> None:
     """Refuses a platform in JAX_PLATFORMS that isn't available."""
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    logged: list[logging.LogRecord] = []
+
+    def into_the_message(record: logging.LogRecord) -> bool:
+        logged.append(record)
+        return not platforms  # Without JAX_PLATFORMS there is no error, so JAX's warning is shown.
+
+    logger = logging.getLogger("jax._src.xla_bridge")
+    logger.addFilter(into_the_message)
     try:
         jax.local_devices()
     except (RuntimeError, AssertionError) as error:  # AssertionError: no plugin is installed.
-        platforms = os.environ.get("JAX_PLATFORMS", "")
-        reason = (str(error).splitlines() or ["JAX has no such platform here"])[0]
+        causes = [record.exc_info[1] for record in logged if record.exc_info]
+        texts = [*(str(cause) for cause in causes), str(error), "JAX has no such platform here"]
+        reason = next(text for text in texts if text).splitlines()[0]
         raise ConfigError(
             f"JAX_PLATFORMS={platforms!r} can't be used ({reason}): install the "
             "drivers and pip install -e '.[cuda]', or leave JAX_PLATFORMS empty"
         ) from error
+    finally:
+        logger.removeFilter(into_the_message)
 
 
 @contextlib.contextmanager
