@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from jaxdp.configs import gpt2_124m
 from jaxdp.data.batch import Batch
 from jaxdp.data.sequences import Windows
-from jaxdp.run.figures import PEAK_FLOPS
+from jaxdp.estimate.gpus import PEAK_FLOPS
 
 REHEARSE = flags.DEFINE_bool("rehearse", False, "Run on a CPU, with tiny models.")
 CHILD = flags.DEFINE_string("child", None, "What a child process does, as JSON (internal).")

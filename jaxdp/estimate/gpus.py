@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
-from jax._src.cudnn import fused_attention_stablehlo as fused  # See `compiling_absent`.
 from jax.experimental import topologies
 
 from jaxdp.common.errors import ConfigError
@@ -177,6 +176,9 @@ def compiling_absent(gpu: Gpu) -> Iterator[None]:
     the installed cuDNN for its version. JAX has no public way to answer for another machine, so its
     questions are answered here.
     """
+    # Imported here, so that a JAX without this module can train.
+    from jax._src.cudnn import fused_attention_stablehlo as fused
+
     answers = {
         "check_cudnn_version": lambda: CUDNN[0] * 10_000 + CUDNN[1] * 100,
         "check_compute_capability": lambda least: gpu.chip.capability >= float(least),
