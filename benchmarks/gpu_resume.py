@@ -50,7 +50,7 @@ def run(folder: str, names: list[str]) -> None:
             for done in range(first, ALL):
                 state, _ = program(done, state, replicas.shard_steps(hosts[done]))
                 if name == "saved" and done + 1 == HALF:
-                    checkpoints.save(HALF, state, {}, None)
+                    checkpoints.save(HALF, state, {})
                     failure = checkpoints.finish(state)
                     assert not failure, failure
         np.save(f"{folder}/{name}.npy", np.asarray(ravel_pytree(state.params)[0]))
