@@ -26,7 +26,7 @@ CHILD = flags.DEFINE_string("child", None, "What a child process does, as JSON (
 VOCAB = 50304  # GPT-2's, padded as in nanoGPT.
 DOCUMENT = 500  # Mean number of tokens in a document; web pages have about as many.
 BATCHES = 8  # Different batches, used in turn.
-# Values of keys that replace those of configs/gpt2_124m.py.
+# Config keys, and the values that replace the defaults of configs/gpt2_124m.py.
 MODELS: dict[str, dict[str, Any]] = {
     "GPT-2 124M": {},
     "GPT-2 350M": {"model.num_layers": 24, "model.num_heads": 16, "model.embed_dim": 1024},
@@ -52,7 +52,7 @@ class Variant(NamedTuple):
 DEFAULT = Variant()
 
 
-# Those of a group are trained in turns with the default; all fit into 80 GB at the same time.
+# Each group is trained in turns with the default; its variants fit into 80 GB together.
 VARIANT_BATCH = 16
 VARIANTS: tuple[dict[str, Variant], ...] = (
     {

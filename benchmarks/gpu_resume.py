@@ -57,7 +57,7 @@ def run(folder: str, names: list[str]) -> None:
 
 
 def part() -> Iterator[str]:
-    """Yields a table of whether the final parameters are those of the uninterrupted run."""
+    """Yields a table: does a resumed run end with the parameters of an uninterrupted one?"""
     yield "GPT-2 124M with 6 of its layers, 16 sequences a step, 20 steps; the parameters against"
     yield "those of an uninterrupted run. Compiled anew: with an empty compilation cache, as on"
     yield 'another machine. What the flag costs: "deterministic" under "Other settings".\n'

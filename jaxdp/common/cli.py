@@ -205,7 +205,7 @@ def _only_plugin() -> bool:
     plugins = importlib.util.find_spec("jax_plugins")
     folders = plugins.submodule_search_locations or [] if plugins else []
     installed = any(glob.glob(f"{folder}/xla_cuda*") for folder in folders)
-    # The files that JAX looks for, too; the second is that of Windows' Linux.
+    # JAX looks for these files, too; Linux on Windows has the second one.
     devices = glob.glob("/dev/nvidia[0-9]*") or os.path.exists("/dev/dxg")
     return installed and not devices and importlib.util.find_spec("libtpu") is None
 

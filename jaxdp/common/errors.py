@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 WRONG_INPUT = 2  # The exit status of every command after a ConfigError.
-STOPPED = 75  # That of a run that has stopped on request; EX_TEMPFAIL of sysexits.h: try again.
+STOPPED = 75  # A run has stopped on request; EX_TEMPFAIL of sysexits.h, try again.
 
 
 class ConfigError(ValueError):

@@ -86,30 +86,23 @@ def compile_step(config: ConfigDict, vocab: int, machine: Machine) -> Compiled:
       vocab: size of the tokenizer's vocabulary.
       machine: the devices; their number must be able to split the config's batch.
     """
-    replicas = Replicas(machine.devices)
-    with machine.compiling():
-        setup = _setup(config, vocab, replicas)
+
+    def lower(setup: Setup, replicas: Replicas) -> Any:
         state = abstract_state(setup)
         batch = replicas.shapes(training_shapes(config, setup.method.every, setup.sizes.per_device))
-        lowered = pmapped(setup, replicas, state).lower(state, batch)
-        return _compiled(lowered, machine.options(config))
+        return pmapped(setup, replicas, state).lower(state, batch)
+
+    return _compile(config, vocab, machine, lower)
 
 
 def compile_evaluation(config: ConfigDict, vocab: int, machine: Machine) -> Compiled:
-    """Compiles an evaluation step of a config, as a run makes it between training steps.
+    """Compiles an evaluation step, as a run makes it between training steps; see `compile_step`."""
 
-    Args:
-      config: a valid config.
-      vocab: size of the tokenizer's vocabulary.
-      machine: the devices; their number must be able to split the config's batch.
-    """
-    replicas = Replicas(machine.devices)
-    with machine.compiling():
-        setup = _setup(config, vocab, replicas)
-        params = parameter_shapes(setup.model)
+    def lower(setup: Setup, replicas: Replicas) -> Any:
         batch = replicas.shapes(evaluation_shapes(config, setup.sizes.per_device))
-        lowered = pmapped_evaluation(setup, replicas).lower(params, batch)
-        return _compiled(lowered, machine.options(config))
+        return pmapped_evaluation(setup, replicas).lower(parameter_shapes(setup.model), batch)
+
+    return _compile(config, vocab, machine, lower)
 
 
 def compile_function(function: Callable, *arguments: Any, machine: Machine) -> Compiled:
@@ -128,9 +121,12 @@ def compile_function(function: Callable, *arguments: Any, machine: Machine) -> C
         return _compiled(jax.jit(function).lower(*shapes))
 
 
-def _setup(config: ConfigDict, vocab: int, replicas: Replicas) -> Setup:
-    # The id of the mask token changes no shape.
-    return make_setup(config, vocab, replicas.device_count, mask_id=0)
+def _compile(config: ConfigDict, vocab: int, machine: Machine, lower: Callable) -> Compiled:
+    replicas = Replicas(machine.devices)
+    with machine.compiling():
+        # The id of the mask token changes no shape.
+        setup = make_setup(config, vocab, replicas.device_count, mask_id=0)
+        return _compiled(lower(setup, replicas), machine.options(config))
 
 
 def _compiled(lowered: Any, options: dict[str, str] | None = None) -> Compiled:

@@ -28,9 +28,9 @@ def kernel(dtype: jnp.dtype, width: int, masked: bool) -> str:
       masked: whether documents or padding are kept apart by `segments`.
     """
     fits = jnp.dtype(dtype).itemsize == 2 and width % 8 == 0 and width <= 128
-    if masked:
-        return "packed" if fits and target().runs_triton else "xla"
-    return "cudnn" if fits and target().has_flash_attention else "xla"
+    if not (fits and target().has_kernels):
+        return "xla"
+    return "packed" if masked else "cudnn"
 
 
 def attend(

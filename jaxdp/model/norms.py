@@ -7,6 +7,7 @@ Shapes: B batch, L length, D width, T tokens, R rows of a tile.
 """
 
 import functools
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -49,7 +50,7 @@ class Norm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
         bias = self.param("bias", nn.initializers.zeros, x.shape[-1:]) if self.bias else None
         options = (self.centred, self.epsilon, jnp.dtype(self.dtype))
-        if target().runs_triton and tiling(x.shape):
+        if target().has_kernels and tiling(x.shape):
             return fused(*options, x, scale, bias)
         return x, plain(*options, x, scale, bias)
 
@@ -136,9 +137,7 @@ def tiling(shape: tuple[int, ...]) -> tuple[int, int] | None:
     """
     width = shape[-1]
     piece = width & -width
-    tokens = 1
-    for size in shape[:-1]:
-        tokens *= size
+    tokens = math.prod(shape[:-1])
     rows = max(1, TILE // width)
     rows = min(1 << rows.bit_length() - 1, tokens & -tokens)
     return (rows, piece) if width <= MAX_PIECES * piece and width <= 4 * TILE else None

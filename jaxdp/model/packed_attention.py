@@ -169,7 +169,7 @@ def _call(options, kernel, tiles, own, others, spans, results):
 
 def _forward_kernel(scale, query_ref, key_ref, value_ref, spans, out_ref, log_sums_ref):
     """Computes attention of queries [N, K], and the logarithms of the softmax's sums [N]."""
-    scale *= math.log2(math.e)  # Powers of 2 are faster than those of e.
+    scale *= math.log2(math.e)  # Powers of 2 are faster than powers of e.
     query = query_ref[...]
 
     def body(carry, some, seen):

@@ -20,13 +20,8 @@ class Target(NamedTuple):
     capability: float = 0.0
 
     @property
-    def runs_triton(self) -> bool:
-        """Whether kernels in Triton are compiled for it: NVIDIA's GPUs, from Ampere on."""
-        return self.capability >= 8.0
-
-    @property
-    def has_flash_attention(self) -> bool:
-        """Whether cuDNN has fused attention for it: NVIDIA's GPUs, from Ampere on."""
+    def has_kernels(self) -> bool:
+        """Whether it runs cuDNN's attention and Triton kernels: NVIDIA's GPUs, from Ampere on."""
         return self.capability >= 8.0
 
 

@@ -33,7 +33,7 @@ def prepare(config: ConfigDict) -> None:
 
 
 def wanted(config: ConfigDict) -> dict[str, str]:
-    """Returns those of `FLAGS` that a run on NVIDIA GPUs adds here to what the user has set."""
+    """Returns the `FLAGS` that a run on NVIDIA GPUs adds to what the user has set."""
     given = os.environ.get("XLA_FLAGS", "")
     names = [name for name in FLAGS if config.xla_flags and name not in given]
     return {name: FLAGS[name] for name in names if _is_known(name)}
@@ -46,7 +46,7 @@ def _is_known(flag: str) -> bool:
 
 
 def xla_libraries() -> list[Path]:
-    """Returns jaxlib's library with XLA, and those of JAX's CUDA plugins."""
+    """Returns the libraries that contain XLA: jaxlib's, and JAX's CUDA plugins."""
     roots = [("jaxlib", "libjax_common.so"), ("jax_plugins", "xla_cuda*/xla_cuda_plugin.so")]
     found: list[Path] = []
     for package, pattern in roots:

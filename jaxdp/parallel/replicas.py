@@ -60,7 +60,7 @@ class Replicas:
         return jax.device_put(tree, NamedSharding(self._mesh, PartitionSpec(AXIS)))
 
     def shapes(self, tree: Any) -> Any:
-        """Returns the shapes [N, ...] of leaves of which each device has one of shape [...]."""
+        """Returns shapes [N, ...] for leaves [...] that each device has one of."""
         count = len(self.devices)
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), tree)
 

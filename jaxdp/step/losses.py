@@ -38,7 +38,7 @@ def cross_entropy(
     Returns:
       loss_sum and weight_sum, [] float32 each.
     """
-    if target().runs_triton:
+    if target().has_kernels:
         return _by_kernel(logits, targets, weights), jnp.sum(weights)
     return jnp.sum(_nll(logits, targets) * weights), jnp.sum(weights)
 

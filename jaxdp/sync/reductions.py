@@ -151,7 +151,7 @@ def scatter_mean(
 def all_gather(mine: Tree, like: Tree, axis_name: str) -> Tree:
     """Puts the devices' slices together; like: the shapes of the whole."""
     count = lax.axis_size(axis_name)
-    bucket = BUCKET_BYTES // count  # Of a device, so that the buckets are those of `scatter_mean`.
+    bucket = BUCKET_BYTES // count  # A device's part, so that the buckets are as in `scatter_mean`.
     every = _by_buckets(lambda x: lax.all_gather(jnp.concatenate(x), axis_name), mine, bucket)
     return unslice(every, like)
 
