@@ -28,7 +28,8 @@ from jaxdp.common.errors import ConfigError
 from jaxdp.model.transformer import num_parameters
 from jaxdp.parallel import cpu
 from jaxdp.run import loop
-from jaxdp.run.session import Result, Run
+from jaxdp.run.result import Result
+from jaxdp.run.session import Run
 from jaxdp.step.setup import same_on_two_devices
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config().")

@@ -18,8 +18,9 @@ from jaxdp.parallel import processes
 from jaxdp.parallel.replicas import Replicas
 from jaxdp.run import preflight, report
 from jaxdp.run.evaluation import Evaluations
+from jaxdp.run.result import Result
 from jaxdp.run.rollback import roll_back
-from jaxdp.run.session import Result, Run
+from jaxdp.run.session import Run
 from jaxdp.run.summary import summarise
 from jaxdp.run.watchdog import Watchdog
 from jaxdp.step.setup import Setup, batch_sizes, resolve_steps, setup_of_feeds, validate

@@ -4,7 +4,6 @@ The loop itself is `loop.train_steps`.
 """
 
 import contextlib
-import dataclasses
 import functools
 import itertools
 import time
@@ -23,16 +22,16 @@ from jaxdp.data import tokenizer
 from jaxdp.data.batch import Batch
 from jaxdp.estimate.memory import check_fits
 from jaxdp.huggingface import load
-from jaxdp.model import sampling
 from jaxdp.model.transformer import flops_per_token, num_parameters, parameter_shapes
 from jaxdp.parallel import processes
 from jaxdp.parallel.replicas import Replicas, device_memory, prefetch
-from jaxdp.run import preflight, report
+from jaxdp.run import preflight, report, sampled
 from jaxdp.run.divergence import Divergence
 from jaxdp.run.early_stopping import EarlyStopping
-from jaxdp.run.evaluation import Evaluation, Evaluations, evaluate_all, figures
+from jaxdp.run.evaluation import Evaluations, evaluate_all, figures
 from jaxdp.run.figures import MeanLoss, Throughput
 from jaxdp.run.profiling import Profile
+from jaxdp.run.result import Result
 from jaxdp.run.step_log import StepLog
 from jaxdp.run.watchdog import Watchdog
 from jaxdp.step.program import Program, pmapped_evaluation
@@ -41,34 +40,6 @@ from jaxdp.step.state import State, abstract_state, create_state, fields_of, per
 from jaxdp.sync.fingerprints import ReplicaCheck
 from jaxdp.workdir.checkpoints import Checkpoints
 from jaxdp.workdir.metrics import MetricsWriter
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """The outcome of a call to `train`.
-
-    Attributes:
-      step: optimizer steps done, those of earlier calls included.
-      finished: whether all steps are done and the last is evaluated, or early stopping ended the
-        run. If False, it was asked to stop, and has saved a checkpoint.
-      evaluations: by eval set, at the last step; empty if this call made none there.
-      state: the final training state, on the devices.
-    """
-
-    step: int
-    finished: bool
-    evaluations: Evaluations
-    state: Any
-
-    @property
-    def evaluation(self) -> Evaluation | None:
-        """The validation split's result at the last step; None if this call made no evaluation."""
-        return self.evaluations.get("")
-
-    def __repr__(self) -> str:
-        """Returns a line without the state, whose arrays would fill a notebook."""
-        loss = f", validation_loss={self.evaluation.loss:.4f}" if self.evaluation else ""
-        return f"Result(step={self.step}, finished={self.finished}{loss})"
 
 
 class Run:
@@ -378,21 +349,9 @@ class Run:
 
     def sample(self, done: int, params: Any) -> str:
         """Samples text, shows it in TensorBoard and returns it; empty where none is configured."""
-        wanted = self.config.objective == "causal" and self.config.sample.num_tokens
-        if not wanted or not processes.is_main():
+        if not sampled.is_wanted(self.config) or not processes.is_main():
             return ""
         self.watchdog.beat("sampling", done, slow=True)
-        cache = self.setup.feed.cache
-        [prompt] = tokenizer.encode(cache.tokenizer, [self.config.sample.prompt])
-        [ids] = sampling.sample(
-            self.setup.model,
-            jax.device_get(params),
-            [prompt],
-            vocab_size=cache.vocab_size,
-            num_tokens=self.config.sample.num_tokens,
-            temperature=sampling.TEMPERATURE,
-            seed=self.config.seed,
-        )
-        text = cache.tokenizer.decode([*prompt, *ids], skip_special_tokens=False)
+        text = sampled.sample(self.setup, params)
         self._writer.write_text(done, "sample", text)
         return text

@@ -1,7 +1,8 @@
 """The summary of a run, shown when it ends."""
 
 from jaxdp.run import report
-from jaxdp.run.session import Result, Run
+from jaxdp.run.result import Result
+from jaxdp.run.session import Run
 
 
 def summarise(run: Run, result: Result) -> None:

@@ -13,7 +13,7 @@ from jaxdp.common import usage
 from jaxdp.data.cache import open_cache
 from jaxdp.data.feed import Feed
 from jaxdp.run.evaluation import Evaluation
-from jaxdp.run.session import Result
+from jaxdp.run.result import Result
 from jaxdp.workdir import finished
 
 
