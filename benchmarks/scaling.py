@@ -25,6 +25,7 @@ from jaxdp.common.config import with_value
 from jaxdp.common.terminal import in_bytes
 from jaxdp.configs import gpt2_124m
 from jaxdp.estimate import compiled, scaling
+from jaxdp.estimate.scaling import Network
 from jaxdp.estimate.schedule import Schedule, covered_share
 from jaxdp.model.transformer import ModelConfig, Transformer, parameter_shapes
 from jaxdp.step.optimizer import get_optimizer, get_schedule
@@ -61,9 +62,9 @@ MODELS = {
 EXPLANATION = f"""*Bytes* are those of the collectives' buffers, together, per round of \
 `sync.every` steps. The prediction
 counts a method's arrays; up to {FIGURES:,} bytes of metrics (loss, tokens) travel with them, or
-alone. *Covered* is the share of these bytes that is under way while products of the backward pass run; the
-step waits for the rest. parameter_mean and diloco send at the end of a round, after its last
-backward pass."""
+alone. *Covered* is the share of these bytes that is under way while products of the backward pass
+run; the step waits for the rest. parameter_mean and diloco send at the end of a round, after its
+last backward pass."""
 
 
 def main() -> int:
@@ -165,7 +166,7 @@ def model_config(keys: dict) -> ConfigDict:
 def efficiency_rows(config: ConfigDict, bandwidth: float, hidden: float) -> Iterator[str]:
     """Yields efficiencies by number of devices, and gradient_mean's with a share hidden."""
     rate, latency = TFLOPS.value * 1e12, LATENCY.value / 1e6
-    table = scaling.efficiencies(config, VOCAB_SIZE, 8, rate, bandwidth, latency)
+    table = scaling.efficiencies(config, VOCAB_SIZE, 8, rate, Network(bandwidth, latency))
     yield f"| devices | {' | '.join(table)} | gradient_mean, {hidden:.0%} covered |"
     yield "|---|" + "---|" * (len(table) + 1)
     for count in scaling.COUNTS[3:]:

@@ -112,8 +112,13 @@ def get_config() -> ConfigDict:
     # are averaged every few steps. "diloco": each device trains alone; every few steps the mean
     # change of the parameters is the gradient of an outer optimizer.
     c.sync.method = "gradient_mean"
-    c.sync.dtype = "float32"  # To send gradients in: "float32", or "bfloat16" (half the bytes).
+    # To send gradients, or the changes of "diloco", in: "float32"; "bfloat16", half the bytes;
+    # "int8" or "int4", a quarter or an eighth: what rounding loses is added to the next.
+    c.sync.dtype = "float32"
     c.sync.every = 10  # "parameter_mean", "diloco": steps between synchronisations.
+    # "parameter_mean", "diloco": groups of devices that train as one, with the mean gradient of the
+    # group in each step. 0: each device is one; -1: the devices of each process; else their number.
+    c.sync.islands = 0
     c.sync.after = 0  # "parameter_mean": average gradients for this many steps first.
     c.sync.outer_learning_rate = 0.7  # "diloco": learning rate of the outer optimizer.
     c.sync.outer_momentum = 0.9  # "diloco": Nesterov momentum of the outer optimizer.

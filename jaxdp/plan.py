@@ -31,6 +31,12 @@ HOSTS = flags.DEFINE_integer("hosts", 1, "Machines that the GPUs are in, togethe
 BANDWIDTH = flags.DEFINE_float(
     "bandwidth_gbps", None, "Gbit/s that a device can send; by default by NVLink, or 100.", 1e-6
 )
+INSIDE = flags.DEFINE_float(
+    "inside_bandwidth_gbps",
+    None,
+    "Gbit/s within an island; by default by NVLink.",
+    1e-6,
+)
 LATENCY = flags.DEFINE_float("latency_us", 10.0, "Latency of a message in microseconds.", 0.0)
 TFLOPS = flags.DEFINE_float(
     "tflops", None, "10^12 FLOP/s that a device reaches; by default by --mfu, or measured.", 1e-6
@@ -50,7 +56,7 @@ PNG = flags.DEFINE_string("png", None, "PNG file for a plot of efficiency over d
 def main() -> int:
     """Prints the plan; returns the exit status."""
     config, display = cli.config_of_flag(CONFIG), Display()
-    cli.check_finite(BANDWIDTH, LATENCY, TFLOPS, MFU, MEMORY)
+    cli.check_finite(BANDWIDTH, INSIDE, LATENCY, TFLOPS, MFU, MEMORY)
     if PNG.value:
         png.check(PNG.name, PNG.value)
     # XLA warns where a program needs most of a GPU's memory; the plan says it better.
@@ -76,6 +82,7 @@ def main() -> int:
         devices=DEVICES.value,
         hosts=HOSTS.value,
         bandwidth_gbps=BANDWIDTH.value,
+        inside_bandwidth_gbps=INSIDE.value,
         latency_us=LATENCY.value,
         tflops=TFLOPS.value,
         mfu=MFU.value,

@@ -11,7 +11,7 @@ CHOICES = {
     "optimizer.name": ("adamw", "lion", "sgd", "muon"),
     "optimizer.schedule": ("cosine", "linear", "wsd", "constant"),
     "sync.method": ("gradient_mean", "parameter_mean", "diloco", "sharded", "fixed_order"),
-    "sync.dtype": ("float32", "bfloat16"),
+    "sync.dtype": ("float32", "bfloat16", "int8", "int4"),
 }
 
 # Optimizers whose update of a weight matrix needs the whole matrix, not a slice of it.
@@ -53,6 +53,7 @@ RANGES = {
     "optimizer.clip_norm": (0, 1e30),
     "sync.every": (1, MAX_INT32),
     "sync.after": (0, MAX_INT32),
+    "sync.islands": (-1, MAX_INT32),
     "sync.outer_learning_rate": (0, 1e6),
     "sync.outer_momentum": (0, 0.999999),
     "sync.virtual_replicas": (1, MAX_INT32),

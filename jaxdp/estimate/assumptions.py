@@ -11,6 +11,7 @@ from jaxdp.common.terminal import in_gib
 from jaxdp.estimate import compiled, scaling
 from jaxdp.estimate.compiled import Machine
 from jaxdp.estimate.gpus import GPUS, Gpu, peak_flops
+from jaxdp.estimate.scaling import Network
 from jaxdp.parallel.replicas import device_memory
 
 # The share of a GPU's memory that JAX's allocator takes, unless one of these variables says
@@ -29,7 +30,9 @@ class Assumptions:
     Attributes:
       devices: number of devices.
       kind: their kind, in words.
-      bandwidth_gbps: Gbit/s that a device can send.
+      bandwidth_gbps: Gbit/s that a device can send, to other islands if there are some.
+      inside_gbps: Gbit/s that it can send within its island.
+      hosts: machines that the devices are in.
       latency_us: microseconds per message.
       flop_rate: FLOP/s that a device reaches.
       rate_from: where flop_rate comes from, in words.
@@ -40,6 +43,8 @@ class Assumptions:
     devices: int
     kind: str
     bandwidth_gbps: float
+    inside_gbps: float
+    hosts: int
     latency_us: float
     flop_rate: float
     rate_from: str
@@ -47,9 +52,10 @@ class Assumptions:
     room_from: str
 
     @property
-    def link(self) -> tuple[float, float]:
-        """The bytes per second that a device sends, and the seconds per message."""
-        return self.bandwidth_gbps * 1e9 / 8, self.latency_us / 1e6
+    def network(self) -> Network:
+        """The links between the devices."""
+        between, inside = (x * 1e9 / 8 for x in (self.bandwidth_gbps, self.inside_gbps))
+        return Network(between, self.latency_us / 1e6, inside, self.devices // self.hosts)
 
 
 def machine_of(gpu: str | None, count: int, hosts: int) -> Machine:
@@ -72,9 +78,20 @@ def machine_of(gpu: str | None, count: int, hosts: int) -> Machine:
     return compiled.local_machine(count)
 
 
-def gbps_of(gpu: str | None, hosts: int) -> float:
-    """Returns the Gbit/s that a device is assumed to send: to GPUs beside it, or to a network."""
-    return GPUS[gpu].link * 8 / 1e9 if gpu and hosts == 1 else NETWORK_GBPS
+def gbps_of(
+    gpu: str | None, hosts: int, given: float | None, inside: float | None
+) -> tuple[float, float]:
+    """Returns the Gbit/s that a device sends to all others, or other islands, and within its own.
+
+    Args:
+      gpu: a key of `GPUS`, whose own links connect those of one machine; None: another device.
+      hosts: machines.
+      given: the first of the results, if the user gave it.
+      inside: the second, if the user gave it.
+    """
+    own = GPUS[gpu].link * 8 / 1e9 if gpu else NETWORK_GBPS
+    between = given or (own if hosts == 1 else NETWORK_GBPS)
+    return between, inside or (own if gpu else between)
 
 
 def rate_of(

@@ -65,6 +65,7 @@ def plan(
     devices: int | None = None,
     hosts: int = 1,
     bandwidth_gbps: float | None = None,
+    inside_bandwidth_gbps: float | None = None,
     latency_us: float = 10.0,
     tflops: float | None = None,
     mfu: float = MFU,
@@ -80,7 +81,8 @@ def plan(
       devices: number of devices; by default 1 such GPU, or all devices of this host.
       hosts: machines that the GPUs are in, with one process each.
       bandwidth_gbps: Gbit/s that a device can send; by default as GPUs of one host can, or else
-        100.
+        100. With sync.islands, this is to other islands.
+      inside_bandwidth_gbps: Gbit/s that it can send within its island; by default as such GPUs can.
       latency_us: microseconds per message.
       tflops: 10^12 FLOP/s that a device reaches; by default `mfu` of the GPU's peak, or the rate of
         a matrix product that is timed here.
@@ -99,7 +101,8 @@ def plan(
     machine = assumptions.machine_of(gpu, count, hosts)
     kind = machine.devices[0].device_kind
     given = Assumptions(
-        *(count, kind, bandwidth_gbps or assumptions.gbps_of(gpu, hosts), latency_us),
+        *(count, kind, *assumptions.gbps_of(gpu, hosts, bandwidth_gbps, inside_bandwidth_gbps)),
+        *(hosts, latency_us),
         *assumptions.rate_of(config, gpu, tflops, mfu),
         *assumptions.room_of(gpu, memory_gib),
     )
@@ -114,7 +117,7 @@ def plan(
     largest = largest_batch(setup, compile_with, step, given.room)
     needed = max(step.memory, evaluation)
     schedule = Schedule(step.text, count)
-    efficiency = scaling.efficiencies(config, vocab, count, given.flop_rate, *given.link)
+    efficiency = scaling.efficiencies(config, vocab, count, given.flop_rate, given.network)
     seconds = scaling.compute_seconds(config, vocab, count, given.flop_rate)
     return Plan(
         assumptions=given,

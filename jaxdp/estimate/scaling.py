@@ -4,6 +4,7 @@ Only shapes are used; nothing is allocated, except for a matrix product that `me
 """
 
 import time
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,23 @@ from jaxdp.model.transformer import (
 from jaxdp.step.optimizer import get_optimizer, get_schedule
 from jaxdp.sync import methods
 from jaxdp.sync.traffic import Collective
+
+
+class Network(NamedTuple):
+    """The links between devices: within an island, and between islands.
+
+    Attributes:
+      bandwidth: bytes per second that a device sends to other islands.
+      latency: seconds per message.
+      inside: bytes per second that it sends within its island; 0: `bandwidth`.
+      per_host: devices of a machine, for sync.islands=-1; 0: all are in one.
+    """
+
+    bandwidth: float
+    latency: float
+    inside: float = 0
+    per_host: int = 0
+
 
 COUNTS = tuple(2**i for i in range(11))
 MEASURE_SECONDS = 0.3
@@ -55,35 +73,37 @@ def measure_rate(config: ConfigDict) -> float:
     return done * 2 * rows * width * hidden / seconds / sharing
 
 
-def communication(
-    collectives: list[Collective], count: int, bandwidth: float, latency: float
-) -> float:
+def communication(collectives: list[Collective], count: int, network: Network) -> float:
     """Returns seconds per optimizer step: bytes / bandwidth, and latency of consecutive messages.
 
     Args:
       collectives: the collectives of one round.
       count: N devices.
-      bandwidth: bytes per second that a device sends.
-      latency: seconds per message.
+      network: their links.
     """
-    return sum((c.sent(count) / bandwidth + c.hops(count) * latency) / c.steps for c in collectives)
+
+    def seconds(c: Collective) -> float:
+        bandwidth = network.inside if c.inside and network.inside else network.bandwidth
+        return c.sent(count) / bandwidth + c.hops(count) * network.latency
+
+    return sum(seconds(c) / c.steps for c in collectives)
 
 
 def efficiencies(
-    config: ConfigDict, vocab: int, count: int, rate: float, bandwidth: float, latency: float
+    config: ConfigDict, vocab: int, count: int, rate: float, network: Network
 ) -> dict[str, dict[int, float]]:
     """Predicts the efficiency of each sync method on each number of devices that it supports.
 
     Weak scaling: the batch per device stays what it is with `count` devices. Communication does
-    not overlap with computing, and all links are equal, as in one ring.
+    not overlap with computing. Devices are one ring, or with sync.islands a ring in each island
+    and rings between islands.
 
     Args:
       config: a valid config; its sync.method is replaced.
       vocab: vocabulary size.
       count: devices that share config.global_batch_size.
       rate: FLOP/s of a device.
-      bandwidth: bytes per second that a device sends.
-      latency: seconds per message.
+      network: the devices' links.
 
     Returns:
       {method: {devices: compute / (compute + communication)}}.
@@ -96,13 +116,12 @@ def efficiencies(
         other = with_value(config, "sync.method", name)
         if config.sync.dtype not in method.dtypes:
             other.sync.dtype = method.dtypes[0]
-        table[name] = {
-            n: compute
-            / (
-                compute
-                + communication(methods.traffic(other, params, opt_state, n), n, bandwidth, latency)
-            )
-            for n in COUNTS
-            if n <= method.max_devices(other)
-        }
+        if not method.has_islands:
+            other.sync.islands = 0
+        table[name] = {}
+        for n in COUNTS:
+            hosts = max(1, n // (network.per_host or n))
+            if n <= method.max_devices(other) and n % max(1, other.sync.islands) == 0:
+                sent = methods.traffic(other, params, opt_state, n, hosts)
+                table[name][n] = compute / (compute + communication(sent, n, network))
     return table

@@ -63,7 +63,10 @@ def train_valid(
     threading.Thread(target=_import_tensorflow).start()
     with preflight.locked(workdir), processes.explaining_lost_peers(), watchdog:
         preflight.check_disk(
-            workdir, saved_shapes(abstract_state(setup), setup.method, setup.device_count)
+            workdir,
+            saved_shapes(
+                abstract_state(setup), setup.method, setup.method.islands(setup.device_count)
+            ),
         )
         with Run(setup, workdir, replicas, display, watchdog, stop_requested) as run:
             return _train(run)

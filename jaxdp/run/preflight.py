@@ -30,7 +30,9 @@ from jaxdp.parallel import processes
 from jaxdp.parallel.replicas import device_memory
 from jaxdp.run import profiling
 from jaxdp.step.setup import Setup
-from jaxdp.sync.methods import METHODS, Sync
+from jaxdp.sync.compression import BITS
+from jaxdp.sync.method import Sync
+from jaxdp.sync.methods import METHODS
 from jaxdp.workdir import integrity
 
 
@@ -46,9 +48,16 @@ def check_same_run(config: ConfigDict, saved: ConfigDict) -> None:
         for key in sorted(configs.identity(new | old))
         if key not in configs.NOT_IDENTITY and new.get(key) != old.get(key)
     ]
-    # No other method can go on from the state of a method with an outer optimizer.
+    # What compressed sums have lost is in the state.
+    dtypes = [flat.get("sync.dtype", "float32") for flat in (new, old)]
+    compressed = [str(dtype) in BITS for dtype in dtypes]
+    if compressed[0] != compressed[1]:
+        differing.append(f"sync.dtype={dtypes[0]!r} (was {shown(dtypes[1])})")
+    # No other method can go on from the state of a method with an outer optimizer, or from what
+    # compressed sums have lost.
     names = [flat.get("sync.method", "gradient_mean") for flat in (new, old)]
-    if names[0] != names[1] and any(METHODS.get(str(name), Sync).has_outer for name in names):
+    own = any(METHODS.get(str(name), Sync).has_outer for name in names)
+    if names[0] != names[1] and (own or all(compressed)):
         differing.append(f"sync.method={names[0]!r} (was {shown(names[1])})")
     # An EMA must cover a run from its beginning to its end.
     decays = [flat.get("ema.decay", 0.0) for flat in (new, old)]

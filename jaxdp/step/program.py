@@ -14,7 +14,7 @@ from jaxdp.step.setup import Setup
 from jaxdp.step.state import State, state_axes
 from jaxdp.step.train_step import at_step, step_of
 from jaxdp.sync import traffic
-from jaxdp.sync.methods import Sync
+from jaxdp.sync.method import Sync
 from jaxdp.sync.traffic import Collective
 
 # The calls of a compiled program that the profiler records; it has warmed up by then.

@@ -20,7 +20,9 @@ from jaxdp.model.transformer import ModelConfig, Transformer
 from jaxdp.parallel.replicas import AXIS
 from jaxdp.step.objective import Objective, get_objective
 from jaxdp.step.optimizer import get_optimizer, get_schedule
-from jaxdp.sync.methods import METHODS, Sync
+from jaxdp.sync import methods
+from jaxdp.sync.method import Sync
+from jaxdp.sync.methods import METHODS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +107,7 @@ def make_setup(
         sizes=batch_sizes(config, process_count, device_count),
         model=Transformer(ModelConfig.from_config(config, vocab_size)),
         objective=get_objective(config, vocab_size, mask_id),
-        method=METHODS[config.sync.method](config, AXIS),
+        method=methods.make(config, AXIS, process_count),
         schedule=schedule,
         optimizer=get_optimizer(config, schedule),
         feeds=feeds or {},
@@ -196,7 +198,7 @@ def validate(config: ConfigDict) -> None:
             f"init_from={shown(config.init_from)} is unknown: write hf:FOLDER or hf:NAME"
         )
     check_model(config)
-    METHODS[config.sync.method].check(config)
+    methods.check(config)
     if config.num_epochs == 0:
         _check_profile(config)
 

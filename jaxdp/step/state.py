@@ -15,9 +15,10 @@ from flax.training.train_state import TrainState
 from jaxdp.model.transformer import initial_params, parameter_shapes
 from jaxdp.parallel.replicas import AXIS, Replicas
 from jaxdp.step.setup import Setup
-from jaxdp.sync.methods import Sync
+from jaxdp.sync.islands import Islands
+from jaxdp.sync.method import Sync
 
-FIELDS = ("step", "params", "opt_state", "outer", "ema")
+FIELDS = ("step", "params", "opt_state", "outer", "ema", "residual")
 
 
 class State(TrainState):
@@ -29,10 +30,12 @@ class State(TrainState):
     Attributes:
       outer: state of DiLoCo's outer optimizer; () without one.
       ema: EMA of the parameters (see `ema`), or each device's slice of it; () without one.
+      residual: what a device's compressed sums have lost (see `compression`); () without them.
     """
 
     outer: Any = ()
     ema: Any = ()
+    residual: Any = ()
 
 
 def create_state(setup: Setup, replicas: Replicas, read: Callable[[], Any] | None = None) -> State:
@@ -71,8 +74,9 @@ def _of_device(setup: Setup, params: Any, unused: Any) -> State:
     del unused
     opt_state, outer = setup.method.init(setup.optimizer, params)
     ema = setup.method.ema_slice(params) if setup.method.ema_decay else ()
+    lost = setup.method.residual(params, setup.method.islands(setup.device_count))
     step = jnp.zeros((), jnp.int32)
-    return State(step, setup.model.apply, params, setup.optimizer, opt_state, outer, ema)
+    return State(step, setup.model.apply, params, setup.optimizer, opt_state, outer, ema, lost)
 
 
 def per_device_fields(method: Sync) -> set[str]:
@@ -80,6 +84,7 @@ def per_device_fields(method: Sync) -> set[str]:
     own = {
         "opt_state": method.per_device_opt_state,
         "ema": method.per_device_ema and method.ema_decay > 0,
+        "residual": method.bits > 0,
     }
     return {name for name, is_own in own.items() if is_own}
 
@@ -109,6 +114,8 @@ def fields_of(state: State) -> dict[str, Any]:
 def unsliced_shapes(state: State, method: Sync) -> dict[str, Any]:
     """Returns the fields in `per_device_fields` with the shapes that a single device would have.
 
+    Residuals are left out: they have no such shape.
+
     Args:
       state: a state of arrays or of shapes; only shapes are used.
       method: the sync method.
@@ -117,18 +124,22 @@ def unsliced_shapes(state: State, method: Sync) -> dict[str, Any]:
         "opt_state": lambda: jax.eval_shape(state.tx.init, state.params),
         "ema": lambda: state.params,
     }
-    return {name: shapes[name]() for name in per_device_fields(method)}
+    return {name: shapes[name]() for name in per_device_fields(method) - {"residual"}}
 
 
-def saved_shapes(state: State, method: Sync, device_count: int) -> dict[str, Any]:
+def saved_shapes(state: State, method: Sync, islands: Islands) -> dict[str, Any]:
     """Returns shapes and dtypes of the arrays in a checkpoint.
 
     Args:
       state: a state of arrays or of shapes; only shapes are used.
       method: the sync method of the run that wrote the checkpoint.
-      device_count: number of devices of that run.
+      islands: the devices of that run.
     """
     own = unsliced_shapes(state, method)
-    return fields_of(state) | {
-        name: method.saved_shapes(like, device_count) for name, like in own.items()
-    }
+    count = islands.devices
+    saved = {name: method.saved_shapes(like, count) for name, like in own.items()}
+    if method.bits:
+        one = jax.eval_shape(lambda: method.residual(state.params, islands))
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), one)
+        saved["residual"] = shapes
+    return fields_of(state) | saved

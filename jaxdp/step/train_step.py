@@ -18,7 +18,7 @@ from jaxdp.step.objective import Batch, Objective
 from jaxdp.step.setup import Setup
 from jaxdp.step.state import State
 from jaxdp.sync import reductions
-from jaxdp.sync.methods import Sync
+from jaxdp.sync.method import Sync
 
 
 def step_of(setup: Setup, method: Sync | None = None) -> Callable:
@@ -79,7 +79,7 @@ def train_step(
             "tokens": reductions.per_device(weight, AXIS),
             "busy": reductions.per_device(batch["busy"].max(), AXIS),
         }
-        grads, figures = method.mean(sums, figures)
+        grads, figures, residual = method.mean(sums, figures, state.residual)
         figures["grad_norm"] = method.norm(grads)
         if clip_norm:
             grads = clip(grads, figures["grad_norm"], clip_norm)
@@ -87,7 +87,8 @@ def train_step(
         # An update that isn't finite would spoil the parameters for good, so it is skipped.
         good = jnp.isfinite(figures["loss"]) & jnp.isfinite(figures["grad_norm"])
         figures["skipped"] = jnp.where(good, 0.0, 1.0)
-        updated, skipped = method.update(state, grads), at_step(state, state.step + 1)
+        updated = method.update(state.replace(residual=residual), grads)
+        skipped = at_step(state, state.step + 1)
         return _choose(good, updated, skipped), figures
 
     steps, ema, state = len(batch["inputs"]), state.ema, state.replace(ema=())

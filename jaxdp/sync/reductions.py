@@ -12,19 +12,17 @@ sum, nats), tokens [N] (the device's own count at its own index, zero elsewhere)
 Shapes: N devices, A micro-batches, b sequences per device, S numbers in a device's slice.
 """
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
-# Gradients that a collective of `scatter_mean` sends, about; small models are sent by a single one.
-BUCKET_BYTES = 2**24
+from jaxdp.sync.buckets import BUCKET_BYTES, by_buckets
+from jaxdp.sync.islands import Islands, slices, unslice
 
 Tree = Any
 Figures = dict[str, jax.Array]
@@ -66,26 +64,35 @@ def gradient_mean(
     return means, jax.tree.map(lambda x: x * lax.axis_size(axis_name), figures)
 
 
-def parameter_mean(tree: Tree, before: Tree, tokens: jax.Array, axis_name: str) -> Tree:
+def parameter_mean(
+    tree: Tree, before: Tree, tokens: jax.Array, axis_name: str, islands: Islands
+) -> Tree:
     """Averages the replicas' trees after local updates, θ' = Σ wᵢ θᵢ (Stich 2019).
 
-    A device's weight wᵢ is its share of the tokens: 1 / N if all have the same number.
+    An island's weight wᵢ is its share of the tokens: 1 / K if all have the same number.
 
     Args:
-      tree: this device's tree; integers in it count its updates, without skipped ones.
+      tree: this island's tree; integers in it count its updates, without skipped ones.
       before: the tree that all devices had after the last synchronisation.
       tokens: [N], each device's number of tokens since then.
       axis_name: name of the device axis.
+      islands: the groups of devices that hold the same tree.
     """
-    total = tokens.sum()
-    shares = jnp.where(total > 0, tokens / jnp.where(total > 0, total, 1), 1 / len(tokens))
-    mine = shares[lax.axis_index(axis_name)]
+    mine = share(tokens, axis_name, islands)
     # Updates since then are few, so exact as floats: one collective for everything.
     own = jax.tree.map(lambda x, b: x if _is_float(x) else (x - b).astype(mine.dtype), tree, before)
-    means = lax.psum(jax.tree.map(lambda x: x * mine, own), axis_name)
+    means = islands.sum_between(jax.tree.map(lambda x: x * mine, own), axis_name)
     return jax.tree.map(
         lambda m, b: m if _is_float(b) else b + jnp.rint(m).astype(b.dtype), means, before
     )
+
+
+def share(tokens: jax.Array, axis_name: str, islands: Islands) -> jax.Array:
+    """Returns this device's island's share, [], of the tokens [N] of all devices."""
+    tokens = tokens.reshape(islands.islands, islands.size).sum(1)
+    total = tokens.sum()
+    shares = jnp.where(total > 0, tokens / jnp.where(total > 0, total, 1), 1 / islands.islands)
+    return shares[islands.number(axis_name)]
 
 
 def _is_float(x: jax.Array) -> bool:
@@ -99,39 +106,21 @@ def drift(params: Tree, mean: Tree, axis_name: str) -> jax.Array:
 
 
 def outer_step(
-    outer: optax.GradientTransformation, before: Tree, mean: Tree, state: Tree
+    outer: optax.GradientTransformation, before: Tree, delta: Tree, state: Tree
 ) -> tuple[Tree, Tree]:
-    """Makes DiLoCo's outer step, with `before` - `mean` as gradient (Douillard et al. 2023).
+    """Makes DiLoCo's outer step (Douillard et al. 2023).
 
     Args:
       outer: the outer optimizer, Nesterov momentum.
       before: parameters after the last synchronisation.
-      mean: mean of the replicas' parameters now.
+      delta: the outer gradient: `before` minus the mean of the replicas' parameters now.
       state: state of the outer optimizer.
 
     Returns:
       The new parameters and the outer optimizer's new state.
     """
-    delta = jax.tree.map(jnp.subtract, before, mean)
     updates, state = outer.update(delta, state, before)
     return optax.apply_updates(before, updates), state
-
-
-def slices(tree: Tree, count: int) -> Tree:
-    """Flattens each leaf, pads it with zeros and cuts it into equal slices: [...] -> [count, S]."""
-
-    def cut(x):
-        pad = np.pad if isinstance(x, np.ndarray) else jnp.pad
-        return pad(x.reshape(-1), (0, -x.size % count)).reshape(count, -1)
-
-    return jax.tree.map(cut, tree)
-
-
-def unslice(parts: Tree, like: Tree) -> Tree:
-    """Undoes `slices`; like: the shapes before. A scalar copied to all devices comes as [count]."""
-    return jax.tree.map(
-        lambda x, shape: x.reshape(-1)[: shape.size].reshape(shape.shape), parts, like
-    )
 
 
 def scatter_mean(
@@ -140,48 +129,19 @@ def scatter_mean(
     """Computes `gradient_mean`, but returns only this device's slice of each leaf, [S]."""
     cut = slices(sums, lax.axis_size(axis_name))
 
-    def send(bucket):
-        joined = jnp.concatenate(bucket, axis=1).astype(dtype)
-        return lax.psum_scatter(joined, axis_name).astype(bucket[0].dtype)
+    def send(joined):
+        return lax.psum_scatter(joined.astype(dtype), axis_name).astype(joined.dtype)
 
     figures = lax.psum(figures, axis_name)
-    return divide(_by_buckets(send, cut, BUCKET_BYTES), figures), figures
+    return divide(by_buckets(send, cut), figures), figures
 
 
 def all_gather(mine: Tree, like: Tree, axis_name: str) -> Tree:
     """Puts the devices' slices together; like: the shapes of the whole."""
     count = lax.axis_size(axis_name)
-    bucket = BUCKET_BYTES // count  # A device's part, so that the buckets are as in `scatter_mean`.
-    every = _by_buckets(lambda x: lax.all_gather(jnp.concatenate(x), axis_name), mine, bucket)
-    return unslice(every, like)
-
-
-def _by_buckets(send: Callable, tree: Tree, limit: int) -> Tree:
-    """Maps a collective over the leaves of a tree, of which it takes several at a time.
-
-    A collective for each leaf would take its latency each time; a single one could not start before
-    the backward pass has ended (as in PyTorch's DDP, Li et al. 2020).
-
-    Args:
-      send: maps a list of leaves [..., S] to their result, joined along the last axis.
-      tree: leaves whose last axis may be joined.
-      limit: bytes from which on a bucket is full.
-    """
-    leaves, treedef = jax.tree.flatten(tree)
-    buckets: list[list[jax.Array]] = [[]]
-    for leaf in leaves:
-        if buckets[-1] and sum(x.nbytes for x in buckets[-1]) >= limit:
-            buckets.append([])
-        buckets[-1].append(leaf)
-    results = [part for bucket in buckets for part in _split(send(bucket), bucket)]
-    return jax.tree.unflatten(treedef, results)
-
-
-def _split(joined: jax.Array, leaves: list[jax.Array]) -> list[jax.Array]:
-    ends = [0]
-    for leaf in leaves:
-        ends.append(ends[-1] + leaf.shape[-1])
-    return [joined[..., a:b] for a, b in itertools.pairwise(ends)]
+    # A device's part is limited, so that the buckets are as in `scatter_mean`.
+    limit = BUCKET_BYTES // count
+    return unslice(by_buckets(lambda x: lax.all_gather(x, axis_name), mine, limit=limit), like)
 
 
 def pairwise_sum(tree: Tree) -> Tree:

@@ -19,14 +19,18 @@ class Collective:
     """A collective operation of a program, and how often it happens.
 
     Attributes:
-      kind: all-reduce, reduce-scatter, all-gather or collective-permute.
+      kind: all-reduce, reduce-scatter, all-gather, all-to-all or collective-permute.
       bytes: size of the whole buffer, before or after it is split over devices.
       steps: optimizer steps from one such operation to the next.
+      members: devices that take part, of several equal groups; 0: all.
+      inside: whether they belong to one island.
     """
 
     kind: str
     bytes: int
     steps: float = 1
+    members: int = 0
+    inside: bool = False
 
     def sent(self, device_count: int) -> float:
         """Returns the bytes that each device sends, on a ring (Thakur et al. 2005).
@@ -37,14 +41,15 @@ class Collective:
         """
         if self.kind == "collective-permute":
             return self.bytes
-        rounds = 2 if self.kind == "all-reduce" else 1
-        return rounds * (device_count - 1) / device_count * self.bytes
+        rounds, count = 2 if self.kind == "all-reduce" else 1, self.members or device_count
+        return rounds * (count - 1) / count * self.bytes
 
     def hops(self, device_count: int) -> int:
         """Returns the number of messages sent one after the other, on a ring."""
         if self.kind == "collective-permute":
             return 1
-        return (2 if self.kind == "all-reduce" else 1) * (device_count - 1)
+        count = self.members or device_count
+        return (2 if self.kind == "all-reduce" else 1) * (count - 1)
 
 
 def sent_per_step(round_: Iterable[Collective], device_count: int) -> float:

@@ -14,7 +14,9 @@ from jaxdp.common.files import first_line
 from jaxdp.parallel import processes
 from jaxdp.parallel.replicas import Replicas, to_local
 from jaxdp.step.state import State, fields_of, per_device_fields, saved_shapes, unsliced_shapes
-from jaxdp.sync.methods import Sync
+from jaxdp.sync.compression import move_residual
+from jaxdp.sync.islands import Islands
+from jaxdp.sync.method import Sync
 from jaxdp.workdir import integrity
 from jaxdp.workdir.saver import Saver
 
@@ -52,6 +54,7 @@ class Checkpoints:
           RunError: all checkpoints are damaged; nothing is moved.
         """
         self._replicas, self._method, self._report = replicas, method, report
+        self._islands = method.islands(replicas.device_count)
         self._folder = folder_of(workdir)
         processes.on_main(lambda: _make(self._folder))
         self._moved: list[tuple[Path, int]] = []
@@ -78,7 +81,8 @@ class Checkpoints:
         tree = self.saved(state)
         if processes.is_main():
             extra = extra | {
-                "devices": self._replicas.device_count,
+                "devices": self._islands.devices,
+                "islands": self._islands.islands,
                 integrity.FINGERPRINTS: integrity.fingerprints_by_path(tree),
             }
             # With several processes, Orbax refuses arrays on the devices of one. Of an array that
@@ -197,7 +201,9 @@ class Checkpoints:
 
     def _read(self, step: int, like: State, extra: dict) -> State:
         """Reads the state of a checkpoint; if it is damaged, raises any exception."""
-        target = saved_shapes(like, self._method, extra["devices"])
+        # Checkpoints of older versions don't know islands.
+        writer = Islands(extra["devices"], extra.get("islands", extra["devices"]))
+        target = saved_shapes(like, self._method, writer)
         has = "ema" in integrity.check_shapes(self._folder / str(step), like.params)
         if has != ("ema" in target):
             raise integrity.OtherModelError(f"the checkpoint has {'an' if has else 'no'} ema")
@@ -213,18 +219,25 @@ class Checkpoints:
         integrity.check_fingerprints(found | shared, extra[integrity.FINGERPRINTS])
         if int(shared["step"]) != step:
             raise ValueError(f"it was saved after step {int(shared['step'])}")
-        count = self._replicas.device_count
         placed = {
-            name: self._replicas.put_per_device(self._method.load(found[name], count))
+            name: self._replicas.put_per_device(self._load(name, found[name], like, writer))
             for name in own
         }
         return like.replace(**self._replicas.replicate(shared), **placed)
+
+    def _load(self, name: str, saved: Any, like: State, writer: Islands) -> Any:
+        """Converts a field of another number of devices to this one's, [N, ...]."""
+        if name == "residual":
+            return move_residual(saved, like.params, writer, self._islands)
+        return self._method.load(saved, writer, self._islands)
 
     def saved(self, state: State) -> dict[str, Any]:
         """Returns the arrays to save; if possible they don't depend on the number of devices."""
         tree = fields_of(state)
         for name, like in unsliced_shapes(state, self._method).items():
             tree[name] = self._method.save(self._replicas.gather_per_device(tree[name]), like)
+        if "residual" in tree:
+            tree["residual"] = self._replicas.gather_per_device(tree["residual"])
         return tree
 
     def _set_aside(self, steps: list[int]) -> None:

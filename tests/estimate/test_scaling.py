@@ -3,6 +3,7 @@
 import pytest
 
 from jaxdp.estimate import scaling
+from jaxdp.estimate.scaling import Network
 from jaxdp.sync.methods import METHODS
 from jaxdp.sync.traffic import Collective
 
@@ -10,7 +11,7 @@ VOCAB = 20
 
 
 def table(config, bandwidth=1e9, latency=1e-5):
-    return scaling.efficiencies(config, VOCAB, 1, 1e12, bandwidth, latency)
+    return scaling.efficiencies(config, VOCAB, 1, 1e12, Network(bandwidth, latency))
 
 
 def test_efficiency_is_1_on_one_device_and_falls(config):
@@ -31,5 +32,20 @@ def test_fewer_synchronisations_and_more_bandwidth_are_more_efficient(config):
 
 
 def test_communication_is_the_rings_formula():
-    time = scaling.communication([Collective("all-reduce", 1_000_000, 5)], 4, 1e6, 0.25)
+    time = scaling.communication([Collective("all-reduce", 1_000_000, 5)], 4, Network(1e6, 0.25))
     assert time == pytest.approx((2 * 3 / 4 * 1 + 2 * 3 * 0.25) / 5)
+
+
+def test_islands_send_less_over_the_slow_link(config):
+    """Two machines of 4 devices each: between them, a device sends a quarter of the parameters."""
+    config.sync.update({"every": 10, "islands": -1})
+    network = Network(1e8, 0, inside=1e12, per_host=4)
+    found = scaling.efficiencies(config, VOCAB, 1, 1e12, network)
+    config.sync.islands = 0
+    single = scaling.efficiencies(config, VOCAB, 1, 1e12, network)
+    assert found["gradient_mean"] == single["gradient_mean"]
+    assert found["diloco"][1] == 1
+    cost = {n: 1 / found["diloco"][n] - 1 for n in (4, 8)}
+    # Of 8 devices in one ring each sends 7/4 of the parameters, of two islands a quarter.
+    assert cost[8] == pytest.approx((1 / single["diloco"][8] - 1) / 7, rel=0.1)
+    assert cost[4] < 0.05 * cost[8]

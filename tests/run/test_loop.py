@@ -102,10 +102,15 @@ def test_a_run_that_is_asked_to_stop_evaluates_when_it_resumes(config, tmp_path,
     assert loop.train(config, tmp_path / "parts", devices=devices).evaluations == {}
 
 
+COMPRESSED = {"gradient_mean": "int4", "sharded": "int8", "diloco": "int4"}
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_resuming_is_not_stopping_however_replicas_agree(config, tmp_path, method):
-    """Bit by bit: parameters, each device's own moments, DiLoCo's outer momentum."""
-    config.sync.update({"method": method, "every": 2})
+    """Bit by bit: parameters, each device's moments, outer momentum, what rounding has lost."""
+    islands = 2 if METHODS[method].has_islands else 0
+    config.sync.update({"method": method, "every": 2, "islands": islands})
+    config.sync.dtype = COMPRESSED.get(method, "float32")
     config.eval_every = config.checkpoint.every = 2
     config.model.dropout = 0.2
     devices = jax.local_devices()[:4]
@@ -116,6 +121,23 @@ def test_resuming_is_not_stopping_however_replicas_agree(config, tmp_path, metho
     for a, b in zip(*map(jax.tree.leaves, (whole.state, parts.state)), strict=True):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
     assert figures(tmp_path / "whole") == figures(tmp_path / "parts")
+
+
+def test_a_run_goes_on_with_other_devices_and_islands(config, tmp_path):
+    """Without what was lost or the moments of its islands, its losses would be others."""
+    config.sync.update({"method": "diloco", "every": 2, "dtype": "int4"})
+    config.eval_every = config.checkpoint.every = 2
+    found = []
+    for devices, islands in ((4, 2), (4, 4), (2, 1)):
+        config.sync.islands = islands
+        config.num_train_steps += 2
+        result = loop.train(config, tmp_path, devices=jax.local_devices()[:devices])
+        found.append(result.evaluation.loss)
+        assert jax.tree.leaves(result.state.residual)[0].shape[0] == devices
+    assert found[2] < found[1] < found[0]
+    config.sync.dtype = "float32"
+    with pytest.raises(ConfigError, match=r"sync\.dtype='float32' \(was 'int4'\)"):
+        loop.train(config, tmp_path)
 
 
 def test_methods_with_one_state_can_follow_each_other(config, tmp_path):

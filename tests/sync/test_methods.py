@@ -145,19 +145,23 @@ def test_gradient_mean_is_not_the_same_to_the_bit(config):
 
 
 @pytest.mark.parametrize(
-    ("method", "small"),
+    ("method", "keys", "small"),
     [
-        ("gradient_mean", 0),
-        ("sharded", 2),
-        ("fixed_order", 1),
-        ("parameter_mean", 2),
-        ("diloco", 2),
+        ("gradient_mean", {}, 0),
+        ("gradient_mean", {"dtype": "int4"}, 1),
+        ("sharded", {}, 2),
+        ("sharded", {"dtype": "int8"}, 2),
+        ("fixed_order", {}, 1),
+        ("parameter_mean", {}, 2),
+        ("parameter_mean", {"islands": 2}, 2),
+        ("diloco", {}, 2),
+        ("diloco", {"islands": 2, "dtype": "int4"}, 2),
     ],
 )
-def test_the_price_is_what_the_compiled_program_moves(config, method, small):
+def test_the_price_is_what_the_compiled_program_moves(config, method, keys, small):
     """Except for a few small collectives: figures, a norm, the drift."""
     config.num_train_steps = 8
-    program, replicas, state = start(choose(config, method, every=2), 4)
+    program, replicas, state = start(choose(config, method, every=2, **keys), 4)
     part = list(batches(program.round_length(0)))
     expected = program.traffic()
     state, _ = program(0, state, replicas.shard_steps(part))

@@ -266,6 +266,8 @@ def test_where_all_are_damaged_nothing_is_touched(tmp_path, config):
 def test_the_size_of_a_checkpoint_is_known_before(config, tmp_path, method):
     config.sync.method = method
     program, replicas, state = begin(config, 4)
-    shapes = saved_shapes(abstract_state(make_setup(config, VOCAB, 4)), program.method, 4)
+    shapes = saved_shapes(
+        abstract_state(make_setup(config, VOCAB, 4)), program.method, program.method.islands(4)
+    )
     with Checkpoints(tmp_path, config, replicas, program.method) as checkpoints:
         assert num_bytes(checkpoints.saved(state)) == num_bytes(shapes)

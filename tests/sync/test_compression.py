@@ -1,0 +1,125 @@
+"""Sums of which only small integers cross the network."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxdp.parallel.replicas import AXIS, Replicas
+from jaxdp.sync import compression
+from jaxdp.sync.compression import BITS, decode, encode
+from jaxdp.sync.islands import Islands
+from support.steps import batches, bits, choose, start, train
+
+
+@pytest.mark.parametrize("width", BITS.values())
+def test_rounding_loses_at_most_half_of_a_block_s_unit(width):
+    """The unit is the largest number of a block, divided by 127 or 7, to 8 bits."""
+    x = np.random.default_rng(0).normal(size=(3, 300)).astype(np.float32)
+    x[:, 128:256] *= 1e-6
+    sent = encode(jnp.asarray(x), width)
+    assert sent.dtype == jnp.uint8
+    assert sent.shape == (3, compression.num_encoded_bytes(300, width))
+    lost = np.abs(x - np.asarray(decode(sent, 300, width)))
+    for part in (slice(0, 128), slice(128, 256), slice(256, 300)):
+        unit = np.abs(x[:, part]).max(-1) / (2 ** (width - 1) - 1)
+        # A unit that bfloat16 rounds down by 2^-9 makes the largest number too large by that.
+        limit = np.maximum(0.5 * (1 + 2**-8), (2 ** (width - 1) - 1) * 2**-8) * unit
+        assert (lost[:, part].max(-1) <= limit).all()
+
+
+@pytest.mark.parametrize("width", BITS.values())
+def test_whole_units_zeros_and_what_is_not_finite(width):
+    limit = 2 ** (width - 1) - 1
+    x = np.zeros((1, 384), np.float32)
+    x[0, : 2 * limit + 1] = np.arange(-limit, limit + 1)
+    x[0, 300] = np.nan
+    found = np.asarray(decode(encode(jnp.asarray(x), width), 384, width))
+    # The integers up to the limit are the block's own units.
+    np.testing.assert_array_equal(found[:, :128], x[:, :128])
+    if width == 4:
+        assert not found[:, 128:256].any()
+    assert np.isnan(found[:, 256:]).all()
+    x[0, 300] = np.inf
+    assert not np.isfinite(np.asarray(decode(encode(jnp.asarray(x), width), 384, width))[0, 300])
+
+
+def summed(steps, width, islands):
+    """Exact sums and sums received over some steps, and the last residuals, of all devices."""
+    rng, replicas = np.random.default_rng(0), Replicas(jax.local_devices()[: islands.devices])
+    residual = compression.empty_residual(
+        {"a": np.zeros((7, 20)), "b": np.zeros(3)}, islands.devices
+    )
+    residual = jax.tree.map(lambda x: np.stack([x] * islands.devices), residual)
+
+    def step(lost, tree):
+        tree = jax.tree.map(lambda x: x[0], tree)
+        return compression.compressed_sum(tree, lost, AXIS, width, islands.devices)
+
+    p_step = replicas.pmap(step, state_axes=0, out_axes=0)
+    exact, got = [], []
+    for _ in range(steps):
+        tree = {"a": rng.normal(size=(4, 7, 20)), "b": rng.normal(size=(4, 3))}
+        tree = jax.tree.map(np.float32, tree)
+        found, residual = p_step(residual, replicas.shard(tree))
+        found = jax.device_get(found)
+        assert all(
+            bits(jax.tree.map(lambda x, i=i: x[i], found))
+            == bits(jax.tree.map(lambda x: x[0], found))
+            for i in range(4)
+        )
+        exact.append(jax.tree.map(lambda x: x.sum(0), tree))
+        got.append(jax.tree.map(lambda x: x[0], found))
+    return exact, got, jax.device_get(residual)
+
+
+@pytest.mark.parametrize("width", BITS.values())
+def test_what_is_lost_is_kept_and_comes_later(width):
+    """After any number of steps: sums received + what is kept = exact sums, on equal devices."""
+    islands = Islands(4, 4)
+    exact, got, residual = summed(20, width, islands)
+    assert bits(exact[0]) != bits(got[0])
+    like = exact[0]
+    total = jax.tree.map(lambda *x: sum(x), *exact)
+    received = jax.tree.map(lambda *x: sum(x), *got)
+    # Of other devices, the same is kept.
+    for where in (islands, Islands(2, 2), Islands(8, 2), Islands(8, 8), Islands(1, 1)):
+        kept = compression.move_residual(residual, like, islands, where)
+        back = compression.move_residual(kept, like, where, Islands(1, 1))
+        for name, x in like.items():
+            lost = (
+                back["sent"][name].reshape(-1)[: x.size]
+                + back["summed"][name].reshape(-1)[: x.size]
+            )
+            # Eighty float32 numbers near 1 are added.
+            np.testing.assert_allclose(
+                received[name] + lost.reshape(x.shape), total[name], atol=1e-4
+            )
+
+
+@pytest.mark.parametrize("method", ["gradient_mean", "sharded", "diloco"])
+def test_training_with_int4_is_close_to_training_with_float32(config, method):
+    """The mean loss of the last steps is nearer to float32's than the loss falls per step."""
+    config.optimizer.learning_rate = 3e-3
+    runs = {
+        dtype: train(choose(config, method, every=2, dtype=dtype), 4, steps=12, uneven=False)
+        for dtype in ("float32", "int4")
+    }
+    losses = {name: [float(f["loss"]) for f in figures] for name, (figures, _) in runs.items()}
+    assert losses["float32"] != losses["int4"]
+    fallen = losses["float32"][0] - np.mean(losses["float32"][-4:])
+    apart = abs(np.mean(losses["float32"][-4:]) - np.mean(losses["int4"][-4:]))
+    assert fallen > 0 and apart < 0.1 * fallen
+
+
+def test_an_update_that_is_not_finite_leaves_the_residual_as_it_was(config):
+    choose(config, "gradient_mean", dtype="int8")
+    program, replicas, state = start(config, 2)
+    first, second = batches(2)
+    state, _ = program(0, state, replicas.shard_steps([first]))
+    before = jax.device_get(state.residual)
+    assert any(x.any() for x in jax.tree.leaves(before))
+    second["weights"] = np.full_like(second["weights"], np.nan)
+    state, metrics = program(1, state, replicas.shard_steps([second]))
+    assert metrics["skipped"][0] > 0
+    assert bits(before) == bits(jax.device_get(state.residual))
