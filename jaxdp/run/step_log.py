@@ -49,12 +49,16 @@ class StepLog:
         metrics, config = jax.device_get(on_devices), self._setup.config
         steps = len(metrics["loss"])
         self._look_for_trouble(before + steps, metrics)
-        for i, tokens in enumerate(metrics["tokens"]):
+        tokens = [float(x.sum()) for x in metrics["tokens"]]
+        for i, count in enumerate(tokens):
+            self.throughput.add(round(count), waited if i == 0 else 0.0)
+        speed = None  # The steps of a round are one program, so they have one speed.
+        for i, count in enumerate(tokens):
             done = before + i + 1
-            self.loss.add(float(metrics["loss"][i]), float(tokens.sum()))
-            self.throughput.add(round(float(tokens.sum())), waited if i == 0 else 0.0)
+            self.loss.add(float(metrics["loss"][i]), count)
             if done % config.log_every == 0 or done == config.num_train_steps:
-                self._log(done, i, metrics)
+                speed = speed or self.throughput.read()
+                self._log(done, i, metrics, speed)
         if "drift" in metrics:
             self.drift = float(metrics["drift"][-1])
         self._display.step(before + steps)
@@ -71,9 +75,9 @@ class StepLog:
                 "yellow",
             )
 
-    def _log(self, done: int, i: int, metrics: dict[str, Any]) -> None:
+    def _log(self, done: int, i: int, metrics: dict[str, Any], speed: dict[str, Any]) -> None:
         """Logs step i of a round, counted from 0, after which `done` steps are done."""
-        speed, loss = self.throughput.read(), self.loss.read()
+        loss = self.loss.read()
         self._display.figures(done, loss, speed["tokens_per_second"])
         names = ("grad_norm", "learning_rate", "drift")
         values = {"train/loss": loss}

@@ -10,6 +10,7 @@ from jaxdp.run.early_stopping import EarlyStopping
 from jaxdp.sync.methods import METHODS
 from jaxdp.workdir.checkpoints import Checkpoints
 from jaxdp.workdir.generation import generate
+from jaxdp.workdir.metrics import read_jsonl
 from support.runs import (
     after,
     assert_close_losses,
@@ -135,6 +136,9 @@ def test_a_run_goes_on_with_other_devices_and_islands(config, tmp_path):
         found.append(result.evaluation.loss)
         assert jax.tree.leaves(result.state.residual)[0].shape[0] == devices
     assert found[2] < found[1] < found[0]
+    # The steps of a round have one speed, that of the round.
+    speeds = [r["tokens_per_second"] for r in read_jsonl(tmp_path) if "train/loss" in r]
+    assert speeds[::2] == speeds[1::2]
     config.sync.dtype = "float32"
     with pytest.raises(ConfigError, match=r"sync\.dtype='float32' \(was 'int4'\)"):
         loop.train(config, tmp_path)
