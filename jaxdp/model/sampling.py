@@ -48,25 +48,24 @@ def sample(
     """
     context = model.config.seq_len
     histories = [np.asarray(prompt, np.int32) for prompt in prompts]
-    lengths = [len(history) for history in histories]
-    run = functools.partial(_continue, model, vocab_size=vocab_size)
-    while len(histories[0]) < lengths[0] + num_tokens:
-        missing = lengths[0] + num_tokens - len(histories[0])
-        fits = max(map(len, histories)) < context
-        windows = [h if fits else h[-max(context // 2, 1) :] for h in histories]
+    lengths = np.array([len(history) for history in histories], np.int32)
+    drawn = np.zeros_like(lengths)  # Each prompt's tokens so far.
+    run = functools.partial(fill, model, vocab_size=vocab_size)
+    while (drawn < num_tokens).any():
+        # Each prompt is cut where it would be alone; one that is done draws 0 tokens.
+        windows = [h if len(h) < context else h[-max(context // 2, 1) :] for h in histories]
         starts = np.array([len(window) for window in windows], np.int32)
-        count = min(missing, context - starts.max())
+        counts = np.minimum(num_tokens - drawn, context - starts)
         tokens = np.zeros((len(windows), context), np.int32)
         for row, window in zip(tokens, windows, strict=True):
             row[: len(window)] = window
-        drawn = np.array([len(h) - n for h, n in zip(histories, lengths, strict=True)], np.int32)
         filled = np.asarray(
             run(
                 params,
                 tokens,
                 starts,
                 drawn,
-                count,
+                counts.max(),
                 temperature,
                 min(top_k or vocab_size, vocab_size),
                 top_p,
@@ -75,25 +74,38 @@ def sample(
         )
         histories = [
             np.concatenate([history, row[start : start + count]])
-            for history, row, start in zip(histories, filled, starts, strict=True)
+            for history, row, start, count in zip(histories, filled, starts, counts, strict=True)
         ]
+        drawn += counts
     return [history[length:] for history, length in zip(histories, lengths, strict=True)]
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="vocab_size")
-def _continue(
+def fill(
     model, params, tokens, starts, drawn, count, temperature, top_k, top_p, seed, *, vocab_size
 ):
-    """Fills tokens[r, starts[r]:starts[r] + count]; drawn: [R], each row's draws before these.
+    """Draws `count` tokens for each row, from `starts` on; see `sample`.
 
     All rows, padded on the right, are read in one pass. This leaves cache entries of padding after
-    each prompt, but a drawn token overwrites each before it is attended to.
+    each prompt, but a drawn token overwrites each before it is attended to. What a row draws beyond
+    the context is dropped.
+
+    Args:
+      model: see `sample`; so are params and the options.
+      tokens: [R, S] int32, the prompts from position 0 on.
+      starts: [R] int32, their lengths.
+      drawn: [R] int32, the draws that each row has had before.
+      count: [] int32.
+
+    Returns:
+      The tokens, [R, S].
     """
-    read = functools.partial(model.apply, decode=True, mutable=["cache"])
+    read = functools.partial(model.apply, decode=True, mutable=["cache"], method="hidden")
+    head = functools.partial(model.apply, {"params": params}, method="logits")
     row_numbers = jnp.arange(len(tokens))
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    logits, cache = read({"params": params}, tokens, positions=positions)
-    logits = logits[row_numbers, starts - 1]
+    states, cache = read({"params": params}, tokens, positions=positions)
+    logits = head(states[row_numbers, starts - 1])  # [R, V]: those of all positions would be large.
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), row_numbers)
 
     def body(i, carry):
@@ -105,8 +117,8 @@ def _continue(
         chosen = jax.vmap(jax.random.categorical)(draw_keys, likely).astype(tokens.dtype)
         at = starts + i
         tokens = tokens.at[row_numbers, at].set(chosen)
-        logits, cache = read({"params": params, **cache}, chosen[:, None], positions=at[:, None])
-        return tokens, logits[:, 0], cache
+        states, cache = read({"params": params, **cache}, chosen[:, None], positions=at[:, None])
+        return tokens, head(states[:, 0]), cache
 
     return jax.lax.fori_loop(0, count, body, (tokens, logits, cache))[0]
 
@@ -115,6 +127,8 @@ def filter_logits(
     logits: jax.Array, top_k: jax.Array, top_p: jax.Array, temperature: jax.Array
 ) -> jax.Array:
     """Divides logits by the temperature and sets all but the likeliest to minus infinity.
+
+    Of equally likely tokens the first are kept.
 
     Args:
       logits: [R, V] float32.
@@ -133,4 +147,6 @@ def filter_logits(
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
     kept = (before < top_p) & (jnp.arange(logits.shape[-1]) < top_k)
     lowest = jnp.min(jnp.where(kept, falling, jnp.inf), axis=-1, keepdims=True)
-    return jnp.where(logits >= lowest, logits, -jnp.inf)
+    above, ties = logits > lowest, logits == lowest
+    places = (kept.sum(-1) - above.sum(-1))[..., None]  # For the ties.
+    return jnp.where(above | ties & (ties.cumsum(-1) <= places), logits, -jnp.inf)

@@ -3,9 +3,8 @@
 import jax
 import optax
 from ml_collections import ConfigDict
-from optax.contrib import MuonDimensionNumbers
 
-MUON_RMS = 0.2  # Makes Muon's updates as large as AdamW's, so both take the same learning rate.
+from jaxdp.step.muon import muon
 
 
 def get_schedule(config: ConfigDict) -> optax.Schedule:
@@ -55,42 +54,9 @@ def get_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.Gradien
             optax.add_decayed_weights(c.weight_decay, decay_mask),
             optax.scale_by_learning_rate(schedule),
         )
-    # Muon's AdamW part can't tell norm scales from embeddings, so it decays neither.
-    return optax.contrib.muon(
-        schedule,
-        beta=c.b1,
-        adam_b1=c.b1,
-        adam_b2=c.b2,
-        weight_decay_mask=decay_mask,
-        muon_weight_dimension_numbers=muon_dimensions,
-        consistent_rms=MUON_RMS,
-        **decay,
-    )
+    return muon(schedule, c.b1, c.b2, c.weight_decay, decay_mask)
 
 
 def decay_mask(params):
     """Returns True for matrices and embeddings, which decay; False for biases and norm scales."""
-    return jax.tree.map_with_path(lambda path, _: _name(path) in ("kernel", "embedding"), params)
-
-
-def muon_dimensions(params):
-    """Returns the input and output axes of each hidden matrix, and None for other parameters.
-
-    Muon updates hidden matrices only; AdamW updates embeddings and the head (Jordan et al. 2024).
-    Query, key and value kernels are [D, H, K], the attention's output kernel is [H, K, D]. Scanned
-    layers add a leading layer axis, which is not part of the matrix.
-    """
-
-    def dimensions(path, leaf):
-        if _name(path) != "kernel" or _name(path[:-1]) == "head":
-            return None
-        front = int(_name(path[:1]) == "layers")
-        axes = tuple(range(front, leaf.ndim))
-        inputs = 2 if _name(path[:-1]) == "out" else 1
-        return MuonDimensionNumbers(axes[:inputs], axes[inputs:])
-
-    return jax.tree.map_with_path(dimensions, params)
-
-
-def _name(path) -> str:
-    return path[-1].key
+    return jax.tree.map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), params)

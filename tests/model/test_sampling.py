@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdp.model.sampling import filter_logits, sample
-from jaxdp.model.transformer import ModelConfig, Transformer
+from jaxdp.model.sampling import fill, filter_logits, sample
+from jaxdp.model.transformer import ModelConfig, Transformer, parameter_shapes
 from jaxdp.run import loop
 from support.models import apply
 from support.runs import logged
@@ -43,6 +43,27 @@ def test_a_batch_is_what_each_prompt_gives_alone(model):
     for prompt, tokens in zip(prompts, together, strict=True):
         assert (draw(model, [prompt], temperature=0)[0] == tokens).all()
     assert (draw(model, prompts)[0] == draw(model, prompts[:1])[0]).all()
+
+
+def test_each_prompt_is_cut_where_it_would_be_alone(model):
+    """Some fill the context at other times than others, some more often, and one from the start."""
+    lengths = (1, CONTEXT - 1, 5, CONTEXT + 3, CONTEXT)
+    prompts = [np.arange(length) % VOCAB for length in lengths]
+    together = draw(model, prompts, num_tokens=CONTEXT + 3, temperature=0)
+    for prompt, tokens in zip(prompts, together, strict=True):
+        [alone] = draw(model, [prompt], num_tokens=CONTEXT + 3, temperature=0)
+        assert (alone == tokens).all(), len(prompt)
+
+
+def test_reading_the_prompts_makes_only_the_logits_that_are_used(config):
+    """With a vocabulary so large that those of all positions would be most of its memory."""
+    model = Transformer(ModelConfig.from_config(config, 4096))
+    rows = jax.ShapeDtypeStruct((3,), np.int32)
+    tokens = jax.ShapeDtypeStruct((3, CONTEXT), np.int32)
+    arguments = (tokens, rows, rows, 5, 1.0, 10, 1.0, 0)
+    lowered = fill.lower(model, parameter_shapes(model), *arguments, vocab_size=4096)
+    assert "tensor<3x4096x" in lowered.as_text()
+    assert f"3x{CONTEXT}x4096x" not in lowered.as_text()
 
 
 def test_texts_longer_than_the_context(model):
@@ -89,6 +110,24 @@ LOGITS = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
 def test_filter_keeps_the_likeliest(options, kept):
     filtered = filter_logits(LOGITS, *options)[0]
     assert (jnp.isfinite(filtered) == (jnp.arange(4) < kept)).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ((4, 1.0, 0.0), [1]),
+        ((1, 1.0, 1.0), [1]),
+        ((2, 1.0, 1.0), [1, 3]),
+        ((3, 1.0, 1.0), [0, 1, 3]),
+        ((4, 0.4, 1.0), [1, 3]),
+        ((4, 0.3, 1.0), [1]),
+        ((4, 1.0, 1.0), [0, 1, 2, 3]),
+    ],
+)
+def test_of_equally_likely_tokens_the_first_are_kept(options, kept):
+    """Their probabilities are 0.13 and 0.37."""
+    filtered = filter_logits(jnp.array([[1.0, 2.0, 1.0, 2.0]]), *options)[0]
+    assert jnp.flatnonzero(jnp.isfinite(filtered)).tolist() == kept
 
 
 @pytest.mark.parametrize(("at_eval", "steps"), [(True, [3, 6]), (False, [6])])

@@ -5,7 +5,8 @@ import optax
 import pytest
 
 from jaxdp.model.transformer import ModelConfig, Transformer
-from jaxdp.step.optimizer import decay_mask, get_optimizer, get_schedule, muon_dimensions
+from jaxdp.step import muon
+from jaxdp.step.optimizer import decay_mask, get_optimizer, get_schedule
 
 INPUTS = jnp.zeros((1, 16), jnp.int32)
 
@@ -56,11 +57,52 @@ def test_decay_is_for_matrices(config, scan_layers):
         assert decayed == name.endswith(("kernel", "embedding")), name
 
 
+@pytest.mark.parametrize("name", ["adamw", "lion", "sgd", "muon"])
+def test_every_optimizer_decays_the_same_parameters(config, name):
+    """Without gradient an update is the decay alone, which is decoupled."""
+    config.model.update({"bias": True, "tied_head": False})
+    config.optimizer.update({"name": name, "weight_decay": 0.5})
+    params = jax.tree.map(lambda p: p + 1, params_of(config))
+    optimizer = get_optimizer(config, optax.constant_schedule(0.1))
+    zero = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(zero, optimizer.init(params), params)
+    before = names(params)
+    for path, update in names(updates).items():
+        rate = 0.05 if path.endswith(("kernel", "embedding")) else 0.0
+        np.testing.assert_allclose(update, -rate * before[path], rtol=1e-6, err_msg=path)
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_muon_is_optaxs(config, scan_layers):
+    """Without decay, over some steps; products of float32 matrices round to about 1e-6."""
+    config.model.update({"bias": True, "scan_layers": scan_layers, "num_kv_heads": 1})
+    config.optimizer.update({"name": "muon", "weight_decay": 0.0})
+    params, schedule = params_of(config), optax.linear_schedule(0.1, 0.2, 5)
+    ours = get_optimizer(config, schedule)
+    theirs = optax.contrib.muon(
+        schedule,
+        beta=config.optimizer.b1,
+        adam_b1=config.optimizer.b1,
+        adam_b2=config.optimizer.b2,
+        muon_weight_dimension_numbers=muon.dimensions,
+        consistent_rms=0.2,
+    )
+    states = [optimizer.init(params) for optimizer in (ours, theirs)]
+    for step in range(3):
+        grads = jax.tree.map(
+            lambda p: jax.random.normal(jax.random.key(step + p.size), p.shape), params
+        )
+        found = [o.update(grads, s, params) for o, s in zip((ours, theirs), states, strict=True)]
+        states = [state for _, state in found]
+        for a, b in zip(*(jax.tree.leaves(updates) for updates, _ in found), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5)
+
+
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_muon_is_for_hidden_matrices(config, scan_layers):
     config.model.update({"bias": True, "scan_layers": scan_layers, "tied_head": False})
     params = names(params_of(config))
-    dimensions = names(muon_dimensions(params_of(config)))
+    dimensions = names(muon.dimensions(params_of(config)))
     assert dimensions.keys() == params.keys()
     for name, numbers in dimensions.items():
         hidden = name.endswith("kernel") and not name.startswith("head")

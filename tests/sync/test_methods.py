@@ -133,6 +133,15 @@ def test_fixed_order_is_the_same_to_the_bit_on_any_number_of_devices(config, mod
     assert len({bits([f["loss"] for f in figures]) for figures, _ in runs}) == 1
 
 
+@pytest.mark.parametrize("optimizer", ["lion", "sgd", "muon"])
+def test_fixed_order_is_the_same_to_the_bit_with_every_optimizer(config, optimizer):
+    """A matrix of Muon's must not be summed in an order that depends on the program around it."""
+    config.optimizer.update({"name": optimizer, "clip_norm": 0.5})
+    choose(config, "fixed_order")
+    one, other = (train(config, devices, steps=5)[1] for devices in (1, 8))
+    assert bits(one) == bits(other)
+
+
 def test_fixed_order_is_gradient_mean(config):
     assert_same_run(train(config, 1), train(choose(config, "fixed_order"), 4))
 
