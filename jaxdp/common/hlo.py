@@ -5,7 +5,9 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 # "%name = f32[2,3]{1,0} fusion(%a, %b), attributes"; the shape of several results is a tuple.
-_INSTRUCTION = re.compile(r"\s*(ROOT )?%?([\w.-]+) = (.+?) ([a-z][\w-]*)\(([^)]*)\)(.*)")
+# Operands may have their shapes before them, and these parentheses of their own.
+_OPERANDS = r"(?:[^()]|\([^()]*\)|\((?:[^()]|\([^()]*\))*\))*"
+_INSTRUCTION = re.compile(rf"\s*(ROOT )?%?([\w.-]+) = (.+?) ([a-z][\w-]*)\(({_OPERANDS})\)(.*)")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\{$")
 _BUFFER = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 _NAME = re.compile(r"%([\w.-]+)")
@@ -33,6 +35,19 @@ class Instruction(NamedTuple):
     operands: tuple[str, ...]
     attributes: str
     is_root: bool
+
+    @property
+    def result(self) -> str:
+        """The shape of the result; of a -start, that of its -done, without the operands.
+
+        A -start gives (operand, result, ...), with tuples for several; all-reduce-start only the
+        results, in most versions of XLA.
+        """
+        if not self.kind.endswith("-start"):
+            return self.shape
+        parts = elements(self.shape)
+        bare = not parts or (len(parts) == len(self.operands) and parts[0][0] != "(")
+        return self.shape if self.kind == "all-reduce-start" and bare else parts[1]
 
     @property
     def called(self) -> list[str]:
@@ -81,6 +96,25 @@ def instructions(lines: Iterable[str]) -> Iterable[Instruction]:
 def _instruction(found: re.Match) -> Instruction:
     root, name, shape, kind, operands, attributes = found.groups()
     return Instruction(name, shape, kind, tuple(_NAME.findall(operands)), attributes, bool(root))
+
+
+def elements(shape: str) -> list[str]:
+    """Splits the shape of a tuple into those of its elements; of an array there are none.
+
+    Examples:
+      >>> elements("((f32[2,3]{1,0}), /*index=1*/bf16[], u32[])")
+      ['(f32[2,3]{1,0})', 'bf16[]', 'u32[]']
+    """
+    if not shape.startswith("("):
+        return []
+    found, depth = [""], 0
+    for letter in re.sub(r"/\*.*?\*/", "", shape)[1:-1]:
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and not depth:
+            found.append("")
+        else:
+            found[-1] += letter
+    return [part.strip() for part in found if part.strip()]
 
 
 def num_bytes(shape: str) -> int:

@@ -84,21 +84,12 @@ def sample(
 def fill(
     model, params, tokens, starts, drawn, count, temperature, top_k, top_p, seed, *, vocab_size
 ):
-    """Draws `count` tokens for each row, from `starts` on; see `sample`.
+    """Draws `count` tokens for each row, after its `starts` ones; returns the tokens, [R, S].
 
-    All rows, padded on the right, are read in one pass. This leaves cache entries of padding after
-    each prompt, but a drawn token overwrites each before it is attended to. What a row draws beyond
-    the context is dropped.
-
-    Args:
-      model: see `sample`; so are params and the options.
-      tokens: [R, S] int32, the prompts from position 0 on.
-      starts: [R] int32, their lengths.
-      drawn: [R] int32, the draws that each row has had before.
-      count: [] int32.
-
-    Returns:
-      The tokens, [R, S].
+    All rows of tokens [R, S], padded on the right, are read in one pass. This leaves cache entries
+    of padding after each prompt, but a drawn token overwrites each before it is attended to. What a
+    row draws beyond the context is dropped. `drawn` [R] says how many draws each row has had; the
+    other arguments are those of `sample`.
     """
     read = functools.partial(model.apply, decode=True, mutable=["cache"], method="hidden")
     head = functools.partial(model.apply, {"params": params}, method="logits")

@@ -71,7 +71,7 @@ def num_bytes(tree: Any, dtype: str | None = None) -> int:
 # The operations that make devices wait for each other, as compiled programs name them. On GPUs each
 # is split into a -start, under whose name it is counted, and a -done.
 KINDS = ("all-reduce", "reduce-scatter", "all-gather", "collective-permute", "all-to-all")
-_CALL = re.compile(rf" ({'|'.join(KINDS)})(-start|-done)?\(")
+_CALL = re.compile(rf" ({'|'.join(KINDS)})(-start)?\(")
 
 
 def collectives(program: str, device_count: int) -> dict[str, Collective]:
@@ -87,12 +87,10 @@ def collectives(program: str, device_count: int) -> dict[str, Collective]:
     found = {}
     # Searching for the call first is much faster, as most lines hold other instructions.
     for instruction in hlo.instructions(filter(_CALL.search, program.splitlines())):
-        kind = instruction.kind.removesuffix("-start").removesuffix("-done")
-        # The shape is the result's, of a reduce-scatter one device's part. In some versions of XLA
-        # that of a -start includes the operands, so it is taken from the -done that follows.
-        name = instruction.operands[0] if instruction.kind.endswith("-done") else instruction.name
+        kind = instruction.kind.removesuffix("-start")
+        # The result of a reduce-scatter is one device's part.
         parts = device_count if kind == "reduce-scatter" else 1
-        found[name] = Collective(kind, parts * hlo.num_bytes(instruction.shape))
+        found[instruction.name] = Collective(kind, parts * hlo.num_bytes(instruction.result))
     return found
 
 

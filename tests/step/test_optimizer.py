@@ -90,7 +90,7 @@ def test_muon_is_optaxs(config, scan_layers):
     states = [optimizer.init(params) for optimizer in (ours, theirs)]
     for step in range(3):
         grads = jax.tree.map(
-            lambda p: jax.random.normal(jax.random.key(step + p.size), p.shape), params
+            lambda p, s=step: jax.random.normal(jax.random.key(s + p.size), p.shape), params
         )
         found = [o.update(grads, s, params) for o, s in zip((ours, theirs), states, strict=True)]
         states = [state for _, state in found]

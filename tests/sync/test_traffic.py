@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 from jax import lax
 
+from jaxdp.common import hlo
 from jaxdp.parallel.replicas import AXIS, Replicas
 from jaxdp.sync import traffic
 from jaxdp.sync.traffic import Collective
@@ -51,23 +52,39 @@ def test_collectives_of_a_compiled_program(function, kind, size):
     assert (found.kind, found.bytes) == (kind, size)
 
 
-def test_names_as_gpu_programs_have_them():
+FORMS = {
+    "f32[10]{0} all-reduce(%x)": 40,
+    "(bf16[], bf16[3,2]{1,0}) all-reduce(%a, %b)": 14,
+    "f32[2]{0} reduce-scatter(%x)": 32,
+    "f32[20]{0} all-reduce-start(%y)": 80,
+    "((f32[10]{0}), f32[10]{0}) all-reduce-start(%x)": 40,
+    "(f32[10]{0}, f32[10]{0}) all-reduce-start(%x)": 40,
+    "(f32[10]{0}, bf16[4]{0}) all-reduce-start(%x, %y)": 48,
+    "((f32[10], bf16[4]), (f32[10], bf16[4])) all-reduce-start(%x, %y)": 48,
+    "(f32[2]{0}, f32[8]{0}) all-gather-start(%x)": 32,
+    "((f32[2], f32[1]), (f32[8], f32[4])) all-gather-start(%x, %y)": 48,
+    "((f32[8]{0}), f32[2]{0}) reduce-scatter-start(%z)": 32,
+    "((f32[8]{0}), f32[2]{0}, u32[], /*index=3*/u32[]) reduce-scatter-start(%z)": 32,
+    "(f32[8]{0}, f32[8]{0}, u32[], u32[]) collective-permute-start(%z)": 32,
+    "((f32[8]{0:T(256)}), f32[8]{0:T(256)}) all-to-all-start((f32[8]{0:T(256)}) %z)": 32,
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_bytes_in_all_forms_that_collectives_have(form):
+    """GPUs have two instructions for each, of which the first may also show its operands."""
+    kind = next(kind for kind in traffic.KINDS if kind in form)
+    [(name, found)] = traffic.collectives(f"  %name.1 = {form}, channel_id=1", 4).items()
+    assert (name, found.kind, found.bytes) == ("name.1", kind, FORMS[form])
+
+
+def test_the_end_of_a_collective_is_no_other():
     text = """
-      %all-reduce-start.1 = ((f32[10]{0}), f32[10]{0}) all-reduce-start(%x), channel_id=1
-      %all-reduce-start.2 = f32[20]{0} all-reduce-start(%y), channel_id=2
-      %reduce-scatter-start = ((f32[8]{0}), f32[2]{0}) reduce-scatter-start(%z)
-      %all-reduce-done.1 = f32[10]{0} all-reduce-done(%all-reduce-start.1)
-      %all-reduce-done.2 = f32[20]{0} all-reduce-done(%all-reduce-start.2)
-      %reduce-scatter-done = f32[2]{0} reduce-scatter-done(%reduce-scatter-start)
-      ROOT %psum.2 = (bf16[], bf16[3,2]{1,0}) all-reduce(%a, %b), to_apply=%add
+      %start = (f32[2]{0}, f32[8]{0}) all-gather-start(%x), channel_id=1
+      ROOT %done = f32[8]{0} all-gather-done((f32[2]{0}, f32[8]{0}) %start)
     """
-    found = traffic.collectives(text, 4)
-    assert [(n, c.kind, c.bytes) for n, c in found.items()] == [
-        ("all-reduce-start.1", "all-reduce", 40),
-        ("all-reduce-start.2", "all-reduce", 80),
-        ("reduce-scatter-start", "reduce-scatter", 32),
-        ("psum.2", "all-reduce", 14),
-    ]
+    assert list(traffic.collectives(text, 4)) == ["start"]
+    assert [x.operands for x in hlo.instructions(text.splitlines())] == [("x",), ("start",)]
 
 
 def test_waiting_is_a_share_of_time_and_none_where_nothing_is_recorded():
