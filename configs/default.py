@@ -52,7 +52,8 @@ def get_config() -> ConfigDict:
     # documents. "documents": several per sequence; a token attends to its own document only.
     # "padded": one per sequence, truncated if it is too long, as for fine-tuning.
     c.data.packing = "stream"
-    c.data.cache_dir = ""  # Where tokenised text is kept; "": ~/.cache/jaxdp/tokens.
+    # Where tokenised text is kept; "": $XDG_CACHE_HOME/jaxdp/tokens, or ~/.cache/jaxdp/tokens.
+    c.data.cache_dir = ""
 
     # "char", "byte", "train:bpe:VOCAB_SIZE" (trained on the training split), "hf:NAME" from the
     # Hugging Face hub, "hf:FOLDER", or the path of a tokenizer.json or of a SentencePiece .model.

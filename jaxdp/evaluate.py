@@ -10,14 +10,12 @@ may be under way.
 Exit status: 0; 2 a flag, the workdir or the data is wrong; anything else is a fault.
 """
 
-import os
 import sys
-from pathlib import Path
 
 from absl import flags
 from ml_collections import config_flags
 
-from jaxdp.common import cli, config_file
+from jaxdp.common import cli, config_file, paths
 from jaxdp.common import config as configs
 from jaxdp.common.errors import ConfigError, shown
 from jaxdp.configs import default
@@ -47,20 +45,20 @@ def main() -> int:
     if not WORKDIR.value:
         raise ConfigError("--workdir is missing: give the folder of a training run")
     cli.check_step(STEP)
+    workdir = paths.local("--workdir", WORKDIR.value)
     # Imported here, so that --help and mistakes in flags don't wait seconds for JAX.
     from jaxdp.parallel import cpu
     from jaxdp.run import preflight, report
-    from jaxdp.run.evaluation import completed, evaluate_checkpoint, figures
+    from jaxdp.run.evaluation import completed, evaluate_valid, figures
     from jaxdp.step.setup import same_on_two_devices
     from jaxdp.workdir.metrics import to_json
 
     cli.prepare_jax()
-    workdir = Path(os.path.expanduser(WORKDIR.value))
-    changes = config_flags.get_override_values(flags.FLAGS["config"])
-    config = completed(configs.load(workdir / "config.json"), changes)
+    saved = configs.load(workdir / "config.json")
+    config = completed(saved, config_flags.get_override_values(flags.FLAGS["config"]))
     cpu.prepare(config, two_devices=same_on_two_devices(config))
     preflight.check_devices()
-    step, found = evaluate_checkpoint(workdir, STEP.value, changes, say=cli.warn)
+    step, found = evaluate_valid(workdir, config, saved, STEP.value, say=cli.warn)
     for name, evaluation in found.items():
         print(report.evaluated(step, evaluation, name))
     print(to_json({"step": step, **figures(found)}))

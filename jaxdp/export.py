@@ -10,13 +10,11 @@ Exit status: 0; 2 a flag or the workdir is wrong, or the model can't be exported
 fault.
 """
 
-import os
 import sys
-from pathlib import Path
 
 from absl import flags
 
-from jaxdp.common import cli
+from jaxdp.common import cli, paths
 from jaxdp.common.errors import ConfigError
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.")
@@ -32,13 +30,14 @@ def main() -> int:
     if not OUTPUT.value:
         raise ConfigError("--output is missing: give the folder to make")
     cli.check_step(STEP)
+    workdir = paths.local("--workdir", WORKDIR.value)
+    output = paths.local("--output", OUTPUT.value)
     # Imported here, so that --help and mistakes in flags don't wait seconds for JAX.
     from jaxdp.huggingface.save import export
     from jaxdp.run import preflight
 
     cli.prepare_jax()
     preflight.check_devices()
-    workdir, output = (Path(os.path.expanduser(x)) for x in (WORKDIR.value, OUTPUT.value))
     step = export(workdir, output, STEP.value, cli.warn)
     print(f"{output}: the model after step {step:,}")
     return 0

@@ -8,12 +8,11 @@ are processed as one batch.
 Exit status: 0; 2 a flag or the workdir is wrong; anything else is a fault.
 """
 
-import os
 import sys
 
 from absl import flags
 
-from jaxdp.common import choices, cli
+from jaxdp.common import choices, cli, paths
 from jaxdp.common.choices import MAX_INT32
 from jaxdp.common.errors import ConfigError
 
@@ -37,6 +36,7 @@ def main() -> int:
     if not PROMPT.value:
         raise ConfigError("--prompt is missing: give a text to continue")
     cli.check_finite(TEMPERATURE, TOP_P)
+    workdir = paths.local("--workdir", WORKDIR.value)
     # Imported here, so that --help and mistakes in flags don't wait seconds for JAX.
     from jaxdp.run import preflight
     from jaxdp.workdir.generation import generate
@@ -44,7 +44,7 @@ def main() -> int:
     cli.prepare_jax()
     preflight.check_devices()
     texts = generate(
-        os.path.expanduser(WORKDIR.value),
+        workdir,
         PROMPT.value,
         num_tokens=NUM_TOKENS.value,
         temperature=TEMPERATURE.value,

@@ -11,14 +11,14 @@ Exit status: 0 finished; 2 the config or the input is wrong; 75 stopped on reque
 SIGINT) with everything saved, run again to resume; anything else is a fault.
 """
 
-import os
 import sys
 import threading
+from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from jaxdp.common import cli
+from jaxdp.common import cli, paths
 from jaxdp.common.errors import STOPPED, ConfigError
 from jaxdp.parallel import launcher
 
@@ -45,16 +45,17 @@ def main() -> int:
     config = cli.config_of_flag(CONFIG)
     if not WORKDIR.value:
         raise ConfigError("--workdir is missing: give a new folder, or that of a run to resume")
+    workdir = paths.local("--workdir", WORKDIR.value)
     # Imported here, so that --help and mistakes in flags don't wait seconds for JAX.
     from jaxdp.parallel import processes
 
     processes.check_identity(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     gpus = launcher.visible_gpus() if PROCESSES.value != "1" else 0
     count = launcher.process_count(PROCESSES.value, gpus)
-    return _train(config, WORKDIR.value) if count == 1 else _start(config, count, gpus)
+    return _train(config, workdir) if count == 1 else _start(config, count, gpus)
 
 
-def _train(config: ConfigDict, workdir: str) -> int:
+def _train(config: ConfigDict, workdir: Path) -> int:
     """Trains in this process."""
     from jaxdp.parallel import cpu, gpu, processes
     from jaxdp.run import loop, preflight
@@ -68,7 +69,7 @@ def _train(config: ConfigDict, workdir: str) -> int:
     preflight.check_devices()
     stop = threading.Event()
     cli.on_stop_signal(stop.set)
-    result = loop.train_valid(config, os.path.expanduser(workdir), stop_requested=stop.is_set)
+    result = loop.train_valid(config, workdir, stop_requested=stop.is_set)
     return 0 if result.finished else STOPPED
 
 

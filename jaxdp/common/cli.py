@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from pathlib import Path
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from jaxdp.common import config_file, usage
+from jaxdp.common import config_file, paths, usage
 from jaxdp.common.config import check_known
 from jaxdp.common.errors import WRONG_INPUT, ConfigError, RunError, shown
 
@@ -193,8 +194,13 @@ def prepare_jax() -> None:
     import jax
 
     if jax.config.values["jax_compilation_cache_dir"] is None:
-        home = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(home / "jaxdp" / "xla"))
+        try:
+            folder = paths.cache_folder() / "xla"
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+            jax.config.update("jax_compilation_cache_dir", str(folder))
+        except (ConfigError, OSError) as error:
+            warn(f"compiled programs are not kept for the next start ({error})")
     if not jax.config.values["jax_platforms"] and _only_plugin():
         jax.config.update("jax_platforms", "cpu")
         warn("no NVIDIA GPU is visible here, so JAX uses the CPU (JAX_PLATFORMS=cpu)")

@@ -8,6 +8,7 @@ the sizes of its files, and up to VERIFY_UP_TO bytes their content. A damaged ca
 """
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -17,12 +18,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import filelock
 import numpy as np
 from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
-from jaxdp.common import files
+from jaxdp.common import files, locks, paths
 from jaxdp.common.errors import ConfigError, shown
 from jaxdp.data import building, layout
 from jaxdp.data import tokenizer as tokenizers
@@ -32,6 +32,8 @@ from jaxdp.data.sources import Source, ValidationOnly, get_sources
 FORMAT = 2  # Raise it when the same config would give other tokens than before.
 # The largest cache whose content is checked: reading it takes a second or two.
 VERIFY_UP_TO = 2**30
+# Errors of a file that is missing, or of something else in its place.
+NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +92,35 @@ def open_cache(
     sources = get_sources(config, report)
     if not train:
         sources = [ValidationOnly(source) for source in sources]
-    root = Path(os.path.expanduser(config.data.cache_dir or "~/.cache/jaxdp/tokens"))
+    folder = _root(config) / _fingerprint(config, sources)
+    try:
+        if (cache := _find(folder)) is not None:
+            return cache
+    except DamagedError:
+        pass
+
+    def busy(lock: str) -> None:
+        dead = f"; if it has died on another machine, remove {lock}" if lock else ""
+        report(f"Another process is tokenising {config.data.path}; waiting for it{dead} ...")
+
+    try:
+        with locks.held(_lock(folder), busy, report):
+            return _build_once(config, sources, folder, report)
+    except OSError as error:
+        full = error.errno in files.DISK_FULL_ERRORS
+        if not full and folder.name not in str(error.filename):
+            raise
+        way_out = "make room" if full else "ask its owner for permission to write"
+        raise ConfigError(
+            f"data.cache_dir={str(folder.parent)!r} can't be written ({files.reason(error)}: "
+            f"{error.filename or folder}): {way_out}, or choose another folder"
+        ) from None
+
+
+def _root(config: ConfigDict) -> Path:
+    """Returns the folder of all token caches, and makes it."""
+    given = config.data.cache_dir
+    root = paths.local("data.cache_dir", given) if given else paths.cache_folder() / "tokens"
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -98,22 +128,7 @@ def open_cache(
             f"data.cache_dir={shown(str(root))} can't be made ({error.strerror}): choose another "
             "folder"
         ) from None
-    folder = root / _fingerprint(config, sources)
-    try:
-        if (cache := _find(folder)) is not None:
-            return cache
-    except DamagedError:
-        pass
-    try:
-        with filelock.FileLock(_lock(folder)):
-            return _build_once(config, sources, folder, report)
-    except OSError as error:
-        if error.errno not in files.DISK_FULL_ERRORS:
-            raise
-        raise ConfigError(
-            f"data.cache_dir={str(root)!r} can't be written ({error.strerror}): make room, or "
-            "choose another folder"
-        ) from None
+    return root
 
 
 def _build_once(
@@ -127,7 +142,7 @@ def _build_once(
         report(f"The token cache {folder} is damaged ({error}); it is built again.")
         _put_away(folder)
     for abandoned in folder.parent.glob(f"{folder.name}.building-*"):
-        shutil.rmtree(abandoned)
+        shutil.rmtree(abandoned, ignore_errors=True)  # It may belong to another user.
     temporary = Path(f"{folder}.building")
     building.begin(temporary)
     try:
@@ -140,19 +155,29 @@ def _build_once(
 
 
 def _find(folder: Path) -> TokenCache | None:
-    """Loads a cache; None where there is none; raises DamagedError for a damaged one."""
+    """Loads a cache; None where there is none; raises DamagedError for a damaged one.
+
+    One that can't be read, like that of a user who gives nobody permission, is not damaged.
+    """
     if not os.path.lexists(folder):
         return None
     try:
         return _load(folder)
     except DamagedError:
         raise
+    except OSError as error:
+        if error.errno not in NO_FILE:
+            raise ConfigError(
+                f"data.cache_dir: {error.filename or folder} can't be read ({error.strerror}): ask "
+                "its owner for permission, or choose another folder"
+            ) from None
+        raise DamagedError(files.first_line(error)) from None
     except Exception as error:  # A damaged cache can raise anything.
         raise DamagedError(f"{type(error).__name__}: {shown(error, as_text=str)}") from None
 
 
-def _lock(folder: Path) -> str:
-    path = f"{folder}.lock"
+def _lock(folder: Path) -> Path:
+    path = Path(f"{folder}.lock")
     if os.path.isdir(path):
         raise ConfigError(f"data.cache_dir: {path} is no file: remove it")
     return path

@@ -15,6 +15,7 @@ from typing import Protocol
 
 from ml_collections import ConfigDict
 
+from jaxdp.common import paths
 from jaxdp.common.errors import ConfigError, shown
 from jaxdp.data import mixture
 
@@ -91,15 +92,36 @@ def get_source(config: ConfigDict, report: Report = print) -> Source:
     return TextSource(rest if colon and kind == "text" else config.data.path, config)
 
 
+def share_files(one: str, other: str) -> bool:
+    """Returns whether two values of data.path have a file in common, under whatever name."""
+    return not _files(one).isdisjoint(_files(other))
+
+
+def _files(path: str) -> set[str]:
+    """Returns the real paths of the files that data.path names; TFDS datasets have none."""
+    found = set()
+    for source in mixture.parse(path):
+        kind, _, rest = source.partition(":")
+        if kind != "tfds":
+            pattern = rest if kind in ("text", "jsonl") else source
+            found |= {str(file.resolve()) for file in _matching(pattern)}
+    return found
+
+
+def _matching(pattern: str) -> list[Path]:
+    """Returns the files of a glob, in the order of their paths."""
+    pattern = os.path.expanduser(pattern)
+    # The name of a file may look like a glob, such as "notes[1].txt".
+    found = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
+    return sorted(path for path in map(Path, found) if path.is_file())
+
+
 class _Files:
     """Local files in the order of their paths."""
 
     def __init__(self, pattern: str, config: ConfigDict):
         """Finds the files that match a pattern; raises ConfigError where there are none."""
-        pattern = os.path.expanduser(pattern)
-        # The name of a file may look like a glob, such as "notes[1].txt".
-        found = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
-        self.paths = sorted(path for path in map(Path, found) if path.is_file())
+        self.paths = _matching(pattern)
         self.eval_fraction = config.data.eval_fraction
         if not self.paths:
             raise ConfigError(
@@ -217,6 +239,8 @@ class TfdsSource:
         self.keys = {"prompt_key": config.data.prompt_key, "text_key": config.data.text_key}
         self.keys = {key: name for key, name in self.keys.items() if name or key == "text_key"}
         self.path = config.data.path
+        if not config.data.data_dir:
+            paths.check_home(f"data.path={shown(self.path)}", "TFDS_DATA_DIR")
         data_dir = os.path.expanduser(config.data.data_dir) or None
         try:
             if name == "python_stdlib":

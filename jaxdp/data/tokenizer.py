@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from jaxdp.common import paths
 from jaxdp.common.errors import ConfigError, shown
 from jaxdp.data import sentencepiece
 
@@ -127,6 +128,7 @@ def _load(spec: str) -> Tokenizer:
         if name != spec and path.is_dir():
             tokenizer = load_file(path / "tokenizer.json")
         elif name != spec:
+            paths.check_hub(f"tokenizer={shown(spec)}")
             tokenizer = Tokenizer.from_pretrained(name)
         else:
             of_spm = path.suffix == ".model" and path.is_file()

@@ -14,6 +14,7 @@ import ml_dtypes  # noqa: F401  Registers bfloat16, in which many weights are st
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from jaxdp.common import paths
 from jaxdp.common.errors import ConfigError, shown
 from jaxdp.common.files import first_line
 from jaxdp.huggingface import families, tensors
@@ -128,6 +129,7 @@ def open_folder(spec: str) -> Folder:
     where = spec.removeprefix(PREFIX)
     path = Path(os.path.expanduser(where))
     if not where or not os.path.isdir(path):
+        paths.check_hub(f"init_from={shown(spec)}")
         try:
             path = _downloaded(where)
         except Exception as error:  # From the network, the hub, or an impossible name.

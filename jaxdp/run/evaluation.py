@@ -11,11 +11,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxdp.common import config as configs
+from jaxdp.common import paths
 from jaxdp.configs import default
 from jaxdp.data import tokenizer
 from jaxdp.data.batch import Batch, with_number
 from jaxdp.data.cache import open_cache
 from jaxdp.data.feed import Feed
+from jaxdp.data.sources import share_files
 from jaxdp.model.transformer import parameter_shapes
 from jaxdp.parallel.replicas import Replicas, prefetch
 from jaxdp.run import preflight
@@ -128,7 +130,7 @@ def evaluate_checkpoint(
     Args:
       workdir: the folder of a run.
       which: "newest", "best" (by validation loss), or a number of steps such as "1000".
-      changes: {"group.key": value} that replace the run's; other data keep the run's tokenizer.
+      changes: {"group.key": value} that replace the run's; see `completed`.
       devices: the devices to evaluate on; all by default.
       say: called with a line of text before something slow, or about a damaged checkpoint.
 
@@ -139,11 +141,25 @@ def evaluate_checkpoint(
       ConfigError: the workdir, the changes or the data can't be used.
       RunError: the checkpoint is damaged.
     """
-    workdir, changes = Path(workdir), dict(changes or {})
+    workdir = paths.local("--workdir", workdir)
     saved = configs.load(workdir / "config.json")
-    config = completed(saved, changes)
+    config = completed(saved, changes or {})
+    return evaluate_valid(workdir, config, saved, which, devices=devices, say=say)
+
+
+def evaluate_valid(
+    workdir: Path,
+    config: ConfigDict,
+    saved: ConfigDict,
+    which: str,
+    *,
+    devices: Sequence[jax.Device] | None = None,
+    say: Callable[[str], None] = print,
+) -> tuple[int, Evaluations]:
+    """Evaluates like `evaluate_checkpoint`, with a config that `completed` has made of `saved`."""
     preflight.check_same_run(config, saved)
-    other = any(key.startswith("data.") and key != "data.cache_dir" for key in changes)
+    now, before = configs.flatten(config.data, "data."), configs.flatten(saved)
+    other = any(now[key] != before.get(key, now[key]) for key in now.keys() - {"data.cache_dir"})
     if other:
         # A tokenizer trained on the new data would not be the run's.
         config.tokenizer = str(workdir / "tokenizer.json")
@@ -173,6 +189,8 @@ def evaluate_checkpoint(
 def completed(saved: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
     """Returns a valid config from a saved one, which may be of another version, and changes to it.
 
+    Files that the run doesn't have are all for evaluation, unless the changes say how much is.
+
     Args:
       saved: the result of `config.load`; missing keys get defaults, unknown keys are left out.
       changes: {"group.key": value} that replace saved values.
@@ -187,4 +205,8 @@ def completed(saved: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
         for flat in (configs.flatten(saved), changes):
             config.update_from_flattened_dict({k: v for k, v in flat.items() if k in known})
     validate(config)
+    if "data.path" in changes and "data.eval_fraction" not in changes:
+        trained = configs.flatten(saved).get("data.path", "")
+        if not share_files(config.data.path, trained):
+            config.data.eval_fraction = 1.0
     return config

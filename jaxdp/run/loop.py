@@ -10,6 +10,7 @@ import jax
 from ml_collections import ConfigDict
 
 from jaxdp.common import config as configs
+from jaxdp.common import paths
 from jaxdp.common.terminal import Display
 from jaxdp.data import eval_sets
 from jaxdp.data.cache import open_cache
@@ -25,6 +26,7 @@ from jaxdp.run.summary import summarise
 from jaxdp.run.watchdog import Watchdog
 from jaxdp.step.setup import Setup, batch_sizes, resolve_steps, setup_of_feeds, validate
 from jaxdp.step.state import State, abstract_state, saved_shapes
+from jaxdp.workdir import wandb_run
 
 
 def train(
@@ -46,6 +48,7 @@ def train(
       ConfigError: the config, the data or the workdir can't be used; nothing was changed.
     """
     validate(config)
+    workdir = paths.local("--workdir", workdir)
     return train_valid(config, workdir, devices=devices, stop_requested=stop_requested)
 
 
@@ -61,7 +64,9 @@ def train_valid(
     setup = _prepare(config.copy_and_resolve_references(), workdir, replicas, display.line)
     watchdog = Watchdog(config.hang_seconds)
     threading.Thread(target=_import_tensorflow).start()
-    with preflight.locked(workdir), processes.explaining_lost_peers(), watchdog:
+    with preflight.locked(workdir, display.line), processes.explaining_lost_peers(), watchdog:
+        if config.wandb_project:
+            processes.on_main(lambda: wandb_run.check(config))
         preflight.check_disk(
             workdir,
             saved_shapes(

@@ -4,19 +4,19 @@ import contextlib
 import logging
 import os
 import shutil
+import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import filelock
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from jaxdp.common import config as configs
-from jaxdp.common import files
+from jaxdp.common import files, locks
 from jaxdp.common.errors import ConfigError, check_text, shown
 from jaxdp.common.terminal import in_bytes
 from jaxdp.data import eval_sets, tokenizer
@@ -34,6 +34,8 @@ from jaxdp.sync.compression import BITS
 from jaxdp.sync.method import Sync
 from jaxdp.sync.methods import METHODS
 from jaxdp.workdir import integrity
+from jaxdp.workdir.checkpoints import FOLDER
+from jaxdp.workdir.metrics import JSONL
 
 
 def check_same_run(config: ConfigDict, saved: ConfigDict) -> None:
@@ -146,7 +148,10 @@ def check_tokens(feed: Feed, step: int, saved: dict) -> bool:
 
 
 def check_workdir(workdir: Path) -> None:
-    """Refuses a workdir with a file in place of a folder that the run writes, or vice versa."""
+    """Refuses a workdir with a file in place of a folder that the run writes, or vice versa.
+
+    And one in which something belongs to another user, so that this run couldn't write it.
+    """
     check_text("--workdir", str(workdir))
     kinds = dict.fromkeys(("checkpoints", "tensorboard", profiling.FOLDER), Path.is_dir)
     kinds |= dict.fromkeys(("config.json", "tokenizer.json", "metrics.jsonl"), Path.is_file)
@@ -164,6 +169,35 @@ def check_workdir(workdir: Path) -> None:
             f"--workdir={shown(str(workdir))} can't be read ({error.strerror}): choose another "
             "folder"
         ) from None
+    _check_permissions(workdir)
+
+
+def _check_permissions(workdir: Path) -> None:
+    """Refuses a workdir with files that another user has left there, for example root."""
+    read, write, enter = os.R_OK, os.W_OK, os.X_OK
+    me = os.geteuid()
+    status = workdir.stat() if workdir.exists() else None
+    # In a folder such as /tmp (sticky), only their owners may replace files.
+    sticky = status and status.st_mode & stat.S_ISVTX and me not in (0, status.st_uid)
+    wanted = {workdir: read | write | enter}
+    wanted |= {workdir / name: read for name in ("config.json", "tokenizer.json")}
+    wanted |= {workdir / name: read | write for name in ("lock", JSONL)}
+    folders = [workdir / name for name in (FOLDER, "tensorboard", profiling.FOLDER)]
+    wanted |= dict.fromkeys(folders, read | write | enter)
+    if os.access(workdir / FOLDER, read | enter, effective_ids=True):
+        # Old ones are to be removed.
+        steps = [path for path in integrity.steps(workdir / FOLDER) if path.is_dir()]
+        wanted |= dict.fromkeys(steps, read | write | enter)
+    for path, mode in wanted.items():
+        if not path.exists():
+            continue
+        owner = path.stat().st_uid
+        foreign = sticky and path != workdir and owner != me
+        if foreign or not os.access(path, mode, effective_ids=True):
+            raise ConfigError(
+                f"--workdir={workdir}: {path} belongs to user {owner}, and user {me} can't read "
+                "and write it: change its owner with chown -R, or use another folder"
+            )
 
 
 def check_init(config: ConfigDict, workdir: Path, vocab_size: int | None = None) -> None:
@@ -245,26 +279,25 @@ def check_devices() -> None:
 
 
 @contextlib.contextmanager
-def locked(workdir: Path) -> Iterator[None]:
+def locked(workdir: Path, say: Callable[[str], None] = print) -> Iterator[None]:
     """Locks a workdir against other runs; when a process dies, its lock is released.
 
-    Process 0 holds the lock for all processes of a run.
+    Process 0 holds the lock for all processes of a run. `say` is called with a line of text if the
+    disk has no flock.
     """
     if not processes.is_main():
         yield
         return
-    lock = filelock.FileLock(workdir / "lock")
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
+
+    def busy(lock: str) -> None:
+        dead = f"; if it has died on another machine, remove {lock}" if lock else ""
         raise ConfigError(
             f"--workdir={workdir} is in use by another run: wait until it has ended, or use "
-            "another folder"
-        ) from None
-    try:
+            f"another folder{dead}"
+        )
+
+    with locks.held(workdir / "lock", busy, say):
         yield
-    finally:
-        lock.release()
 
 
 def check_disk(workdir: Path, state: Any) -> None:

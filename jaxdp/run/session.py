@@ -142,8 +142,16 @@ class Run:
     def begin(self, start: int) -> None:
         """Writes config and tokenizer, opens the metrics files, and starts to measure speed."""
         processes.on_main(self._describe)
+        self.watchdog.beat("opening the metrics", start, slow=True)
         self._writer = self._resources.enter_context(
-            MetricsWriter(self.workdir, self.config, start, processes.is_main(), self._line)
+            MetricsWriter(
+                self.workdir,
+                self.config,
+                start,
+                processes.is_main(),
+                self._line,
+                self.display.line,
+            )
         )
         self._resources.enter_context(self.display)
         self._start = start

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxdp.common import png
+from jaxdp.common import paths, png
 from jaxdp.common.choices import MAX_INT32
-from jaxdp.common.errors import ConfigError, check_text, shown
+from jaxdp.common.errors import ConfigError, shown
 from jaxdp.common.terminal import quantity
 from jaxdp.data.eval_sets import NAME
 from jaxdp.workdir.metrics import JSONL, read_jsonl
@@ -61,8 +61,7 @@ def curves(workdir: str) -> dict[str, Curve]:
     Raises:
       ConfigError: there is no such run, or it has logged nothing yet.
     """
-    check_text("WORKDIR", workdir)
-    folder = Path(os.path.expanduser(workdir))
+    folder = paths.local("WORKDIR", workdir)
     if not folder.is_dir():
         raise ConfigError(f"{shown(workdir)} is no folder: give the --workdir of a training run")
     try:

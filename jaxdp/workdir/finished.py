@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
 from jaxdp.common import config as configs
+from jaxdp.common import paths
 from jaxdp.data import tokenizer
 from jaxdp.model.transformer import ModelConfig, Transformer, parameter_shapes
 from jaxdp.workdir import parameters
@@ -37,12 +38,13 @@ class Trained:
         return parameters.load_params(self.workdir, shapes, expected, report, which=which)
 
 
-def open_workdir(workdir: Path) -> Trained:
+def open_workdir(workdir: str | Path) -> Trained:
     """Reads the config and the tokenizer of a run, but none of its checkpoints.
 
     Raises:
       ConfigError: a file is missing or damaged.
     """
+    workdir = paths.local("--workdir", workdir)
     config = configs.load(workdir / "config.json")
     words = tokenizer.load_file(workdir / "tokenizer.json", "restore it from a copy")
     model = Transformer(ModelConfig.from_config(config, tokenizer.vocab_size(words)))

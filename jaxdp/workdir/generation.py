@@ -40,7 +40,7 @@ def generate(
       ConfigError: there is no trained causal model, or a prompt can't be used.
       RunError: all checkpoints are damaged.
     """
-    run = finished.open_workdir(Path(workdir))
+    run = finished.open_workdir(workdir)
     words = run.words
     if run.config.objective != "causal":
         raise ConfigError(

@@ -5,13 +5,14 @@ import math
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from jaxdp.common.files import PatientFile, reason, write_atomically
+from jaxdp.workdir.wandb_run import WandbRun
 
 # tensorboardX imports PyTorch if it is installed, which takes seconds, and isn't needed here.
 _hidden = "torch" not in sys.modules
@@ -71,6 +72,7 @@ class MetricsWriter:
         start_step: int,
         active: bool = True,
         line: Mapping[str, float | None] | None = None,
+        say: Callable[[str], None] = print,
     ):
         """Opens the files for a run that has done `start_step` steps; does nothing if inactive.
 
@@ -80,8 +82,10 @@ class MetricsWriter:
           start_step: lines after this step are dropped.
           active: whether to write at all.
           line: replaces the line of start_step, which is to be continued; see `line`.
+          say: called with a line of text if wandb can't be used.
         """
-        self._active, self._wandb = active, None
+        self._active = active
+        self._wandb: WandbRun | None = None
         self._record: dict[str, Any] = {}
         if active:
             kept = start_step if line is None else start_step - 1
@@ -91,7 +95,7 @@ class MetricsWriter:
             logdir = f"{_PatientFiles.SCHEME}:{workdir / 'tensorboard'}"
             self._tensorboard = SummaryWriter(logdir, purge_step=kept + 1)
             if config.wandb_project:
-                self._wandb = _start_wandb(workdir, config)
+                self._wandb = WandbRun(workdir, config, say)
         if line:
             self.write(start_step, line)
 
@@ -108,7 +112,7 @@ class MetricsWriter:
         for name, value in given.items():
             self._tensorboard.add_scalar(name, value, step)
         if self._wandb:
-            self._wandb.log(given, step=step)
+            self._wandb.log(given, step)
 
     def line(self, step: int) -> dict[str, float | None]:
         """Returns the values of a step whose line isn't written yet; writes those of earlier steps.
@@ -208,15 +212,3 @@ def _drop_after(path: Path, step: int) -> None:
 
 def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
-
-
-def _start_wandb(workdir: Path, config: ConfigDict):
-    import wandb
-
-    return wandb.init(
-        project=config.wandb_project,
-        dir=workdir,
-        config=config.to_dict(),
-        id=workdir.resolve().name,
-        resume="allow",
-    )

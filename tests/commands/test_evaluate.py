@@ -5,6 +5,7 @@ import shutil
 import jax
 import pytest
 
+from jaxdp.common import config as configs
 from jaxdp.common.errors import ConfigError, RunError
 from jaxdp.run import evaluation, loop
 from jaxdp.run.evaluation import evaluate_checkpoint
@@ -42,13 +43,26 @@ def test_other_text_is_read_with_the_runs_tokenizer(workdir, tmp_path):
     """The same text under another name is the same; a part of it knows all characters."""
     path = tmp_path / "copy.txt"
     path.write_text(TEXT)
-    assert evaluated(workdir, data__path=str(path))[1] == logged(workdir, 4)
+    same = evaluated(workdir, data__path=str(path), data__eval_fraction=0.1)[1]
+    assert same == logged(workdir, 4)
     path.write_text(TEXT[:3000])
     _, part = evaluated(workdir, data__path=str(path), data__eval_fraction=0.9)
     assert part["eval/loss"] == pytest.approx(logged(workdir, 4)["eval/loss"], rel=0.2)
     path.write_text("~" * 3000)
     with pytest.raises(ConfigError, match="'~'"):
         evaluated(workdir, data__path=str(path))
+
+
+def test_all_of_a_given_text_is_evaluated(workdir, tmp_path):
+    """Of the run's own text, by whatever name, it is the validation split."""
+    path = tmp_path / "other.txt"
+    path.write_text(TEXT[:1601])
+    _, found = evaluate_checkpoint(workdir, changes={"data.path": f"text:{path}"})
+    assert found[""].tokens == 1600  # Each character of `TEXT` is a token.
+    own = configs.load(workdir / "config.json").data.path
+    (tmp_path / "link.txt").symlink_to(own)
+    for name in (own, str(tmp_path / "link.txt")):
+        assert evaluated(workdir, data__path=name) == (4, logged(workdir, 4))
 
 
 def test_a_text_that_has_changed_is_refused(trained, workdir, tmp_path):

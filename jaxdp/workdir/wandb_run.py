@@ -1,0 +1,108 @@
+"""The run in Weights & Biases (wandb) that a workdir's metrics are sent to."""
+
+import json
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from jaxdp.common.errors import ConfigError, shown
+from jaxdp.common.files import first_line, write_atomically
+
+FILE = "wandb_run.json"
+FINISH_SECONDS = 60  # How long the end of a run waits for the server.
+
+
+def check(config: ConfigDict) -> None:
+    """Refuses a run that is to be sent to a server without a key, or with one that can't be.
+
+    At a terminal, wandb asks for the key.
+    """
+    import wandb
+
+    try:
+        wandb.login()
+    except Exception as error:  # wandb raises errors of its own, and those of its libraries.
+        raise ConfigError(
+            f"wandb_project={shown(config.wandb_project)}: {first_line(error)} Set WANDB_API_KEY, "
+            "run wandb login once, or set WANDB_MODE=offline"
+        ) from None
+
+
+def run_id(workdir: Path, say: Callable[[str], None]) -> str:
+    """Returns the id of a workdir's run, which a restart finds again; a copy gets one of its own.
+
+    Args:
+      workdir: an existing folder.
+      say: called with a line of text if the workdir is a copy.
+    """
+    path, here = workdir / FILE, str(workdir.resolve())
+    found = _read(path)
+    if found and found["workdir"] != here and _read(Path(found["workdir"]) / FILE) == found:
+        say(f"This workdir is a copy of {found['workdir']}: it becomes a wandb run of its own.")
+        found = None
+    found = {"id": found["id"] if found else uuid.uuid4().hex[:12], "workdir": here}
+    if found != _read(path):
+        write_atomically(path, json.dumps(found) + "\n")
+    return found["id"]
+
+
+def _read(path: Path) -> dict[str, str] | None:
+    """Reads the file with the id; returns None if there is none, or it is damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {key: str(found[key]) for key in ("id", "workdir")}
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+
+
+class WandbRun:
+    """Sends metrics to wandb; whatever fails there, the training goes on, and says so."""
+
+    def __init__(self, workdir: Path, config: ConfigDict, say: Callable[[str], None]):
+        """Starts the run, or resumes that of the workdir; offline if the server can't be reached.
+
+        Args:
+          workdir: the folder of the run.
+          config: a config with the keys of configs/default.py.
+          say: called with a line of text about what fails.
+        """
+        import wandb
+
+        self._say = say
+        options: dict[str, Any] = {
+            "project": config.wandb_project,
+            "dir": workdir,
+            "config": config.to_dict(),
+            "id": run_id(workdir, say),
+            "name": workdir.resolve().name,
+            "resume": "allow",
+            "settings": wandb.Settings(finish_timeout=FINISH_SECONDS),
+        }
+        try:
+            self._run = wandb.init(**options)
+        except Exception as error:  # As above; the server can refuse, be slow, or be away.
+            say(
+                f"wandb can't be used ({first_line(error)}): training goes on, and logs for it in "
+                f"{workdir / 'wandb'}; send that later with wandb sync FOLDER."
+            )
+            self._run = wandb.init(**options, mode="offline")
+
+    def log(self, values: Mapping[str, float | None], step: int) -> None:
+        """Logs the values of a step; after a failure, no more are logged."""
+        self._call("log", dict(values), step=step)
+
+    def finish(self) -> None:
+        """Ends the run; waits FINISH_SECONDS at most for what is still to be sent."""
+        self._call("finish")
+
+    def _call(self, name: str, *args: Any, **options: Any) -> None:
+        if self._run is None:
+            return
+        try:
+            getattr(self._run, name)(*args, **options)
+        except Exception as error:
+            self._run = None
+            self._say(f"wandb has failed ({first_line(error)}): training goes on without it.")
