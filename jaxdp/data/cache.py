@@ -110,10 +110,11 @@ def open_cache(
         full = error.errno in files.DISK_FULL_ERRORS
         if not full and folder.name not in str(error.filename):
             raise
+        where = "" if full else f": {error.filename}"
         way_out = "make room" if full else "ask its owner for permission to write"
         raise ConfigError(
-            f"data.cache_dir={str(folder.parent)!r} can't be written ({files.reason(error)}: "
-            f"{error.filename or folder}): {way_out}, or choose another folder"
+            f"data.cache_dir={str(folder.parent)!r} can't be written ({error.strerror}{where}): "
+            f"{way_out}, or choose another folder"
         ) from None
 
 

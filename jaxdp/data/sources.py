@@ -228,6 +228,8 @@ class TfdsSource:
 
     def __init__(self, name: str, config: ConfigDict, report: Report):
         """Finds the builder; raises ConfigError where TFDS has none, or can't be imported."""
+        if not config.data.data_dir:
+            paths.check_home(f"data.path={shown(config.data.path)}", "TFDS_DATA_DIR")
         from jaxdp.data import python_stdlib
         from jaxdp.data.tensorflow import tf
         from jaxdp.data.tfds import tfds
@@ -239,8 +241,6 @@ class TfdsSource:
         self.keys = {"prompt_key": config.data.prompt_key, "text_key": config.data.text_key}
         self.keys = {key: name for key, name in self.keys.items() if name or key == "text_key"}
         self.path = config.data.path
-        if not config.data.data_dir:
-            paths.check_home(f"data.path={shown(self.path)}", "TFDS_DATA_DIR")
         data_dir = os.path.expanduser(config.data.data_dir) or None
         try:
             if name == "python_stdlib":

@@ -57,7 +57,8 @@ def test_all_of_a_given_text_is_evaluated(workdir, tmp_path):
     """Of the run's own text, by whatever name, it is the validation split."""
     path = tmp_path / "other.txt"
     path.write_text(TEXT[:1601])
-    _, found = evaluate_checkpoint(workdir, changes={"data.path": f"text:{path}"})
+    changes = {"data.path": f"text:{path}"}
+    _, found = evaluate_checkpoint(workdir, changes=changes, devices=jax.local_devices()[:1])
     assert found[""].tokens == 1600  # Each character of `TEXT` is a token.
     own = configs.load(workdir / "config.json").data.path
     (tmp_path / "link.txt").symlink_to(own)

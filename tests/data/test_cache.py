@@ -1,3 +1,4 @@
+import errno
 import itertools
 import json
 import multiprocessing
@@ -6,11 +7,14 @@ import re
 import shutil
 import signal
 import time
+from pathlib import Path
 
+import filelock
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models
 
+from jaxdp.common import locks
 from jaxdp.common.errors import ConfigError
 from jaxdp.data import building
 from jaxdp.data.cache import open_cache
@@ -332,3 +336,45 @@ def test_half_a_token_cache_is_not_left(config, tmp_path):
         open_cache(config)
     assert [p.suffix for p in (tmp_path / "tokens").iterdir()] == [".lock"]
     assert len(open_cache(config).train) > 1000
+
+
+def test_a_cache_that_can_not_be_read_is_not_damaged(config, tmp_path, monkeypatch):
+    """A colleague's, who gives nobody permission: it would be moved away and built again."""
+    config.data.cache_dir = str(tmp_path)
+    folder = open_cache(config).folder
+
+    def refuse(path, *_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    message = r"data\.cache_dir: .*/meta\.json can't be read \(Permission denied\): ask its owner"
+    with pytest.raises(ConfigError, match=message):
+        open_cache(config)
+    assert [path for path in tmp_path.iterdir() if path.is_dir()] == [folder]
+
+
+def test_a_cache_that_can_not_be_written_is_refused(config, tmp_path, monkeypatch):
+    def refuse(path, *_):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    config.data.cache_dir = str(tmp_path)
+    monkeypatch.setattr(locks, "held", refuse)
+    message = r"data\.cache_dir=.* can't be written \(Permission denied: .*\.lock\): ask its owner"
+    with pytest.raises(ConfigError, match=message):
+        open_cache(config)
+
+
+def test_waiting_for_another_process_is_told(config, tmp_path):
+    """Once told, it is over here."""
+    config.data.cache_dir = str(tmp_path / "first")
+    name = open_cache(config).folder.name
+    config.data.cache_dir = str(tmp_path)
+    other, said = filelock.FileLock(tmp_path / f"{name}.lock"), []
+
+    def report(line):
+        said.append(line)
+        other.release()
+
+    with other:
+        assert open_cache(config, report).folder.name == name
+    assert said[0].startswith("Another process is tokenising ") and "waiting for it ..." in said[0]

@@ -1,6 +1,7 @@
 import collections
 import contextlib
 import multiprocessing
+import os
 import shutil
 
 import numpy as np
@@ -98,3 +99,35 @@ def test_a_step_that_does_not_fit_is_refused_once_it_is_compiled(config, tmp_pat
     monkeypatch.setattr(session, "device_memory", lambda: 1000)
     with pytest.raises(ConfigError, match=r"the compiled step takes .* which has 1kB: "):
         loop.train(config, tmp_path / "run")
+
+
+FOREIGN = ["lock", "metrics.jsonl", "config.json", "tensorboard", "checkpoints", "checkpoints/5"]
+
+
+def anothers_files(workdir):
+    for name in ("checkpoints/5", "tensorboard"):
+        (workdir / name).mkdir(parents=True)
+    for name in ("lock", "metrics.jsonl", "config.json"):
+        (workdir / name).touch()
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_files_of_another_user_are_refused_before_training(name, tmp_path, monkeypatch):
+    """Tests may run as root, whom no permission binds."""
+    anothers_files(tmp_path)
+    preflight.check_workdir(tmp_path)
+    monkeypatch.setattr(os, "access", lambda path, *_, **__: path != tmp_path / name)
+    message = f"{tmp_path / name} belongs to user .*: change its owner with chown -R, or use"
+    with pytest.raises(ConfigError, match=message):
+        preflight.check_workdir(tmp_path)
+
+
+def test_files_that_only_their_owner_can_replace_are_refused(tmp_path, monkeypatch):
+    """In a folder for all, such as /tmp."""
+    anothers_files(tmp_path)
+    monkeypatch.setattr(os, "geteuid", lambda: 54321)
+    monkeypatch.setattr(os, "access", lambda *_, **__: True)
+    preflight.check_workdir(tmp_path)
+    tmp_path.chmod(0o1777)
+    with pytest.raises(ConfigError, match=r"config\.json belongs to user \d+, and user 54321"):
+        preflight.check_workdir(tmp_path)
