@@ -27,14 +27,24 @@ def muon(
       weight_decay: decoupled weight decay.
       decay_mask: parameters -> which of them decay.
     """
+
+    def decayed(updates, params):
+        def add(update, param, decays):
+            return update + weight_decay * param if decays else update
+
+        return jax.tree.map(add, updates, params, decay_mask(params))
+
     hidden = optax.chain(
         orthogonalised_momentum(b1),
         optax.stateless(_scale_by_shape),
         optax.add_decayed_weights(weight_decay, decay_mask),
         optax.scale_by_learning_rate(schedule),
     )
-    others = optax.adamw(
-        schedule, b1, b2, weight_decay=weight_decay, mask=decay_mask, nesterov=True
+    # `optax.add_decayed_weights` with a mask has a state, which older checkpoints lack here.
+    others = optax.chain(
+        optax.scale_by_adam(b1, b2, nesterov=True),
+        optax.stateless(decayed),
+        optax.scale_by_learning_rate(schedule),
     )
     return optax.partition({"muon": hidden, "adam": others}, _labels)
 
