@@ -16,19 +16,21 @@ FINISH_SECONDS = 60  # How long the end of a run waits for the server.
 
 
 def check(config: ConfigDict) -> None:
-    """Refuses a run that is to be sent to a server without a key, or with one that can't be.
+    """Refuses a run that is to be sent to a server without a key; at a terminal, wandb asks for it.
 
-    At a terminal, wandb asks for the key.
+    A server that doesn't answer is left to `WandbRun`.
     """
     import wandb
 
     try:
         wandb.login()
-    except Exception as error:  # wandb raises errors of its own, and those of its libraries.
+    except wandb.errors.UsageError as error:
         raise ConfigError(
-            f"wandb_project={shown(config.wandb_project)}: {first_line(error)} Set WANDB_API_KEY, "
-            "run wandb login once, or set WANDB_MODE=offline"
+            f"wandb_project={shown(config.wandb_project)}: {shown(error, as_text=str)} Or set "
+            "WANDB_API_KEY, or WANDB_MODE=offline"
         ) from None
+    except Exception:  # wandb raises errors of its own, and those of its libraries.
+        return
 
 
 def run_id(workdir: Path, say: Callable[[str], None]) -> str:

@@ -67,19 +67,27 @@ def fake(monkeypatch, config):
         return call
 
     run = SimpleNamespace(log=does("log"), finish=does("finish"))
-    module = SimpleNamespace(init=does("init"), login=does("login"), Settings=dict)
+    errors = SimpleNamespace(UsageError=type("UsageError", (Exception,), {}))
+    module = SimpleNamespace(init=does("init"), login=does("login"), Settings=dict, errors=errors)
     monkeypatch.setitem(sys.modules, "wandb", module)
-    return SimpleNamespace(calls=calls, failing=failing)
+    return SimpleNamespace(calls=calls, failing=failing, errors=errors)
 
 
 def test_without_a_key_a_run_is_refused(fake, config):
     wandb_run.check(config)
-    fake.failing["login"] = RuntimeError("No API key configured. Use `wandb login`.\nmore")
+    fake.failing["login"] = fake.errors.UsageError(
+        "No API key configured. Use `wandb login`.\nmore"
+    )
     with pytest.raises(
         ConfigError, match=r"wandb_project='mine': .*No API key.* WANDB_API_KEY"
     ) as e:
         wandb_run.check(config)
     assert "\n" not in str(e.value)
+
+
+def test_a_server_that_is_away_is_no_missing_key(fake, config):
+    fake.failing["login"] = OSError("connection refused")
+    wandb_run.check(config)
 
 
 @pytest.mark.parametrize("name", ["init", "log", "finish"])
