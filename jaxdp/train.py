@@ -87,7 +87,7 @@ def _start(config: ConfigDict, count: int, gpus: int, identity: Identity | None)
         raise ConfigError(
             f"--processes={PROCESSES.value} can't go with a scheduler that has started several "
             f"processes ({identity.names[1]} is set): leave it out, and let the scheduler start "
-            "one for each GPU"
+            "one for each GPU, or give --num_processes=1 if this process is to be the only one"
         )
     validate(config)
     machines, machine = (identity.count, identity.id) if identity else (1, 0)

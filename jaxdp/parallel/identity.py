@@ -161,12 +161,13 @@ def _by_scheduler(scheduler: Scheduler, address: str | None, name: str) -> Ident
             f"{scheduler.rank}={id} is out of range, as {says}: unset what is left of another job, "
             f"or give {ALONE}"
         )
+    local = _local_ids(scheduler)
     if address is None:
         address = _address(scheduler, says)
         name = f"the address by {scheduler.needed[0]} (another port: JAX_COORDINATOR_PORT)"
         host_and_port(address, name)
     names = name, scheduler.size, scheduler.rank
-    return Identity(address, count, id, _local_ids(scheduler), names)
+    return Identity(address, count, id, local, names)
 
 
 def _address(scheduler: Scheduler, says: str) -> str:

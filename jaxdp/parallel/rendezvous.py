@@ -24,6 +24,7 @@ from jaxdp.parallel.identity import COUNT, Identity, host_and_port
 PATIENCE = 20.0  # Seconds in which processes that are started together usually meet.
 LIMIT = 300.0  # Seconds after which a process no longer waits, as JAX has it.
 TICK = 0.5  # Seconds between two attempts, and between two messages to those that wait.
+CONNECT = 10.0  # Seconds for an answer, which comes at least with every tick.
 LINGER = 5.0  # Seconds in which process 0 tells those that come late what is wrong.
 LONGEST = 2**16  # Bytes of a line.
 BIND = "JAX_COORDINATOR_BIND_ADDRESS"  # Where process 0 listens, if not at the port of everyone.
@@ -78,7 +79,7 @@ class _Guest:
     def ask(self) -> str:
         """Waits like `wait`, but only as long as process 0 answers; returns why it doesn't."""
         try:
-            with socket.create_connection(self._to, timeout=10) as connection:
+            with socket.create_connection(self._to, timeout=CONNECT) as connection:
                 connection.sendall(self._line)
                 for answer in _lines(connection):
                     if answer.get("verdict"):
@@ -202,7 +203,7 @@ class _Handler(socketserver.BaseRequestHandler):
 
     def handle(self) -> None:
         meeting: _Meeting = self.server.meeting  # type: ignore[attr-defined]
-        self.request.settimeout(10)
+        self.request.settimeout(CONNECT)
         try:
             hello = next(_lines(self.request))
             id = int(hello["id"])
