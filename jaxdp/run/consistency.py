@@ -59,13 +59,14 @@ def check(setup: Setup, workdir: Path) -> None:
     Raises:
       ConfigError: in all processes; names what differs, with the values of two of them.
     """
-    with _marker(workdir) as marker:
-        own = {"host": socket.gethostname(), "workdir": str(workdir.absolute()), "marker": marker}
-        texts = processes.gather(json.dumps(own | _facts(setup)))
-        told = [json.loads(text) for text in texts]
-        if difference := differences(told):
-            raise ConfigError(difference)
-        seen = processes.gather(json.dumps(_sees(workdir / told[0]["marker"])))
+    marker = f".seen-by-all-{uuid.uuid4().hex}"  # Process 0's is the one.
+    own = {"host": socket.gethostname(), "workdir": str(workdir.absolute()), "marker": marker}
+    told = [json.loads(text) for text in processes.gather(json.dumps(own | _facts(setup)))]
+    if difference := differences(told):
+        raise ConfigError(difference)
+    path = workdir / told[0]["marker"]
+    with _written(path) if processes.is_main() else contextlib.nullcontext():
+        seen = processes.gather(json.dumps(_sees(path)))
     if "false" in seen:
         blind = seen.index("false")
         raise ConfigError(
@@ -130,19 +131,12 @@ def _facts(setup: Setup) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _marker(workdir: Path) -> Iterator[str]:
-    """Makes the workdir, with a file while it is compared; yields its name. Only in process 0."""
-    if not processes.is_main():
-        yield ""
-        return
-    preflight.create_workdir(workdir)
-    if jax.process_count() == 1:
-        yield ""
-        return
-    path = workdir / f".seen-by-all-{uuid.uuid4().hex}"
+def _written(path: Path) -> Iterator[None]:
+    """Makes a new workdir's folder, and a file in it for a moment."""
+    preflight.create_workdir(path.parent)
     try:
         path.touch()
-        yield path.name
+        yield
     finally:
         path.unlink(missing_ok=True)
 
