@@ -27,9 +27,9 @@ from jaxdp.parallel import rendezvous
 from jaxdp.parallel.identity import Identity, host_and_port
 
 PROXIES = {"grpc_proxy", "https_proxy", "http_proxy"}  # What gRPC reads.
+LOOK = 0.5  # Seconds between two looks for a failure of another process.
 FAILED = "jaxdp/failed"  # What the first process that fails tells the others.
 _calls = itertools.count()  # Numbers the calls of `gather`.
-_failing = threading.Event()  # This process has failed, and says so itself.
 
 
 def connect(identity: Identity | None) -> None:
@@ -61,7 +61,6 @@ def connect(identity: Identity | None) -> None:
             f"jax.distributed could not join the processes ({first_line(error)}): check that "
             f"every process can reach process 0 at {identity.where}"
         ) from error
-    threading.Thread(target=_end_with_others, name="failures", daemon=True).start()
 
 
 def _facts() -> dict[str, str]:
@@ -126,37 +125,46 @@ def _wait_for(key: str, process: int) -> str:
 
 @contextlib.contextmanager
 def ending_together() -> Iterator[None]:
-    """Lets a failure of this process end the others, too, wherever they wait for it."""
+    """Lets a failure of this process end the others, wherever they wait for it, and vice versa."""
+    if _client() is None:
+        yield
+        return
+    over = threading.Event()
+    watching = threading.Thread(target=_end_with_others, args=(over,), daemon=True)
+    watching.start()
     try:
         yield
     except Exception as error:
-        _failing.set()
-        if (client := _client()) is not None:
-            status = WRONG_INPUT if isinstance(error, ConfigError) else 1
-            known = isinstance(error, ConfigError | RunError)
-            text = str(error) if known else f"{type(error).__name__}: {error}"
-            with contextlib.suppress(jax.errors.JaxRuntimeError):  # Another one was first.
-                told = [distributed.global_state.process_id, status, " ".join(text.split())]
-                client.key_value_set(FAILED, json.dumps(told))
+        over.set()
+        _tell_failure(error)
         raise
+    finally:
+        over.set()
+        watching.join(10)  # A thread that is still inside of JAX would abort Python's end.
 
 
-def _end_with_others() -> None:
+def _tell_failure(error: Exception) -> None:
+    status = WRONG_INPUT if isinstance(error, ConfigError) else 1
+    known = isinstance(error, ConfigError | RunError)
+    text = str(error) if known else f"{type(error).__name__}: {error}"
+    told = [distributed.global_state.process_id, status, " ".join(text.split())]
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # Another process was first.
+        _client().key_value_set(FAILED, json.dumps(told))
+
+
+def _end_with_others(over: threading.Event) -> None:
     """Ends this process with a line when another one has failed."""
-    while True:
+    while not over.wait(LOOK):
         try:
-            told = _client().blocking_key_value_get(FAILED, 10_000)
+            told = _client().key_value_try_get(FAILED)
         except jax.errors.JaxRuntimeError as error:
-            if "DEADLINE_EXCEEDED" in str(error):
-                continue
-            return  # Process 0 has ended.
-        except AttributeError:
-            return  # `jax.distributed.shutdown` was called.
-        process, status, text = json.loads(told)
-        time.sleep(0.5)  # If this process fails for the same reason, it says so itself.
-        if not _failing.is_set():
-            print(f"jaxdp: process {process} has failed: {text}", file=sys.stderr, flush=True)
-            exit_after_failure(status)
+            if "NOT_FOUND" not in str(error):
+                return  # Process 0 has ended.
+        else:
+            if not over.wait(LOOK):  # If this process fails for the same reason, it says so itself.
+                process, status, text = json.loads(told)
+                print(f"jaxdp: process {process} has failed: {text}", file=sys.stderr, flush=True)
+                exit_after_failure(status)
 
 
 def publish(text: str) -> None:

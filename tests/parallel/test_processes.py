@@ -20,6 +20,9 @@ class Store:
             raise jax.errors.JaxRuntimeError("ALREADY_EXISTS")
         self.values[key] = text
 
+    def key_value_try_get(self, key):
+        raise jax.errors.JaxRuntimeError("NOT_FOUND")
+
 
 @pytest.fixture
 def joined(monkeypatch):
