@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 import jaxlib
-import numpy as np
 from jax._src import distributed  # Its client has no public name; Orbax uses it, too.
 from jax.experimental import multihost_utils
 
@@ -29,7 +28,7 @@ from jaxdp.parallel.identity import Identity, host_and_port
 PROXIES = {"grpc_proxy", "https_proxy", "http_proxy"}  # What gRPC reads.
 LOOK = 0.5  # Seconds between two looks for a failure of another process.
 FAILED = "jaxdp/failed"  # What the first process that fails tells the others.
-_calls = itertools.count()  # Numbers the calls of `gather`.
+_calls = itertools.count()  # Numbers the calls of `gather` and `from_main`.
 
 
 def connect(identity: Identity | None) -> None:
@@ -98,16 +97,31 @@ def barrier(name: str) -> None:
 def gather(text: str) -> list[str]:
     """Returns the texts that all processes give, in their order; all have to call this.
 
-    It waits for as long as the others are alive, however long they take.
+    It waits for as long as the others are alive, however long they take. No device takes part.
     """
-    if jax.process_count() == 1:
+    count = jax.process_count()
+    if count == 1:
         return [text]
-    client, call = _client(), next(_calls)
-    client.key_value_set(f"jaxdp/{call}/{jax.process_index()}", text)
-    return [_wait_for(f"jaxdp/{call}/{i}", i) for i in range(jax.process_count())]
+    key = f"jaxdp/gather/{next(_calls)}"
+    _client().key_value_set(f"{key}/{jax.process_index()}", text)
+    if is_main():  # So that the number of messages grows with that of processes, not its square.
+        texts = [_wait_for(f"{key}/{i}", f"process {i}") for i in range(count)]
+        _client().key_value_set(f"{key}/all", json.dumps(texts))
+    return json.loads(_wait_for(f"{key}/all", "the other processes"))
 
 
-def _wait_for(key: str, process: int) -> str:
+def from_main(text: str) -> str:
+    """Returns process 0's text on all processes; all have to call this. No device takes part."""
+    if jax.process_count() == 1:
+        return text
+    key = f"jaxdp/from_main/{next(_calls)}"
+    if is_main():
+        _client().key_value_set(key, text)
+    return _wait_for(key, "process 0")
+
+
+def _wait_for(key: str, who: str) -> str:
+    """Returns the text of a key once it is set; says so if that takes long."""
     said = False
     while True:
         try:
@@ -119,7 +133,7 @@ def _wait_for(key: str, process: int) -> str:
                     " see what it printed; run again to go on from the newest checkpoint"
                 ) from None
         if not said:
-            print(f"jaxdp: waiting for process {process} ...", file=sys.stderr, flush=True)
+            print(f"jaxdp: waiting for {who} ...", file=sys.stderr, flush=True)
         said = True
 
 
@@ -221,15 +235,6 @@ def exit_after_failure(status: int, seconds: float = 5.0) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
-
-
-def from_main(text: str) -> str:
-    """Returns process 0's text, cut to 1,000 bytes, on all processes; all have to call this."""
-    if jax.process_count() == 1:
-        return text
-    data = np.frombuffer(text.encode()[:1000].ljust(1000, b"\0"), np.uint8)
-    data = np.asarray(multihost_utils.broadcast_one_to_all(data), np.uint8)
-    return data.tobytes().rstrip(b"\0").decode(errors="ignore")
 
 
 def on_main(action: Callable[[], None]) -> None:

@@ -59,21 +59,29 @@ def check(setup: Setup, workdir: Path) -> None:
     Raises:
       ConfigError: in all processes; names what differs, with the values of two of them.
     """
-    marker = f".seen-by-all-{uuid.uuid4().hex}"  # Process 0's is the one.
-    own = {"host": socket.gethostname(), "workdir": str(workdir.absolute()), "marker": marker}
-    told = [json.loads(text) for text in processes.gather(json.dumps(own | _facts(setup)))]
-    if difference := differences(told):
-        raise ConfigError(difference)
-    path = workdir / told[0]["marker"]
+    own = {
+        "who": f"process {jax.process_index()} ({socket.gethostname()})",
+        "workdir": str(workdir.absolute()),
+        "marker": f".seen-by-all-{uuid.uuid4().hex}",
+        **_facts(setup),
+    }
+    first = json.loads(processes.from_main(json.dumps(own)))
+    _raise_first(difference(first, json.loads(json.dumps(own))))
+    path = workdir / first["marker"]
     with _written(path) if processes.is_main() else contextlib.nullcontext():
-        seen = processes.gather(json.dumps(_sees(path)))
-    if "false" in seen:
-        blind = seen.index("false")
-        raise ConfigError(
-            f"--workdir isn't shared by all processes: process 0 ({told[0]['host']}) has written "
-            f"to {told[0]['workdir']}, and process {blind} ({told[blind]['host']}) doesn't see it "
-            f"in {told[blind]['workdir']}: give a folder on a disk that all machines share"
+        _raise_first(
+            ""
+            if _sees(path)
+            else f"--workdir isn't shared by all processes: {first['who']} has written to "
+            f"{first['workdir']}, and {own['who']} doesn't see it in {own['workdir']}: give a "
+            "folder on a disk that all machines share"
         )
+
+
+def _raise_first(problem: str) -> None:
+    """Raises the first problem that a process has, in all of them; each has to call it."""
+    if text := next(filter(None, processes.gather(problem)), ""):
+        raise ConfigError(text)
 
 
 def check_step(step: int) -> None:
@@ -86,31 +94,26 @@ def check_step(step: int) -> None:
             )
 
 
-def differences(told: list[dict[str, Any]]) -> str:
-    """Returns what the first process that differs from process 0 has else; empty if none does."""
-    first = told[0]
-    for i, other in enumerate(told):
-        between = f"process 0 ({first['host']}) and process {i} ({other['host']})"
-        for kind in ("config", "environment"):
-            keys = list(first[kind] | other[kind])
-            differing = [
-                f"{key}={shown(first[kind].get(key))} and {shown(other[kind].get(key))}"
-                for key in keys
-                if first[kind].get(key) != other[kind].get(key)
-            ]
-            if differing:
-                more = f", and {len(differing) - 5} more" if len(differing) > 5 else ""
-                what = "configs" if kind == "config" else "settings"
-                return (
-                    f"{between} have different {what}: {', '.join(differing[:5])}{more}: give all "
-                    "the same"
-                )
-        for name, digest in first["data"].items():
-            if other["data"].get(name) != digest:
-                return (
-                    f"{name} gives other tokens in process {i} ({other['host']}) than in process 0 "
-                    f"({first['host']}), with the same config: give all machines the same files"
-                )
+def difference(first: dict[str, Any], own: dict[str, Any]) -> str:
+    """Returns what a process has else than process 0 (`first`); empty if nothing."""
+    for kind, named in (("config", "configs"), ("environment", "settings")):
+        differing = [
+            f"{key}={shown(first[kind].get(key))} and {shown(own[kind].get(key))}"
+            for key in first[kind] | own[kind]
+            if first[kind].get(key) != own[kind].get(key)
+        ]
+        if differing:
+            more = f", and {len(differing) - 5} more" if len(differing) > 5 else ""
+            return (
+                f"{first['who']} and {own['who']} have different {named}: "
+                f"{', '.join(differing[:5])}{more}: give all the same"
+            )
+    for name, digest in first["data"].items():
+        if own["data"].get(name) != digest:
+            return (
+                f"{name} gives other tokens in {own['who']} than in {first['who']}, with the same "
+                "config: give all machines the same files"
+            )
     return ""
 
 

@@ -12,23 +12,22 @@ from support.bad_input import Reached, assert_clear
 
 @pytest.fixture
 def another(monkeypatch):
-    """Lets a second process tell the same as this one, but for a change."""
+    """Makes this one process 1, to which process 0 tells the same but for a change."""
 
-    def tells(change=lambda told: None, sees="true"):
-        def gather(text):
-            if text == "true":
-                return [text, sees]
+    def tells(change=lambda told: None):
+        def from_main(text):
             told = json.loads(text)
             change(told)
-            return [text, json.dumps(told)]
+            return json.dumps(told)
 
-        monkeypatch.setattr(processes, "gather", gather)
+        monkeypatch.setattr(processes, "from_main", from_main)
+        monkeypatch.setattr(processes, "gather", lambda text: ["", text])
 
     return tells
 
 
 def test_processes_that_agree_go_on(config, tmp_path, no_compiling, another):
-    another(lambda told: told.update(host="other", workdir="/mnt/same"))
+    another(lambda told: told.update(who="process 0 (b)", workdir="/mnt/same"))
     with pytest.raises(Reached):
         loop.train(config, tmp_path / "run")
     assert {path.name for path in (tmp_path / "run").iterdir()} <= {"lock"}
@@ -37,21 +36,21 @@ def test_processes_that_agree_go_on(config, tmp_path, no_compiling, another):
 @pytest.mark.parametrize(
     ("group", "name", "value", "said"),
     [
-        ("config", "seed", 5, "different configs: seed=0 and 5: give"),
-        ("config", "optimizer.learning_rate", 0.1, "optimizer.learning_rate=0.01 and 0.1: give"),
-        ("config", "new.key", "x", "new.key=None and 'x'"),
-        ("environment", "XLA_FLAGS", "--xla_x=1", "and '--xla_x=1': give"),
-        ("environment", "jax_enable_x64", "True", "jax_enable_x64='False' and 'True': give"),
-        ("data", "data.path", "0", "data.path gives other tokens in process 1 (b) than in process"),
-        ("data", "tokenizer", "0", "tokenizer gives other tokens in process 1 (b) than in process"),
-        ("data", "eval_sets (more)", "0", "eval_sets (more) gives other tokens in process 1 (b)"),
+        ("config", "seed", 5, "different configs: seed=5 and 0: give"),
+        ("config", "optimizer.learning_rate", 0.1, "optimizer.learning_rate=0.1 and 0.01: give"),
+        ("config", "new.key", "x", "new.key='x' and None"),
+        ("environment", "XLA_FLAGS", "--xla_x=1", "XLA_FLAGS='--xla_x=1' and"),
+        ("environment", "jax_enable_x64", "True", "jax_enable_x64='True' and 'False': give"),
+        ("data", "data.path", "0", "data.path gives other tokens in process 0 ("),
+        ("data", "tokenizer", "0", "tokenizer gives other tokens in process 0 ("),
+        ("data", "eval_sets (more)", "0", "eval_sets (more) gives other tokens in"),
     ],
 )
 def test_what_differs_is_named_before_anything_is_compiled(
     config, text_file, tmp_path, no_compiling, another, group, name, value, said
 ):
     def change(told):
-        told["host"] = "b"
+        told["who"] = "process 0 (b)"
         told[group][name] = value
 
     config.eval_sets = f"more={text_file}"
@@ -75,12 +74,18 @@ def test_processes_may_keep_caches_and_dumps_where_they_like(
     assert told[0]["environment"]["XLA_FLAGS"] == "--a=1 --b"
 
 
-def test_a_workdir_that_is_not_shared_is_refused(config, tmp_path, no_compiling, another):
-    another(lambda told: told.update(host="b", workdir="/elsewhere"), sees="false")
+def test_a_workdir_that_is_not_shared_is_refused(
+    config, tmp_path, no_compiling, another, monkeypatch
+):
+    """As it is to a process that isn't process 0, which writes to another folder."""
+    monkeypatch.setattr(consistency, "SEEN_WITHIN", 0.0)
+    monkeypatch.setattr(processes, "is_main", lambda: False)
+    another(lambda told: told.update(who="process 0 (b)", workdir="/elsewhere"))
     with pytest.raises(ConfigError) as error:
         loop.train(config, tmp_path / "run")
     assert "--workdir isn't shared" in str(error.value)
-    assert f"{tmp_path / 'run'}, and process 1 (b) doesn't see it in /elsewhere" in str(error.value)
+    assert "process 0 (b) has written to /elsewhere" in str(error.value)
+    assert f"doesn't see it in {tmp_path / 'run'}: give" in str(error.value)
     assert_clear(str(error.value))
 
 
