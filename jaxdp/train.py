@@ -21,6 +21,7 @@ from ml_collections import ConfigDict, config_flags
 from jaxdp.common import cli, paths
 from jaxdp.common.errors import STOPPED, ConfigError
 from jaxdp.parallel import launcher
+from jaxdp.parallel.identity import Identity, identify
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config().")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for everything that the run writes.")
@@ -34,7 +35,10 @@ COORDINATOR = flags.DEFINE_string(
     "coordinator_address", None, "HOST:PORT of process 0, if there are several machines."
 )
 NUM_PROCESSES = flags.DEFINE_integer(
-    "num_processes", None, "How often this command is started, on all machines together."
+    "num_processes",
+    None,
+    "How often this command is started, on all machines together; 1 trains alone, whatever a "
+    "scheduler's variables say.",
 )
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0 on.")
 
@@ -46,52 +50,53 @@ def main() -> int:
     if not WORKDIR.value:
         raise ConfigError("--workdir is missing: give a new folder, or that of a run to resume")
     workdir = paths.local("--workdir", WORKDIR.value)
-    # Imported here, so that --help and mistakes in flags don't wait seconds for JAX.
-    from jaxdp.parallel import processes
-
-    processes.check_identity(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    identity = identify(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     gpus = launcher.visible_gpus() if PROCESSES.value != "1" else 0
     count = launcher.process_count(PROCESSES.value, gpus)
-    return _train(config, workdir) if count == 1 else _start(config, count, gpus)
+    if count > 1:
+        return _start(config, count, gpus, identity)
+    return _train(config, workdir, identity)
 
 
-def _train(config: ConfigDict, workdir: Path) -> int:
-    """Trains in this process."""
+def _train(config: ConfigDict, workdir: Path, identity: Identity | None) -> int:
+    """Trains in this process, with the others of the run, if there are any."""
+    # Imported here, so that --help and mistakes in flags don't wait seconds for JAX.
     from jaxdp.parallel import cpu, gpu, processes
     from jaxdp.run import loop, preflight
     from jaxdp.step.setup import same_on_two_devices, validate
 
     cli.prepare_jax()
-    processes.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
-    validate(config)
-    cpu.prepare(config, two_devices=same_on_two_devices(config))
-    gpu.prepare(config)
-    preflight.check_devices()
-    stop = threading.Event()
-    cli.on_stop_signal(stop.set)
-    result = loop.train_valid(config, workdir, stop_requested=stop.is_set)
+    processes.connect(identity)
+    with processes.ending_together():
+        validate(config)
+        cpu.prepare(config, two_devices=same_on_two_devices(config))
+        gpu.prepare(config)
+        preflight.check_devices()
+        stop = threading.Event()
+        cli.on_stop_signal(stop.set)
+        result = loop.train_valid(config, workdir, stop_requested=stop.is_set)
     return 0 if result.finished else STOPPED
 
 
-def _start(config: ConfigDict, count: int, gpus: int) -> int:
+def _start(config: ConfigDict, count: int, gpus: int, identity: Identity | None) -> int:
     """Trains in `count` processes that this one starts; refuses a wrong config before it does."""
     import jax
 
-    from jaxdp.parallel import processes
     from jaxdp.step.setup import batch_sizes, validate
 
-    if COORDINATOR.value is None and (name := processes.scheduled_by()):
+    if identity and identity.scheduled:
         raise ConfigError(
             f"--processes={PROCESSES.value} can't go with a scheduler that has started several "
-            f"processes ({name} is set): leave it out, and let the scheduler start one for each GPU"
+            f"processes ({identity.names[1]} is set): leave it out, and let the scheduler start "
+            "one for each GPU, or give --num_processes=1 if this process is to be the only one"
         )
     validate(config)
-    machines, machine = NUM_PROCESSES.value or 1, PROCESS_ID.value or 0
+    machines, machine = (identity.count, identity.id) if identity else (1, 0)
     devices = gpus or count * max(1, jax.config.values["jax_num_cpu_devices"])
     batch_sizes(config, machines * count, machines * devices)
     with launcher.local_coordinator() as (address, environ):
-        if COORDINATOR.value is not None:
-            address, environ = COORDINATOR.value, {}
+        if identity:
+            address, environ = identity.address, {}
         return launcher.run(launcher.children(count, gpus, address, environ, machine, machines))
 
 

@@ -25,7 +25,6 @@ TICK = 0.05  # Seconds between two looks at the processes.
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 OTHER = {signal.SIGTERM: signal.SIGINT, signal.SIGINT: signal.SIGTERM}
 LAUNCHER = "JAXDP_LAUNCHER"  # The variable that tells a process the number of its launcher.
-PROXIES = {"grpc_proxy", "https_proxy", "http_proxy"}  # What gRPC reads.
 PR_SET_PDEATHSIG = 1  # From Linux's prctl.h.
 
 
@@ -102,10 +101,7 @@ def local_coordinator() -> Iterator[tuple[str, dict[str, str]]]:
         reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         reserved.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{reserved.getsockname()[1]}"
-        environ = {"JAX_COORDINATOR_BIND_ADDRESS": address}
-        if os.environ.keys() & PROXIES:  # gRPC would look for 127.0.0.1 at the proxy.
-            environ["no_grpc_proxy"] = "127.0.0.1"
-        yield address, environ
+        yield address, {"JAX_COORDINATOR_BIND_ADDRESS": address}
 
 
 def children(

@@ -1,85 +1,86 @@
-"""The processes of a run: how they connect, communicate and wait, by `jax.distributed`."""
+"""The processes of a run: how they connect, communicate, wait and end, by `jax.distributed`."""
 
 import contextlib
+import glob
+import hashlib
+import itertools
+import json
 import os
 import re
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
+import jaxlib
 from jax._src import distributed  # Its client has no public name; Orbax uses it, too.
 from jax.experimental import multihost_utils
 
-from jaxdp.common.errors import ConfigError, RunError
+import jaxdp
+from jaxdp.common.errors import WRONG_INPUT, ConfigError, RunError
+from jaxdp.common.files import first_line
+from jaxdp.parallel import rendezvous
+from jaxdp.parallel.identity import Identity, host_and_port
 
-WAITING = 20.0  # Seconds in which processes that start together usually connect.
-LATE = (
-    "jaxdp: still waiting for the other processes: check that every one was started and can reach "
-    "process 0; JAX ends this process after 300 s"
-)
+PROXIES = {"grpc_proxy", "https_proxy", "http_proxy"}  # What gRPC reads.
+LOOK = 0.5  # Seconds between two looks for a failure of another process.
+FAILED = "jaxdp/failed"  # What the first process that fails tells the others.
+_calls = itertools.count()  # Numbers the calls of `gather` and `from_main`.
 
 
-def initialize(
-    coordinator_address: str | None, num_processes: int | None, process_id: int | None
-) -> None:
-    """Connects the processes of a run by `jax.distributed`, if there are several.
+def connect(identity: Identity | None) -> None:
+    """Connects the processes of a run by `jax.distributed`; without others does nothing.
 
-    Without arguments it follows the environment (SLURM, Open MPI, Kubernetes, TPU pods); without a
-    launcher there this process runs alone.
+    Args:
+      identity: which of them this is; None if it runs alone.
 
     Raises:
-      ConfigError: the arguments don't go together, or the other processes can't be reached.
+      ConfigError: the processes don't go together, or the address can't be used.
+      RunError: some process doesn't come, or they can't be connected.
     """
-    check_identity(coordinator_address, num_processes, process_id)
-    if num_processes is None and not scheduled_by():
+    if identity is None:
         return
-    # JAX waits for 300 s without a word, then aborts with a stack trace.
-    late = threading.Timer(WAITING, print, [LATE], {"file": sys.stderr, "flush": True})
-    late.daemon = True
-    late.start()
+    rendezvous.meet(identity, _facts())
+    if os.environ.keys() & PROXIES:  # gRPC would look for process 0 at the proxy.
+        host, _ = host_and_port(identity.address, identity.where)
+        os.environ.update(no_grpc_proxy=host)
     try:
-        jax.distributed.initialize(coordinator_address, num_processes, process_id)
+        jax.distributed.initialize(
+            identity.address,
+            identity.count,
+            identity.id,
+            identity.local_device_ids,
+            cluster_detection_method="deactivate",
+        )
     except (RuntimeError, ValueError) as error:
-        raise ConfigError(
-            f"jax.distributed could not join the processes ({str(error).splitlines()[0]}): check "
-            "that every process was started and can reach the coordinator"
+        raise RunError(
+            f"jax.distributed could not join the processes ({first_line(error)}): check that "
+            f"every process can reach process 0 at {identity.where}"
         ) from error
-    finally:
-        late.cancel()
 
 
-def check_identity(
-    coordinator_address: str | None, num_processes: int | None, process_id: int | None
-) -> None:
-    """Raises ConfigError if some arguments of `initialize` are missing or out of range."""
-    given = [coordinator_address, num_processes, process_id]
-    if any(x is not None for x in given) and any(x is None for x in given):
-        raise ConfigError(
-            f"--coordinator_address={coordinator_address} --num_processes={num_processes} "
-            f"--process_id={process_id} are incomplete: give all three, or none under a scheduler"
-        )
-    if process_id is not None and not 0 <= process_id < (num_processes or 0):
-        raise ConfigError(
-            f"--process_id={process_id} is out of range: number the processes from 0 to "
-            f"num_processes - 1 = {(num_processes or 0) - 1}"
-        )
-
-
-def scheduled_by() -> str | None:
-    """Returns the variable that shows that a scheduler started this process with others, if any."""
-    environ = os.environ
-    signs = {
-        "SLURM_STEP_NUM_TASKS": int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1,
-        "OMPI_COMM_WORLD_SIZE": int(environ.get("OMPI_COMM_WORLD_SIZE", "1")) > 1,
-        "TPU_WORKER_HOSTNAMES": "," in environ.get("TPU_WORKER_HOSTNAMES", ""),
-        "JOB_COMPLETION_INDEX": "JOB_COMPLETION_INDEX" in environ,  # A Kubernetes indexed job.
-        "JAX_COORDINATOR_ADDRESS": "JAX_COORDINATOR_ADDRESS" in environ,
+def _facts() -> dict[str, str]:
+    """Returns what has to be equal in all processes before JAX looks for devices."""
+    sources, hashed = Path(jaxdp.__file__).parent, hashlib.sha256()
+    for path in sorted(sources.rglob("*.py")):
+        hashed.update(path.read_bytes())
+    return {
+        "the version of jaxdp": f"{jaxdp.__version__} ({hashed.hexdigest()[:8]})",
+        "the version of jax": jax.__version__,
+        "the version of jaxlib": jaxlib.__version__,
+        "the kind of devices (JAX_PLATFORMS)": _platform(),
     }
-    return next((name for name, found in signs.items() if found), None)
+
+
+def _platform() -> str:
+    """Returns the kind of devices that JAX will look for, without looking."""
+    first = (jax.config.values["jax_platforms"] or "").split(",")[0]
+    if not first:
+        first = "cuda" if glob.glob("/dev/nvidia[0-9]*") else "cpu"
+    return "cuda" if first == "gpu" else first
 
 
 def is_main() -> bool:
@@ -91,6 +92,93 @@ def barrier(name: str) -> None:
     """Waits until all processes have reached this barrier."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+def gather(text: str) -> list[str]:
+    """Returns the texts that all processes give, in their order; all have to call this.
+
+    It waits for as long as the others are alive, however long they take. No device takes part.
+    """
+    count = jax.process_count()
+    if count == 1:
+        return [text]
+    key = f"jaxdp/gather/{next(_calls)}"
+    _client().key_value_set(f"{key}/{jax.process_index()}", text)
+    if is_main():  # So that the number of messages grows with that of processes, not its square.
+        texts = [_wait_for(f"{key}/{i}", f"process {i}") for i in range(count)]
+        _client().key_value_set(f"{key}/all", json.dumps(texts))
+    return json.loads(_wait_for(f"{key}/all", "the other processes"))
+
+
+def from_main(text: str) -> str:
+    """Returns process 0's text on all processes; all have to call this. No device takes part."""
+    if jax.process_count() == 1:
+        return text
+    key = f"jaxdp/from_main/{next(_calls)}"
+    if is_main():
+        _client().key_value_set(key, text)
+    return _wait_for(key, "process 0")
+
+
+def _wait_for(key: str, who: str) -> str:
+    """Returns the text of a key once it is set; says so if that takes long."""
+    said = False
+    while True:
+        try:
+            return _client().blocking_key_value_get(key, round(1000 * rendezvous.PATIENCE))
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise RunError(
+                    f"process 0, through which the processes talk, has ended ({first_line(error)}):"
+                    " see what it printed; run again to go on from the newest checkpoint"
+                ) from None
+        if not said:
+            print(f"jaxdp: waiting for {who} ...", file=sys.stderr, flush=True)
+        said = True
+
+
+@contextlib.contextmanager
+def ending_together() -> Iterator[None]:
+    """Lets a failure of this process end the others, wherever they wait for it, and vice versa."""
+    if _client() is None:
+        yield
+        return
+    over = threading.Event()
+    watching = threading.Thread(target=_end_with_others, args=(over,), daemon=True)
+    watching.start()
+    try:
+        yield
+    except Exception as error:
+        over.set()
+        _tell_failure(error)
+        raise
+    finally:
+        over.set()
+        watching.join(10)  # A thread that is still inside of JAX would abort Python's end.
+
+
+def _tell_failure(error: Exception) -> None:
+    status = WRONG_INPUT if isinstance(error, ConfigError) else 1
+    known = isinstance(error, ConfigError | RunError)
+    text = str(error) if known else f"{type(error).__name__}: {error}"
+    told = [distributed.global_state.process_id, status, " ".join(text.split())]
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # Another process was first.
+        _client().key_value_set(FAILED, json.dumps(told))
+
+
+def _end_with_others(over: threading.Event) -> None:
+    """Ends this process with a line when another one has failed."""
+    while not over.wait(LOOK):
+        try:
+            told = _client().key_value_try_get(FAILED)
+        except jax.errors.JaxRuntimeError as error:
+            if "NOT_FOUND" not in str(error):
+                return  # Process 0 has ended.
+        else:
+            if not over.wait(LOOK):  # If this process fails for the same reason, it says so itself.
+                process, status, text = json.loads(told)
+                print(f"jaxdp: process {process} has failed: {text}", file=sys.stderr, flush=True)
+                exit_after_failure(status)
 
 
 def publish(text: str) -> None:
@@ -147,15 +235,6 @@ def exit_after_failure(status: int, seconds: float = 5.0) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
-
-
-def from_main(text: str) -> str:
-    """Returns process 0's text, cut to 1,000 bytes, on all processes; all have to call this."""
-    if jax.process_count() == 1:
-        return text
-    data = np.frombuffer(text.encode()[:1000].ljust(1000, b"\0"), np.uint8)
-    data = np.asarray(multihost_utils.broadcast_one_to_all(data), np.uint8)
-    return data.tobytes().rstrip(b"\0").decode(errors="ignore")
 
 
 def on_main(action: Callable[[], None]) -> None:

@@ -17,7 +17,7 @@ from jaxdp.data.cache import open_cache
 from jaxdp.data.feed import Feed
 from jaxdp.parallel import processes
 from jaxdp.parallel.replicas import Replicas
-from jaxdp.run import preflight, report
+from jaxdp.run import consistency, preflight, report
 from jaxdp.run.evaluation import Evaluations
 from jaxdp.run.result import Result
 from jaxdp.run.rollback import roll_back
@@ -92,6 +92,7 @@ def _prepare(
       ConfigError: the data, the workdir or the config can't be used.
     """
     say(f"Opening {config.data.path} ...")
+    consistency.check_devices()
     counts = jax.process_count(), replicas.device_count
     batch_sizes(config, *counts)
     preflight.check_workdir(workdir)
@@ -106,7 +107,7 @@ def _prepare(
     resolve_steps(config, feed, say)
     setup = setup_of_feeds(feeds, replicas.device_count, jax.process_count())
     preflight.check_memory(setup)
-    preflight.create_workdir(workdir)
+    consistency.check(setup, workdir)
     return setup
 
 

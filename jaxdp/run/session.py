@@ -25,7 +25,7 @@ from jaxdp.huggingface import load
 from jaxdp.model.transformer import flops_per_token, num_parameters, parameter_shapes
 from jaxdp.parallel import processes
 from jaxdp.parallel.replicas import Replicas, device_memory, prefetch
-from jaxdp.run import preflight, report, sampled
+from jaxdp.run import consistency, preflight, report, sampled
 from jaxdp.run.divergence import Divergence
 from jaxdp.run.early_stopping import EarlyStopping
 from jaxdp.run.evaluation import Evaluations, evaluate_all, figures
@@ -98,6 +98,7 @@ class Run:
         """Restores the newest checkpoint, or starts at step 0; returns steps done and the state."""
         same = functools.partial(preflight.check_tokens, self.setup.feed)
         found = self.checkpoints.restore(abstract_state(self.setup), same)
+        consistency.check_step(found[0] if found else 0)
         if found is None:
             state = self.first_state()
             if self.config.init_from:

@@ -9,7 +9,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
-from jaxdp.common.errors import ConfigError
+from jaxdp.common.errors import ConfigError, RunError
 from jaxdp.common.files import first_line
 from jaxdp.parallel import processes
 from jaxdp.parallel.replicas import Replicas, to_local
@@ -164,9 +164,11 @@ class Checkpoints:
                 raise
             except Exception as error:  # Orbax and TensorStore raise whatever they like.
                 other = error if isinstance(error, integrity.OtherModelError) else other
+                _check_all_see(step, first_line(error))
                 self._report(f"Checkpoint {step} is damaged ({first_line(error)}).")
                 damaged.append(step)
                 continue
+            _check_all_see(step, "")
             self._set_aside(damaged)
             self._moved = []
             if damaged:
@@ -273,6 +275,22 @@ class Checkpoints:
     def __exit__(self, *_: object) -> None:
         """Waits for a save in progress, and ends Orbax's threads."""
         self._saver.close()
+
+
+def _check_all_see(step: int, wrong: str) -> None:
+    """Asserts that a checkpoint is damaged for all processes or for none; each has to call it.
+
+    Args:
+      step: the step of the checkpoint.
+      wrong: why this process can't use it; empty if it can.
+    """
+    told = processes.gather(wrong)
+    if any(told) and not all(told):
+        bad = next(i for i, text in enumerate(told) if text)
+        raise RunError(
+            f"checkpoint {step} is damaged for process {bad} ({told[bad]}) and not for process "
+            f"{told.index('')}: nothing was moved; check that machine's disk, and run again"
+        )
 
 
 def _make(folder: Path) -> None:

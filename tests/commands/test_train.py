@@ -98,6 +98,8 @@ def test_processes_that_a_scheduler_has_started_start_no_others(
     config, tmp_path, command, monkeypatch
 ):
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "host:1")
     arguments = [*flags(config, tmp_path / "run"), "--processes=2"]
     [line] = command("train", *arguments, check=2).stderr.splitlines()
     assert line.startswith(

@@ -108,6 +108,23 @@ def test_a_learning_rate_that_is_far_too_high(config, tmp_path):
     assert (tmp_path / "run" / "diagnosis.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("of_main", "said"),
+    [
+        (["--config.seed=5"], "have different configs: seed=5 and 0: give all the same"),
+        (["--workdir={other}"], "--workdir isn't shared by all processes"),
+    ],
+)
+def test_processes_that_do_not_agree_compute_nothing(config, tmp_path, of_main, said):
+    flag = [text.format(other=tmp_path / "other") for text in of_main]
+    with group(config, tmp_path / "run", main_only=flag) as runs:
+        assert [run.ended() for run in runs] == [2, 2], [run.printed for run in runs]
+    for run in runs:
+        [line] = [line for line in run.printed.splitlines() if line.startswith("jaxdp: ")]
+        assert said in line
+        assert "Compiling" not in run.printed and "Traceback" not in run.printed
+
+
 def test_a_command_that_starts_its_processes_is_one_run(config, tmp_path, command):
     """One is killed, all are stopped, all finish: to the bit what one process gives."""
     config.update({"num_train_steps": 20_000, "eval_every": 20_000, "log_every": 10})

@@ -261,16 +261,6 @@ def test_the_address_is_reserved_for_process_0():
             socket.create_connection((host, int(port)), timeout=60).close()
 
 
-def test_grpc_looks_for_process_0_at_no_proxy(monkeypatch):
-    for name in launcher.PROXIES:
-        monkeypatch.delenv(name, raising=False)
-    with launcher.local_coordinator() as (_, environ):
-        assert "no_grpc_proxy" not in environ  # JAX warns of any proxy.
-    monkeypatch.setenv("http_proxy", "http://proxy:1")
-    with launcher.local_coordinator() as (_, environ):
-        assert environ["no_grpc_proxy"] == "127.0.0.1"
-
-
 class Driver:
     """NVIDIA's, with three GPUs."""
 

@@ -1,61 +1,92 @@
+import json
+import os
+
 import jax
 import pytest
 
-from jaxdp.common.errors import ConfigError
-from jaxdp.parallel import processes
-
-LAUNCHERS = (
-    "SLURM_STEP_NUM_TASKS",
-    "OMPI_COMM_WORLD_SIZE",
-    "TPU_WORKER_HOSTNAMES",
-    "JOB_COMPLETION_INDEX",
-    "JAX_COORDINATOR_ADDRESS",
-)
+from jaxdp.common.errors import ConfigError, RunError
+from jaxdp.parallel import processes, rendezvous
+from jaxdp.parallel.identity import Identity
 
 
-@pytest.fixture(autouse=True)
-def no_launcher(monkeypatch):
-    for name in LAUNCHERS:
-        monkeypatch.delenv(name, raising=False)
+class Store:
+    """JAX's key-value store, without processes."""
+
+    def __init__(self):
+        self.values = {}
+
+    def key_value_set(self, key, text):
+        if key in self.values:
+            raise jax.errors.JaxRuntimeError("ALREADY_EXISTS")
+        self.values[key] = text
+
+    def key_value_try_get(self, key):
+        raise jax.errors.JaxRuntimeError("NOT_FOUND")
 
 
-def test_alone_without_launcher(monkeypatch):
-    def refuse(*_):
-        raise AssertionError("a single process must not wait for others")
-
-    monkeypatch.setattr(jax.distributed, "initialize", refuse)
-    processes.initialize(None, None, None)
-    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
-    processes.initialize(None, None, None)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("SLURM_STEP_NUM_TASKS", "4"),
-        ("OMPI_COMM_WORLD_SIZE", "2"),
-        ("TPU_WORKER_HOSTNAMES", "a,b"),
-        ("JOB_COMPLETION_INDEX", "0"),
-        ("JAX_COORDINATOR_ADDRESS", "host:1"),
-    ],
-)
-def test_launchers_are_left_to_jax(monkeypatch, name, value):
+@pytest.fixture
+def joined(monkeypatch):
+    """What `jax.distributed.initialize` is called with; nothing connects."""
     calls = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *a: calls.append(a))
-    monkeypatch.setenv(name, value)
-    processes.initialize(None, None, None)
-    assert calls == [(None, None, None)]
+    monkeypatch.setattr(rendezvous, "meet", lambda identity, facts: calls.append((identity, facts)))
+    monkeypatch.setattr(
+        jax.distributed, "initialize", lambda *args, **options: calls.append((args, options))
+    )
+    for name in processes.PROXIES | {"no_grpc_proxy"}:
+        monkeypatch.delenv(name, raising=False)
+    return calls
+
+
+def test_a_process_alone_waits_for_nobody(joined):
+    processes.connect(None)
+    assert joined == []
+
+
+def test_processes_meet_first_and_leave_nothing_for_jax_to_find_out(joined):
+    identity = Identity("node0:1", 4, 3, [1])
+    processes.connect(identity)
+    (met, facts), (arguments, options) = joined
+    assert met == identity and {"the version of jaxdp", "the version of jax"} < facts.keys()
+    assert arguments == ("node0:1", 4, 3, [1])
+    assert options == {"cluster_detection_method": "deactivate"}
+    assert "no_grpc_proxy" not in os.environ
+
+
+def test_grpc_looks_for_process_0_at_no_proxy(joined, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://proxy:1")
+    monkeypatch.setenv("no_grpc_proxy", "")  # Restored afterwards.
+    processes.connect(Identity("[::1]:1", 2, 0))
+    assert os.getenv("no_grpc_proxy") == "::1"  # noqa: SIM112  gRPC's name.
+
+
+def test_what_jax_can_not_connect_is_one_line(joined, monkeypatch):
+    def fail(*args, **options):
+        raise RuntimeError("DEADLINE_EXCEEDED\nmore")
+
+    monkeypatch.setattr(jax.distributed, "initialize", fail)
+    with pytest.raises(RunError, match=r"DEADLINE_EXCEEDED.*node0:1"):
+        processes.connect(Identity("node0:1", 2, 0))
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("error", "status", "text"),
     [
-        (("host:1", None, None), "incomplete"),
-        ((None, 2, 0), "incomplete"),
-        (("host:1", 2, 2), "--process_id=2 is out of range"),
-        (("host:1", 2, -1), "--process_id=-1 is out of range"),
+        (ConfigError("no such\nkey: x"), 2, "no such key: x"),
+        (RunError("a reason"), 1, "a reason"),
+        (OSError(5, "Input/output error"), 1, "OSError: [Errno 5] Input/output error"),
     ],
 )
-def test_wrong_arguments_are_refused(arguments, message):
-    with pytest.raises(ConfigError, match=message):
-        processes.initialize(*arguments)
+def test_the_first_failure_is_told_to_the_others(monkeypatch, error, status, text):
+    store = Store()
+    monkeypatch.setattr(processes.distributed.global_state, "client", store)
+    monkeypatch.setattr(processes.distributed.global_state, "process_id", 3)
+    with pytest.raises(type(error)), processes.ending_together():
+        raise error
+    assert json.loads(store.values[processes.FAILED]) == [3, status, text]
+    with pytest.raises(ValueError), processes.ending_together():
+        raise ValueError("later")
+    assert json.loads(store.values[processes.FAILED])[0] == 3
+
+
+def test_alone_a_process_has_its_own_text_only():
+    assert processes.gather("a") == ["a"]

@@ -8,6 +8,7 @@ import pytest
 
 from jaxdp.common.errors import ConfigError, RunError
 from jaxdp.common.files import num_bytes
+from jaxdp.parallel import processes
 from jaxdp.parallel.replicas import AXIS, Replicas
 from jaxdp.step.setup import make_setup
 from jaxdp.step.state import abstract_state, saved_shapes, state_axes
@@ -235,6 +236,26 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(tmp_path, config, 
         else:
             assert step == 5 and not lines  # The file was none that matters.
     assert harmed >= 3
+
+
+@pytest.mark.parametrize("harmed", [0, 1])
+def test_nothing_is_moved_that_only_one_process_finds_damaged(
+    tmp_path, config, monkeypatch, harmed
+):
+    """Process 0 is this one; process 1 tells the opposite of what it finds."""
+
+    def told_by_two(wrong):
+        return [wrong, "" if wrong else "DataLossError"]
+
+    two_checkpoints(tmp_path, config)
+    if harmed == 0:
+        truncate(tmp_path / "checkpoints" / "5" / "extra" / "metadata")
+    before = files_of(tmp_path)
+    monkeypatch.setattr(processes, "gather", told_by_two)
+    said = f"checkpoint 5 is damaged for process {harmed} .* and not for process {1 - harmed}:"
+    with open_checkpoints(tmp_path, config) as checkpoints, pytest.raises(RunError, match=said):
+        checkpoints.restore(state_of(0))
+    assert files_of(tmp_path) == before
 
 
 def test_the_same_step_can_be_damaged_twice(tmp_path, config):
