@@ -70,14 +70,20 @@ DISK_FULL_ERRORS = (
 
 
 def reason(error: BaseException) -> str:
-    """Returns why a write failed, in the system's words where the error has them."""
+    """Returns why a file can't be read or written, in the system's words where it has them."""
+    number = error_number(error)
+    return first_line(error) if number is None else os.strerror(number)
+
+
+def error_number(error: BaseException) -> int | None:
+    """Returns the number (errno) of the system's error that is the cause of an error, if one is."""
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, OSError) and cause.strerror:
-            return cause.strerror
+        if isinstance(cause, OSError) and cause.errno:
+            return cause.errno
         cause = cause.__cause__ or cause.__context__
     code = re.search(r"os_error_code='(\d+)'", str(error))  # In TensorStore's messages.
-    return os.strerror(int(code[1])) if code else first_line(error)
+    return int(code[1]) if code else None
 
 
 def num_bytes(tree: Any) -> int:

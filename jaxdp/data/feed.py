@@ -22,10 +22,12 @@ class Feed:
     Attributes:
       config: a valid config; num_train_steps must be resolved before the first training batch.
       cache: the token cache of the config's data.
+      origin: where this start of the run begins; before, its batches or weights may have differed.
     """
 
     config: ConfigDict
     cache: TokenCache
+    origin: pipeline.Position = dataclasses.field(default_factory=pipeline.Position)
 
     def __repr__(self) -> str:
         """Shows the data's path and the cache in a line, without the config."""
@@ -48,13 +50,14 @@ class Feed:
         return self._sequences("validation")
 
     def train(self, start: int) -> Iterator[Batch]:
-        """Yields the batches of the steps from `start` on; see `pipeline.train_batches`."""
+        """Yields the batches of the steps from `start`, at or after the origin, to the end."""
         return pipeline.train_batches(
             self.training,
             seed=self.config.seed,
             start_step=start,
             num_steps=self.config.num_train_steps,
             num_epochs=self.config.num_epochs,
+            origin=self.origin,
             **self._split_of_batch(),
         )
 
@@ -64,17 +67,35 @@ class Feed:
             self.validation, max_batches=self.config.eval_max_batches, **self._split_of_batch()
         )
 
-    def positions(self, step: int) -> list[int]:
+    def position(self, step: int) -> pipeline.Position:
+        """Returns how far the run has come after `step` steps, at or after the origin.
+
+        Padding, with which the last batch of num_epochs is filled up, isn't taken.
+        """
+        c, turns, before = self.config, self._turns, self.origin.total
+        end = c.num_epochs * pipeline.epoch_length(self.training)
+        after = before + (step - self.origin.step) * c.global_batch_size
+        if c.num_epochs:
+            after = min(after, max(end, before))
+        taken = turns.taken(after) + self.origin.ahead(turns)
+        return pipeline.Position(step, tuple(taken.tolist()))
+
+    def first_tokens(self, step: int) -> list[int]:
         """Returns the training tokens at which the sequences of a step's global batch begin."""
         c = self.config
-        numbers = step * c.global_batch_size + np.arange(c.global_batch_size, dtype=np.int64)
-        starts = pipeline.start_positions(numbers, self.training, c.seed).numpy()
+        first = self.origin.total + (step - self.origin.step) * c.global_batch_size
+        numbers = first + np.arange(c.global_batch_size, dtype=np.int64)
+        starts = pipeline.start_positions(numbers, self.training, c.seed, self.origin).numpy()
         return self.training.begin(starts).tolist()
 
     def epoch_steps(self) -> int:
-        """Returns the optimizer steps that num_epochs take; the last batch may be padded."""
+        """Returns the number of the step with which num_epochs end; its batch may be padded."""
         c = self.config
-        return pipeline.steps_in(c.num_epochs, self.training, c.global_batch_size)
+        return pipeline.steps_in(c.num_epochs, self.training, c.global_batch_size, self.origin)
+
+    @functools.cached_property
+    def _turns(self) -> mixture.Cycle:
+        return mixture.cycle(tuple(self.shares.values()))
 
     def _sequences(self, split: str, **mix: Any) -> Sequences:
         c, tokens = self.config, getattr(self.cache, split)

@@ -67,6 +67,17 @@ class Cycle:
     turns: np.ndarray
     earlier_turns: np.ndarray
 
+    def taken(self, count: int) -> np.ndarray:
+        """Returns how many of the first `count` turns each source has, [sources] int64.
+
+        Examples:
+          >>> cycle([3, 2]).taken(7)
+          array([4, 3])
+        """
+        shares = np.bincount(self.turns)
+        rounds, rest = divmod(count, len(self.turns))
+        return rounds * shares + np.bincount(self.turns[:rest], minlength=len(shares))
+
 
 def cycle(shares: Sequence[int]) -> Cycle:
     """Returns a cycle in which each source is always less than one turn away from its exact share.

@@ -1,13 +1,15 @@
 """Makes batches of tokens, with `tf.data`.
 
-The sequences of optimizer step s are a pure function of (seed, s). Row i of a global batch of G is
-sequence number s * G + i of the run, which is looked up in the shuffled order of its epoch. So a
-run resumes at any step at no cost, and the global batch is the same for any number of processes
-and devices.
+The sequences of a run are numbered, and number n is looked up in the shuffled order of its epoch: a
+pure function of (seed, n). Row i of the global batch of step s is number s * G + i while the batch
+size stays what it is; where it changes, or the mixture's weights do, numbers go on from there. So a
+run resumes at any step at no cost, no sequence comes twice or is left out, and the global batch is
+the same for any number of processes and devices.
 
 Shapes: G global batch, P rows of this process, L sequence length.
 """
 
+import dataclasses
 import itertools
 from collections.abc import Iterator
 
@@ -20,6 +22,32 @@ from jaxdp.data.sequences import Sequences
 TOKENS_PER_CALL = 2**16  # Tokens to make in one call of `sequences.take`.
 
 
+@dataclasses.dataclass(frozen=True)
+class Position:
+    """How far a run has come in its data.
+
+    Attributes:
+      step: optimizer steps done.
+      taken: the training sequences taken from each source; () where none was taken.
+    """
+
+    step: int = 0
+    taken: tuple[int, ...] = ()
+
+    @property
+    def total(self) -> int:
+        """The training sequences taken from all sources."""
+        return sum(self.taken)
+
+    def ahead(self, turns: mixture.Cycle) -> np.ndarray:
+        """Returns by how many sequences each source is ahead of a mixture's turns, [sources].
+
+        All 0, unless the weights have changed.
+        """
+        expected = turns.taken(self.total)
+        return np.asarray(self.taken or 0, np.int64) - expected
+
+
 def train_batches(
     sequences: Sequences,
     *,
@@ -30,6 +58,7 @@ def train_batches(
     process_index: int,
     process_count: int,
     num_epochs: int = 0,
+    origin: Position = Position(),
 ) -> Iterator[Batch]:
     """Yields this process's part of the training batches, from step start_step on.
 
@@ -46,6 +75,7 @@ def train_batches(
       process_index: which of the equal parts of the global batch to yield.
       process_count: the number of parts.
       num_epochs: rows after this many epochs get weight 0; 0: no limit.
+      origin: a position of the run, at or before start_step, since which G is the same.
 
     Yields:
       The arrays of `sequences.take`, [P, L] each.
@@ -59,8 +89,9 @@ def train_batches(
     together = max(TOKENS_PER_CALL // (per_host * sequences.seq_len), 1)
 
     def numbers(step, count):
-        steps = (step + np.arange(count, dtype=np.int64))[:, None]
-        return steps * global_batch_size + first + np.arange(per_host, dtype=np.int64)
+        steps = (step - origin.step + np.arange(count, dtype=np.int64))[:, None]
+        rows = first + np.arange(per_host, dtype=np.int64)
+        return origin.total + steps * global_batch_size + rows
 
     def take(starts):
         batch = sequences.take(starts)
@@ -68,7 +99,7 @@ def train_batches(
 
     def to_batches(step):
         rows = tf.reshape(numbers(step, together), [-1])
-        starts = start_positions(rows, sequences, seed)
+        starts = start_positions(rows, sequences, seed, origin)
         return tuple(tf.numpy_function(take, [starts], list(keys.values()), stateful=False))
 
     dataset = tf.data.Dataset.range(start_step, num_steps, together)
@@ -90,13 +121,14 @@ def train_batches(
         yield batch
 
 
-def start_positions(numbers, sequences: Sequences, seed: int):
+def start_positions(numbers, sequences: Sequences, seed: int, origin: Position = Position()):
     """Returns where training sequences begin, from their numbers in the run.
 
     Args:
-      numbers: [P] int64, step * G + row of the batch for each sequence.
+      numbers: [P] int64, the number of each sequence.
       sequences: the training sequences.
       seed: decides the order.
+      origin: a position of the run since which the mixture's weights are the same.
 
     Returns:
       [P] int64, a TensorFlow tensor to pass to `sequences.take`.
@@ -110,6 +142,7 @@ def start_positions(numbers, sequences: Sequences, seed: int):
     turn, round_ = numbers % len(turns.turns), numbers // len(turns.turns)
     source = tf.gather(turns.turns, turn)
     numbers = round_ * of(sequences.shares) + tf.gather(turns.earlier_turns, turn)
+    numbers += of(origin.ahead(turns))
 
     count, slack = of([part.count for part in parts]), of([part.max_offset for part in parts])
     epoch = numbers // count
@@ -126,9 +159,19 @@ def epoch_length(sequences: Sequences) -> int:
     return sum(part.count for part in sequences.parts)
 
 
-def steps_in(num_epochs: int, sequences: Sequences, global_batch_size: int) -> int:
-    """Returns how many optimizer steps the epochs take; the last batch may be padded."""
-    return -(-num_epochs * epoch_length(sequences) // global_batch_size)
+def steps_in(
+    num_epochs: int, sequences: Sequences, global_batch_size: int, origin: Position = Position()
+) -> int:
+    """Returns the number of the step with which the epochs end; its batch may be padded.
+
+    Args:
+      num_epochs: passes over the sequences.
+      sequences: the training sequences.
+      global_batch_size: G since the origin.
+      origin: a position of the run.
+    """
+    rest = max(num_epochs * epoch_length(sequences) - origin.total, 0)
+    return origin.step + -(-rest // global_batch_size)
 
 
 def _shuffle(index, seeds, max_index):

@@ -117,6 +117,12 @@ class Replicas:
         )
 
 
+def free(tree: Any) -> None:
+    """Deletes the arrays of a pytree on their devices, whoever else refers to them."""
+    for x in jax.tree.leaves(tree):
+        x.delete()
+
+
 def prefetch(items: Iterable[Any], put: Callable[[Any], Any], ahead: int = 2) -> Iterator[Any]:
     """Yields put(item); later items are copied to the devices while earlier ones are in use."""
     waiting = []

@@ -125,7 +125,7 @@ def diagnose(setup: Setup, replicas: Replicas, trouble: Trouble, state: State) -
         "step": trouble.step,
         "reason": trouble.reason,
         "loss": found["loss"].item(),
-        "sequences_begin_at_tokens": setup.feed.positions(step),
+        "sequences_begin_at_tokens": setup.feed.first_tokens(step),
         "norms": by_layer(found),
     }
 

@@ -17,7 +17,7 @@ from jaxdp.data.cache import open_cache
 from jaxdp.data.feed import Feed
 from jaxdp.parallel import processes
 from jaxdp.parallel.replicas import Replicas
-from jaxdp.run import consistency, preflight, report
+from jaxdp.run import consistency, preflight, report, resuming
 from jaxdp.run.evaluation import Evaluations
 from jaxdp.run.result import Result
 from jaxdp.run.rollback import roll_back
@@ -74,7 +74,13 @@ def train_valid(
             ),
         )
         with Run(setup, workdir, replicas, display, watchdog, stop_requested) as run:
-            return _train(run)
+            start, state = run.restore()
+            if run.origin == setup.feed.origin:
+                return _train(run, start, state)
+            del state
+    # The newest checkpoint is damaged, and lies elsewhere by now: the run's length was computed
+    # from its place in the data.
+    return train_valid(config, workdir, devices=devices, stop_requested=stop_requested)
 
 
 def _prepare(
@@ -100,7 +106,8 @@ def _prepare(
     if (workdir / "config.json").exists():
         preflight.check_same_run(config, configs.load(workdir / "config.json"))
     eval_sets.check(config)
-    feed = Feed(config, open_cache(config, say))
+    cache = open_cache(config, say)
+    feed = Feed(config, cache, resuming.newest_position(workdir, config))
     preflight.check_data(feed)
     preflight.check_init(config, workdir, feed.cache.vocab_size)
     feeds = {"": feed} | preflight.open_eval_sets(config, feed.cache, say)
@@ -111,14 +118,13 @@ def _prepare(
     return setup
 
 
-def _train(run: Run) -> Result:
-    start, state = run.restore()
+def _train(run: Run, start: int, state: State) -> Result:
     run.show_header()
     if run.over(start) and not run.unevaluated:
-        run.display.line(report.already_finished(start, run.stopping))
+        run.display.line(report.already_finished(run.config, start, run.stopping))
         return Result(start, True, {}, state)
     if start:
-        run.display.line(f"Going on after step {start:,}.")
+        run.say_where_it_goes_on()
     run.begin(start)
     with contextlib.closing(run.program), contextlib.closing(run.profile):
         result = train_steps(run, state, start)

@@ -30,11 +30,12 @@ def header(setup: Setup, workdir: Path, device_kind: str) -> dict[str, str]:
     """Returns the table that is shown before training."""
     config, sizes, cache = setup.config, setup.sizes, setup.feed.cache
     per_step = sizes.global_ * config.seq_len
-    tokens = per_step * config.num_train_steps
+    total = setup.feed.position(config.num_train_steps).total
+    tokens = total * config.seq_len
     parameters = num_parameters(parameter_shapes(setup.model))
     flops = flops_per_token(setup.model.config, parameters) * tokens
     processes = jax.process_count()
-    epochs = sizes.global_ * config.num_train_steps / pipeline.epoch_length(setup.feed.training)
+    epochs = total / pipeline.epoch_length(setup.feed.training)
     return {
         "devices": f"{setup.device_count} x {device_kind} in {processes} "
         + ("process" if processes == 1 else "processes"),
@@ -85,17 +86,17 @@ def _kernel(config: ConfigDict) -> str:
 
 def _sources(feed: Feed) -> dict[str, str]:
     """Returns a row for each source of a mixture: its share, tokens, and epochs."""
-    config, total, first = feed.config, sum(feed.shares.values()), 0
+    shares, first = sum(feed.shares.values()), 0
+    taken = feed.position(feed.config.num_train_steps).taken
     rows: dict[str, str] = {}
     if len(feed.shares) == 1:
         return {}
-    for (path, share), end, part in zip(
-        feed.shares.items(), feed.cache.train_borders, feed.training.parts, strict=True
+    for (path, share), end, part, count in zip(
+        feed.shares.items(), feed.cache.train_borders, feed.training.parts, taken, strict=True
     ):
-        taken = config.num_train_steps * config.global_batch_size * share / total
         rows[f"source {len(rows) + 1}"] = (
-            f"{share / total:.2%} {path}, {quantity(end - first)} tokens, "
-            f"{taken / part.count:.2f} epochs"
+            f"{share / shares:.2%} {path}, {quantity(end - first)} tokens, "
+            f"{count / part.count:.2f} epochs"
         )
         first = end
     return rows
@@ -129,14 +130,15 @@ def evaluated(step: int, evaluation: Evaluation, name: str = "") -> str:
     return f"evaluation{of} at step {step}: {in_words(evaluation)}"
 
 
-def already_finished(step: int, stopping: EarlyStopping) -> str:
+def already_finished(config: ConfigDict, step: int, stopping: EarlyStopping) -> str:
     """Says why there is nothing left to train, and how to train on."""
     if stopping.over:
         return (
             f"Already finished: stopped early after step {step:,}, for {stopping.reason()}. To "
             "train on, raise stop.patience, or set it to 0."
         )
-    return f"Already finished: all {step:,} steps are done. To train on, raise num_train_steps."
+    key = "num_epochs" if config.num_epochs else "num_train_steps"
+    return f"Already finished: all {step:,} steps are done. To train on, raise {key}."
 
 
 def summary(config: ConfigDict, workdir: Path, result: Any, seconds: float) -> dict[str, str]:

@@ -8,6 +8,7 @@ from typing import Any
 from jaxdp.common.errors import RunError
 from jaxdp.common.files import write_atomically
 from jaxdp.parallel import processes
+from jaxdp.parallel.replicas import free
 from jaxdp.run import divergence, report
 from jaxdp.run.divergence import Trouble
 from jaxdp.run.session import Run
@@ -19,6 +20,10 @@ def roll_back(run: Run, state: State) -> tuple[int, State]:
 
     The result depends on the training alone: rounds dispatched after the trouble are dropped, and
     only scheduled checkpoints count, because others depend on when the run was interrupted.
+
+    Args:
+      run: the run, which has found trouble.
+      state: its present state, which is deleted.
 
     Returns:
       The step to go on from, and the state, its step set to it.
@@ -32,11 +37,12 @@ def roll_back(run: Run, state: State) -> tuple[int, State]:
     if run.judge.rollbacks == c.max_rollbacks:
         raise _diagnosis(run, trouble, state)
     run.watchdog.beat("going back", trouble.step, slow=True)
+    run.forget_figures()
+    free(state)  # With two states in memory, going back would take more than training.
     found = run.checkpoints.restore(abstract_state(run.setup), functools.partial(_good, run))
     step, extra, state = found or (0, {}, run.first_state())
     run.load_evaluations(step, extra)  # Later ones are dropped.
     run.judge.roll_back()
-    run.forget_figures()
     run.display.line(
         f"step {trouble.step}: {trouble.reason}. Back to the parameters of step {step}; the "
         f"data of the steps since is skipped (roll-back {run.judge.rollbacks} of at most "

@@ -20,12 +20,13 @@ from jaxdp.common.terminal import Display
 from jaxdp.data import batch as batches
 from jaxdp.data import tokenizer
 from jaxdp.data.batch import Batch
+from jaxdp.data.pipeline import Position
 from jaxdp.estimate.memory import check_fits
 from jaxdp.huggingface import load
 from jaxdp.model.transformer import flops_per_token, num_parameters, parameter_shapes
 from jaxdp.parallel import processes
 from jaxdp.parallel.replicas import Replicas, device_memory, prefetch
-from jaxdp.run import consistency, preflight, report, sampled
+from jaxdp.run import consistency, preflight, report, resuming, sampled
 from jaxdp.run.divergence import Divergence
 from jaxdp.run.early_stopping import EarlyStopping
 from jaxdp.run.evaluation import Evaluations, evaluate_all, figures
@@ -48,6 +49,7 @@ class Run:
     Attributes:
       stop: whether any process was asked to stop, according to the metrics fetched so far.
       unevaluated: whether the newest checkpoint was saved before its evaluation, which is to come.
+      origin: the position in the data at which the restored checkpoint was saved.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class Run:
         self.judge, self.stopping = Divergence(setup.config), EarlyStopping(setup.config)
         self.profile = Profile(setup.config, workdir, display.line)
         self.stop = self.unevaluated = False
+        self.origin, self._changes = Position(), ""
         self._line: dict[str, Any] | None = None  # What was logged of an unevaluated step.
         self._stop_requested = stop_requested
         self._p_eval_step = pmapped_evaluation(setup, replicas)
@@ -96,7 +99,8 @@ class Run:
 
     def restore(self) -> tuple[int, State]:
         """Restores the newest checkpoint, or starts at step 0; returns steps done and the state."""
-        same = functools.partial(preflight.check_tokens, self.setup.feed)
+        feed = self.setup.feed
+        same = functools.partial(preflight.check_tokens, feed)
         found = self.checkpoints.restore(abstract_state(self.setup), same)
         consistency.check_step(found[0] if found else 0)
         if found is None:
@@ -105,6 +109,8 @@ class Run:
                 self.display.line(f"Starting from the weights of {self.config.init_from}.")
             return 0, state
         step, extra, state = found
+        self.origin = resuming.position_of(self.workdir, self.config, step, extra)
+        self._changes = resuming.changes(self.workdir, self.config, self.origin, extra)
         self.judge.load(extra["divergence"])
         self._loss.load(extra.get("loss", {}))
         self.unevaluated = self.load_evaluations(step, extra)
@@ -139,6 +145,12 @@ class Run:
         rows = report.header(self.setup, self.workdir, kind)
         rows |= report.traffic(self.config, self.program.traffic(), self.replicas.device_count)
         self.display.table("jaxdp", rows)
+
+    def say_where_it_goes_on(self) -> None:
+        """Says after which step a run goes on, and what has changed since it last started."""
+        self.display.line(f"Going on after step {self.origin.step:,}.")
+        if self._changes:
+            self.display.line(self._changes, "bold")
 
     def begin(self, start: int) -> None:
         """Writes config and tokenizer, opens the metrics files, and starts to measure speed."""
@@ -334,6 +346,7 @@ class Run:
             "stopping": self.stopping.to_json(),
             "loss": self._loss.to_json(),
             "micro": self.setup.sizes.micro,
+            resuming.POSITION: list(self.setup.feed.position(done).taken),
         }
         if evaluating:
             extra["line"] = line

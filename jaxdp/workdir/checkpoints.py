@@ -1,8 +1,9 @@
 """The checkpoints of a run: what they hold, saving them, and restoring intact ones."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -18,8 +19,10 @@ from jaxdp.sync.compression import move_residual
 from jaxdp.sync.islands import Islands
 from jaxdp.sync.method import Sync
 from jaxdp.workdir import integrity
+from jaxdp.workdir.reading import ending_reads, is_damage, patiently
 from jaxdp.workdir.saver import Saver
 
+T = TypeVar("T")
 FOLDER = "checkpoints"
 
 
@@ -51,7 +54,7 @@ class Checkpoints:
 
         Raises:
           ConfigError: the folder can't be created.
-          RunError: all checkpoints are damaged; nothing is moved.
+          RunError: all checkpoints are damaged, or the disk doesn't answer; nothing is moved.
         """
         self._replicas, self._method, self._report = replicas, method, report
         self._islands = method.islands(replicas.device_count)
@@ -60,13 +63,13 @@ class Checkpoints:
         self._moved: list[tuple[Path, int]] = []
         # Orbax opens a folder only if it can read the metrics of each checkpoint.
         steps = integrity.steps(self._folder)
-        damaged = [path for path in steps if not integrity.readable(path)]
+        damaged = self._patiently(
+            lambda: [path for path in steps if not integrity.readable(path)], self._folder
+        )
         if damaged and len(damaged) == len(steps):
             raise integrity.all_damaged(self._folder, [int(path.name) for path in damaged])
-        for path in damaged:
-            report(f"Checkpoint {path.name} is damaged (its metrics can't be read).")
-        self._set_aside([int(path.name) for path in damaged])
-        self._saver = Saver(self._folder, config, report)
+        self._set_aside({int(path.name): "its metrics can't be read" for path in damaged})
+        self._saver = self._patiently(lambda: Saver(self._folder, config, report), self._folder)
         self._last: tuple[int, dict] | None = None
 
     def save(self, step: int, state: State, extra: dict) -> None:
@@ -85,6 +88,7 @@ class Checkpoints:
                 "islands": self._islands.islands,
                 integrity.FINGERPRINTS: integrity.fingerprints_by_path(tree),
             }
+            extra = integrity.sealed(extra)
             # With several processes, Orbax refuses arrays on the devices of one. Of an array that
             # is on several devices, it would fetch a slice from each, and compile each slice.
             one = _first_copies(tree) if jax.process_count() == 1 else jax.device_get(tree)
@@ -128,7 +132,7 @@ class Checkpoints:
             self._saver.wait_for_save("")
         if self._last is None or not self._saver.failure:
             return self._saver.unrecorded()
-        newest = self.manager.latest_step()
+        newest = max(self._saver.steps(), default=None)
         has = "there is no checkpoint" if newest is None else f"the newest is checkpoint {newest}"
         return f"checkpoint {self._last[0]} could not be saved ({self._saver.failure}; {has})"
 
@@ -150,29 +154,35 @@ class Checkpoints:
 
         Raises:
           ConfigError: the checkpoints belong to another run or model; nothing is moved.
-          RunError: all checkpoints are damaged; nothing is moved.
+          RunError: all checkpoints are damaged, or the newest can't be read for another reason
+            (the disk doesn't answer, memory is full); nothing is moved.
         """
-        damaged, other = [], None
+        damaged: dict[int, str] = {}
+        other = None
         for step in self._steps():
             try:
-                extra = self._read_extra(step)
+                folder = self._folder / str(step)
+                extra = self._patiently(functools.partial(integrity.read_extra, folder), step)
                 if not fit(step, extra):
                     continue
-                restored = self._read(step, like, extra)
+                read = functools.partial(self._read, step, like, extra)
+                restored = self._patiently(read, step)
             except ConfigError:
                 self._put_back()
                 raise
             except Exception as error:  # Orbax and TensorStore raise whatever they like.
+                if not is_damage(error):
+                    self._put_back()
+                    raise
                 other = error if isinstance(error, integrity.OtherModelError) else other
                 _check_all_see(step, first_line(error))
-                self._report(f"Checkpoint {step} is damaged ({first_line(error)}).")
-                damaged.append(step)
+                damaged[step] = first_line(error)
                 continue
             _check_all_see(step, "")
             self._set_aside(damaged)
             self._moved = []
             if damaged:
-                self.manager.reload()
+                self._saver.manager.reload()
             return step, extra, restored
         self._put_back()
         if other is not None:
@@ -181,42 +191,33 @@ class Checkpoints:
                 "another --workdir"
             )
         if damaged:
-            raise integrity.all_damaged(self._folder, damaged)
+            raise integrity.all_damaged(self._folder, list(damaged))
         return None
-
-    @property
-    def manager(self) -> ocp.CheckpointManager:
-        """Orbax's manager; a new one after a failed save."""
-        return self._saver.manager
 
     def _steps(self) -> list[int]:
         """Waits until process 0 has written; returns the steps on disk, newest first."""
         self.wait()
         processes.barrier("checkpoints written")
-        if not processes.is_main():
-            self.manager.reload()
-        return sorted(self.manager.all_steps(), reverse=True)
+        return self._saver.steps()
 
-    def _read_extra(self, step: int) -> dict:
-        args = ocp.args.Composite(extra=ocp.args.JsonRestore())
-        return self.manager.restore(step, args=args).extra
+    def _patiently(self, read: Callable[[], T], what: int | Path) -> T:
+        name = f"checkpoint {what}" if isinstance(what, int) else str(what)
+        return patiently(read, name, self._report)
 
     def _read(self, step: int, like: State, extra: dict) -> State:
         """Reads the state of a checkpoint; if it is damaged, raises any exception."""
         # Checkpoints of older versions don't know islands.
         writer = Islands(extra["devices"], extra.get("islands", extra["devices"]))
         target = saved_shapes(like, self._method, writer)
-        has = "ema" in integrity.check_shapes(self._folder / str(step), like.params)
-        if has != ("ema" in target):
-            raise integrity.OtherModelError(f"the checkpoint has {'an' if has else 'no'} ema")
+        integrity.check_arrays(self._folder / str(step), target, extra)
         own = per_device_fields(self._method)
         target = {
             name: _on_host(tree) if name in own else self._replicas.global_shapes(tree)
             for name, tree in target.items()
         }
         args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
-        with integrity.ending_reads():
-            found = dict(self.manager.restore(step, args=args).state)
+        with ending_reads():
+            found = dict(self._saver.manager.restore(step, args=args).state)
         shared = to_local({name: tree for name, tree in found.items() if name not in own})
         integrity.check_fingerprints(found | shared, extra[integrity.FINGERPRINTS])
         if int(shared["step"]) != step:
@@ -242,19 +243,30 @@ class Checkpoints:
             tree["residual"] = self._replicas.gather_per_device(tree["residual"])
         return tree
 
-    def _set_aside(self, steps: list[int]) -> None:
-        if not steps:
+    def _set_aside(self, damaged: dict[int, str]) -> None:
+        """Moves damaged checkpoints, {step: what is wrong}, to another folder."""
+        if not damaged:
             return
         processes.barrier("all have seen what is damaged")
-        if processes.is_main():
-            aside = self._folder.with_name(f"{FOLDER}-damaged")
-            aside.mkdir(exist_ok=True)
-            for step in steps:
-                number = sum(path.name.split(".")[0] == str(step) for path in aside.iterdir())
-                target = aside / (f"{step}.{number}" if number else str(step))
-                self._moved.append(((self._folder / str(step)).rename(target), step))
-                self._report(f"It was moved to {target}.")
+        for step, wrong in damaged.items():
+            self._report(f"Checkpoint {step} is damaged ({wrong}).")
+            if processes.is_main():
+                self._move_aside(step)
         processes.barrier("checkpoints set aside")
+
+    def _move_aside(self, step: int) -> None:
+        aside = self._folder.with_name(f"{FOLDER}-damaged")
+        try:
+            aside.mkdir(exist_ok=True)
+            number = sum(path.name.split(".")[0] == str(step) for path in aside.iterdir())
+            target = aside / (f"{step}.{number}" if number else str(step))
+            self._moved.append(((self._folder / str(step)).rename(target), step))
+        except OSError as error:
+            raise ConfigError(
+                f"checkpoint {step} is damaged and can't be moved to {aside} ({error.strerror}): "
+                "move it away, or use another --workdir"
+            ) from None
+        self._report(f"It was moved to {target}.")
 
     def _put_back(self) -> None:
         """Moves checkpoints back that were set aside: a run that can't start changes nothing."""

@@ -1,11 +1,9 @@
 """Checks that a checkpoint is intact and holds the expected model."""
 
-import asyncio
-import contextlib
 import json
 import math
 import re
-from collections.abc import Iterator
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -14,61 +12,82 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxdp.common.errors import ConfigError, RunError
-from jaxdp.common.files import write_atomically
+from jaxdp.common.files import first_line, write_atomically
 from jaxdp.sync.fingerprints import fingerprints
+from jaxdp.workdir.reading import ending_reads, is_io_error
 
 METRIC = "eval/loss"
-FINGERPRINTS = "fingerprints"
+FINGERPRINTS, CHECKSUM = "fingerprints", "checksum"  # Keys of a checkpoint's JSON.
 
 
-@contextlib.contextmanager
-def ending_reads() -> Iterator[None]:
-    """Makes Orbax finish all reads of a checkpoint when one of them fails.
-
-    Otherwise it closes the event loop that the others use, and each prints a traceback later.
-    """
-    before = asyncio.get_event_loop_policy()
-    asyncio.set_event_loop_policy(_PatientPolicy())
-    try:
-        yield
-    finally:
-        asyncio.set_event_loop_policy(before)
-
-
-class _PatientPolicy(asyncio.DefaultEventLoopPolicy):
-    def new_event_loop(self) -> asyncio.AbstractEventLoop:
-        return _PatientLoop()
-
-
-class _PatientLoop(asyncio.SelectorEventLoop):
-    def close(self) -> None:
-        tasks = () if self.is_closed() else asyncio.all_tasks(self)
-        if tasks:
-            self.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
-        super().close()
+class DamagedError(ValueError):
+    """A part of a checkpoint isn't what was saved."""
 
 
 class OtherModelError(ValueError):
     """A checkpoint holds other arrays than the model needs."""
 
 
-def check_shapes(folder: Path, params: Any) -> set[str]:
-    """Checks the parameters in a checkpoint; returns all saved fields: "params", ...
+def sealed(extra: dict[str, Any]) -> dict[str, Any]:
+    """Returns the JSON of a checkpoint with a checksum."""
+    return extra | {CHECKSUM: _checksum(extra)}
+
+
+def read_extra(folder: Path) -> dict[str, Any]:
+    """Reads the JSON of a checkpoint; what older versions wrote has no checksum.
 
     Raises:
-      OtherModelError: the checkpoint's parameters have other names or shapes.
+      DamagedError: it isn't what was saved.
+      OSError: it can't be read.
+    """
+    try:
+        extra = json.loads((folder / "extra" / "metadata").read_bytes())
+        same = extra.get(CHECKSUM, _checksum(extra)) == _checksum(extra)
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedError(f"its JSON can't be read, {first_line(error)}") from None
+    if not same:
+        raise DamagedError("its JSON is not what was saved")
+    return extra
+
+
+def _checksum(extra: dict[str, Any]) -> int:
+    rest = {key: value for key, value in extra.items() if key != CHECKSUM}
+    return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
+
+
+def check_arrays(folder: Path, wanted: Any, extra: dict[str, Any], field: str = "") -> None:
+    """Checks the names and shapes of the arrays in a checkpoint.
+
+    Args:
+      folder: the checkpoint.
+      wanted: {field of the state: arrays, or their shapes}.
+      extra: the JSON of the checkpoint.
+      field: the only field to compare; by default all, and there must be no others.
+
+    Raises:
+      DamagedError: it doesn't hold the arrays that were saved.
+      OtherModelError: other ones were saved; names the first that differs.
     """
     with ending_reads():
         metadata = ocp.PyTreeCheckpointHandler().metadata(folder / "state")
-    saved = _shapes_by_name(metadata.tree["params"])
-    wanted = _shapes_by_name(params)
-    for name in sorted(saved.keys() | wanted.keys()):
-        if saved.get(name) != wanted.get(name):
+    saved, ours = _shapes_by_name(metadata.tree), _shapes_by_name(wanted)
+    if saved.keys() != extra[FINGERPRINTS].keys():
+        raise DamagedError("its arrays are not those that were saved")
+    for name in sorted(saved.keys() | ours.keys(), key=_parameters_first):
+        if name.startswith(field) and saved.get(name) != ours.get(name):
             raise OtherModelError(
-                f"params/{name} is {saved.get(name, 'absent')} in checkpoint {folder.name} and "
-                f"{wanted.get(name, 'absent')} by the config and the tokenizer"
+                f"{name} is {saved.get(name, 'absent')} in checkpoint {folder.name} and "
+                f"{ours.get(name, 'absent')} by the config and the tokenizer"
             )
-    return set(metadata.tree)
+
+
+def has_field(extra: dict[str, Any], field: str) -> bool:
+    """Returns whether a checkpoint's state has a field such as "ema"."""
+    return any(name.startswith(f"{field}/") for name in extra[FINGERPRINTS])
+
+
+def _parameters_first(name: str) -> tuple[bool, str]:
+    return not name.startswith("params/"), name
 
 
 def _shapes_by_name(tree: Any) -> dict[str, tuple[int, ...]]:
@@ -98,10 +117,10 @@ def fingerprints_by_path(tree: Any) -> dict[str, int]:
 
 
 def check_fingerprints(tree: Any, expected: dict[str, int]) -> None:
-    """Raises ValueError if an array's fingerprint is not the saved one."""
+    """Raises DamagedError if an array's fingerprint is not the saved one."""
     for name, mark in fingerprints_by_path(tree).items():
         if expected[name] != mark:
-            raise ValueError(f"{name} is not what was saved")
+            raise DamagedError(f"{name} is not what was saved")
 
 
 def all_damaged(folder: Path, steps: list[int]) -> RunError:
@@ -113,7 +132,11 @@ def all_damaged(folder: Path, steps: list[int]) -> RunError:
 
 
 def readable(checkpoint: Path) -> bool:
-    """Returns whether Orbax can read a checkpoint's metrics; missing ones are fine."""
+    """Returns whether Orbax can read a checkpoint's metrics; missing ones are fine.
+
+    Raises:
+      OSError: the disk doesn't answer, which says nothing about them.
+    """
     return checkpoint.is_dir() and _metric(checkpoint) is not None
 
 
@@ -153,7 +176,9 @@ def _metric(checkpoint: Path) -> float | None:
         metrics = json.loads(path.read_bytes()) if path.exists() else {METRIC: math.inf}
         value = metrics.get(METRIC) if isinstance(metrics, dict) else None
         return value if _number(value) else None
-    except (ValueError, RecursionError, OSError):
+    except (ValueError, RecursionError, OSError) as error:
+        if is_io_error(error):
+            raise
         return None
 
 

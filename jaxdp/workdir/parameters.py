@@ -1,5 +1,6 @@
 """Reading only the parameters of a checkpoint, for use outside of training."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from jaxdp.common.errors import ConfigError, RunError
 from jaxdp.common.files import first_line
 from jaxdp.workdir import integrity
 from jaxdp.workdir.checkpoints import folder_of
+from jaxdp.workdir.reading import ending_reads, is_damage, patiently
 
 
 def load_params(
@@ -37,7 +39,8 @@ def load_params(
 
     Raises:
       ConfigError: there is no such checkpoint, or it is of another model or tokenizer.
-      RunError: the checkpoint, or all of them if `which` is "newest", are damaged.
+      RunError: the checkpoint, or all of them if `which` is "newest", are damaged; or can't be
+        read for another reason.
     """
     folder = folder_of(workdir)
     if not folder.is_dir():
@@ -51,12 +54,15 @@ def load_params(
         steps = [integrity.step_of(folder, steps, which)]
     other, damage = None, []
     for step in steps:
+        read = functools.partial(_read_params, folder / str(step), params)
         try:
-            found, extra = _read_params(folder / str(step), params)
+            found, extra = patiently(read, f"checkpoint {step}", report)
             check(step, extra)
         except ConfigError:
             raise
         except Exception as error:  # Orbax and TensorStore raise whatever they like.
+            if not is_damage(error):
+                raise
             other = error if isinstance(error, integrity.OtherModelError) else other
             damage.append(f"Checkpoint {step} is damaged ({first_line(error)}).")
             continue
@@ -81,7 +87,9 @@ def load_params(
 
 def _read_params(folder: Path, params: Any) -> tuple[Any, dict]:
     """Reads parameters, or their EMA, and the JSON; if they are damaged, raises any exception."""
-    name = "ema" if "ema" in integrity.check_shapes(folder, params) else "params"
+    extra = integrity.read_extra(folder)
+    name = "ema" if integrity.has_field(extra, "ema") else "params"
+    integrity.check_arrays(folder, {"params": params}, extra, "params/")
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), {name: params}
@@ -92,9 +100,7 @@ def _read_params(folder: Path, params: Any) -> tuple[Any, dict]:
         partial_restore=True,
     )
     reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
-    with integrity.ending_reads(), reader as checkpointer:
-        found = checkpointer.restore(
-            folder, args=ocp.args.Composite(state=restore, extra=ocp.args.JsonRestore())
-        )
-    integrity.check_fingerprints({name: found.state[name]}, found.extra[integrity.FINGERPRINTS])
-    return found.state[name], found.extra
+    with ending_reads(), reader as checkpointer:
+        state = checkpointer.restore(folder, args=ocp.args.Composite(state=restore)).state
+    integrity.check_fingerprints({name: state[name]}, extra[integrity.FINGERPRINTS])
+    return state[name], extra

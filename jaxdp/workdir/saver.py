@@ -1,7 +1,7 @@
 """Saves checkpoints in the background with Orbax, on a disk that may be full."""
 
 import contextlib
-import dataclasses
+import errno
 import functools
 import shutil
 import sys
@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from logging import ERROR, Formatter, LogRecord, getLogger
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -23,6 +22,7 @@ from jaxdp.parallel import processes
 from jaxdp.workdir import integrity
 
 LEFTOVERS = "*.orbax-checkpoint-tmp*"
+REMOVED = ".orbax-checkpoint-tmp-removed"  # Added to the name of a checkpoint that is to go.
 
 
 class Saver:
@@ -49,8 +49,8 @@ class Saver:
         self.failure, self._step, self._under_way = "", 0, False
         self._error: Exception | None = None
         self.eval_losses: dict[int, float] = {}
-        self._policy = _policy(config)
-        self.manager = self._open()
+        self._told: set[Path] = set()  # What can't be removed, and has been reported.
+        self.manager, self._closed = self._open(), False
 
     def start(self, step: int, tree: Any, extra: dict) -> None:
         """Starts to save, in process 0; `check` and `wait_for_save` report a failure."""
@@ -58,12 +58,27 @@ class Saver:
         self._step, self.failure, self._under_way = step, "", True
         args = ocp.args.Composite(state=ocp.args.StandardSave(tree), extra=ocp.args.JsonSave(extra))
         try:
+            self._restore_folder()
             self._record()
             self.eval_losses = {x: loss for x, loss in self.eval_losses.items() if x == step}
             files.require_space(self._folder, files.num_bytes(tree))
             self.manager.save(step, args=args, force=True)
         except Exception as error:  # Orbax and TensorStore raise whatever they like.
             self._error = error
+
+    def steps(self) -> list[int]:
+        """Returns the steps on disk, newest first."""
+        found = (path for path in integrity.steps(self._folder) if path.is_dir())
+        return sorted((int(path.name) for path in found), reverse=True)
+
+    def _restore_folder(self) -> None:
+        """Makes the folder again if somebody has removed it, and opens it if it is closed."""
+        if not self._folder.is_dir():
+            self._folder.mkdir(parents=True)
+            self._report(f"{self._folder} was removed under the run; it is made again.")
+            self._reopen()
+        elif self._closed:
+            self._reopen()
 
     def evaluated(self, step: int, loss: float) -> None:
         """Records the validation loss of a step once its checkpoint, if it has one, is on disk."""
@@ -86,22 +101,30 @@ class Saver:
         for step, loss in list(self.eval_losses.items()):
             if (checkpoint := self._folder / str(step)).is_dir():
                 integrity.record_eval_loss(checkpoint, loss)
-                self._remove_former_best()
+                self._remove_old()
                 del self.eval_losses[step]
 
-    def _remove_former_best(self) -> None:
-        """Removes checkpoints that are to be kept no longer, now that one has got its loss."""
-        self.manager.reload()
-        found: Any = [
-            SimpleNamespace(step=step, metrics=self.manager.metrics(step))
-            for step in self.manager.all_steps()
-        ]
-        context = preservation_policy.PreservationContext()
-        kept = self._policy.should_preserve(found, context=context)
-        for checkpoint, keep in zip(found, kept, strict=True):
-            if not keep:
-                with contextlib.suppress(OSError):  # The next save tries again.
-                    self.manager.delete(checkpoint.step)
+    def _remove_old(self) -> None:
+        """Removes checkpoints that are to be kept no longer; one that can't be costs a line.
+
+        They are renamed first: one that is removed in part never has the name of a step.
+        """
+        path = self._folder
+        try:
+            steps = self.steps()
+            losses = {step: integrity.eval_loss(self._folder / str(step)) for step in steps}
+            kept = kept_steps(losses, self._config)
+            for path in [self._folder / str(step) for step in steps if step not in kept]:
+                path.rename(path.with_name(path.name + REMOVED))
+            for path in self._folder.glob(f"*{REMOVED}"):
+                shutil.rmtree(path)
+        except OSError as error:
+            if path not in self._told:
+                self._report(
+                    f"{path} is no longer needed, and can't be removed ({files.reason(error)}): "
+                    "training goes on without that."
+                )
+            self._told.add(path)
 
     def check(self) -> None:
         """Reports a save that has failed, without waiting for one in progress."""
@@ -116,11 +139,14 @@ class Saver:
         """
         if not processes.is_main():
             return
-        self._under_way = False
+        saved, self._under_way = self._under_way, False
         try:
             if self._error:
                 raise self._error
-            self.manager.wait_until_finished()
+            if saved:
+                self.manager.wait_until_finished()
+            if saved and not (self._folder / str(self._step)).is_dir():
+                raise FileNotFoundError(errno.ENOENT, "its folder was removed")
         except Exception as error:
             self._error, self.failure = None, files.reason(error)
             if then is None:
@@ -130,9 +156,12 @@ class Saver:
             if then:
                 failed = f"Checkpoint {self._step} could not be saved ({self.failure})"
                 self._report(f"{failed}: {then}.")
-            # After a failed save, Orbax no longer knows which old checkpoints it was to remove.
-            self._close()
-            self.manager = self._open()
+            # After a failed save, Orbax can't be relied on; the folder may be gone, too.
+            with contextlib.suppress(Exception):  # Else the next save tries, and reports.
+                self._reopen()
+        else:
+            if saved:
+                self._remove_old()
         self.unrecorded()
 
     def close(self) -> None:
@@ -140,13 +169,17 @@ class Saver:
         self.wait_for_save("the run ends without it")
         self._close()
 
+    def _reopen(self) -> None:
+        self._close()
+        self.manager, self._closed = self._open(), False
+
     def _open(self) -> ocp.CheckpointManager:
         if processes.is_main():
             self._sweep()
         process = jax.process_index()
         options = ocp.CheckpointManagerOptions(
             create=False,
-            preservation_policy=self._policy,
+            preservation_policy=preservation_policy.PreserveAll(),  # `_remove_old` removes them.
             multiprocessing_options=ocp.options.MultiprocessingOptions(
                 primary_host=process,
                 active_processes={process},
@@ -168,6 +201,7 @@ class Saver:
             time.sleep(0.2)
 
     def _close(self) -> None:
+        self._closed = True
         with contextlib.suppress(Exception):  # Errors of saving have been reported.
             self.manager.close()
 
@@ -196,28 +230,23 @@ def quieten() -> None:
     sys.unraisablehook = hook
 
 
-def _loss(metrics: dict) -> float:
-    return metrics[integrity.METRIC]
+def kept_steps(losses: dict[int, float | None], config: ConfigDict) -> set[int]:
+    """Returns which checkpoints are to be kept.
 
+    Examples:
+      >>> from jaxdp.configs import default
+      >>> config = default.get_config()
+      >>> config.checkpoint.update({"keep_last": 1, "every": 10})
+      >>> sorted(kept_steps({10: 3.0, 20: 2.5, 30: None, 31: 2.7, 32: None}, config))
+      [20, 30, 32]
 
-def _policy(config: ConfigDict) -> preservation_policy.PreservationPolicy:
-    c = config.checkpoint
-    best = preservation_policy.BestN(
-        get_metric_fn=_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False
-    )
-    policies = [preservation_policy.LatestN(c.keep_last), best, _LatestScheduled(c.every)]
-    if c.keep_every:
-        policies.append(preservation_policy.EveryNSteps(c.keep_every))
-    return preservation_policy.AnyPreservationPolicy(policies)
-
-
-@dataclasses.dataclass
-class _LatestScheduled(preservation_policy.PreservationPolicy):
-    """Preserves the newest scheduled checkpoint, one that no interruption caused."""
-
-    every: int
-
-    def should_preserve(self, checkpoints, *, context):
-        del context
-        scheduled = [c.step for c in checkpoints if c.step % self.every == 0]
-        return [c.step == max(scheduled, default=None) for c in checkpoints]
+    Args:
+      losses: {step: validation loss, or None} of the checkpoints on disk.
+      config: the run's config.
+    """
+    c, steps = config.checkpoint, sorted(losses)
+    best = [(loss, -step) for step, loss in losses.items() if loss is not None]
+    kept = set(steps[-c.keep_last :]) | {-step for _, step in sorted(best)[:1]}
+    # Interruptions save unscheduled ones; a run that diverges rolls back to a scheduled one.
+    kept |= set([step for step in steps if step % c.every == 0][-1:])
+    return kept | {step for step in steps if c.keep_every and step % c.keep_every == 0}
