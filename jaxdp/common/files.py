@@ -1,5 +1,6 @@
 """Writes files safely, also where the disk may be full."""
 
+import contextlib
 import errno
 import os
 import re
@@ -19,6 +20,7 @@ class PatientFile:
 
     Attributes:
       error: why data is waiting; None when nothing is waiting.
+      renewed: whether the file was removed by somebody, and begun again.
     """
 
     def __init__(self, path: Path):
@@ -28,6 +30,7 @@ class PatientFile:
         self._waiting: list[bytes] = []
         self._begun = 0  # Bytes of self._waiting[0] that are already written.
         self.error: OSError | None = None
+        self.renewed = False
 
     def write(self, data: bytes) -> None:
         """Appends data, now or as soon as the disk takes it."""
@@ -37,6 +40,9 @@ class PatientFile:
     def flush(self) -> None:
         """Tries to write the waiting data."""
         try:
+            if self._file is not None and not self._path.exists():
+                self._file.close()
+                self._file, self._begun, self.renewed = None, 0, True
             if self._file is None:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 self._file = FileIO(self._path, "ab")
@@ -68,11 +74,26 @@ DISK_FULL_ERRORS = (
     errno.EFBIG,
 )  # Errors of a full disk, quota or file.
 
+WAYS_OUT = {
+    (errno.ENOSPC, errno.EDQUOT): "make room",
+    (errno.EFBIG,): "raise the limit on the size of files (ulimit -f)",
+    (errno.EACCES, errno.EPERM, errno.EROFS): "make it writable",
+    (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP): "move away what is in its place",
+}
+
 
 def reason(error: BaseException) -> str:
     """Returns why a file can't be read or written, in the system's words where it has them."""
     number = error_number(error)
     return first_line(error) if number is None else os.strerror(number)
+
+
+def way_out(why: str) -> str:
+    """Returns what to do where a file can't be written, from a text that holds the `reason`."""
+    for numbers, way in WAYS_OUT.items():
+        if any(os.strerror(number) in why for number in numbers):
+            return way
+    return "see what is wrong with the disk"
 
 
 def error_number(error: BaseException) -> int | None:
@@ -119,7 +140,9 @@ def write_atomically(path: Path, text: str) -> None:
             os.fsync(file.fileno())  # A power failure could else leave an empty file.
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise ConfigError(
-            f"{path} can't be written ({error.strerror}): make room, or use another --workdir"
+            f"{path} can't be written ({reason(error)}): {way_out(reason(error))}, or use another "
+            "--workdir"
         ) from None

@@ -205,8 +205,8 @@ def _write(output: Path, weights: dict[str, Any], texts: dict[str, Any]) -> None
         temporary.rename(output)
     except (OSError, SafetensorError) as error:
         raise ConfigError(
-            f"--output={shown(str(output))} can't be written ({files.reason(error)}): make room, "
-            "or give another folder"
+            f"--output={shown(str(output))} can't be written ({files.reason(error)}): "
+            f"{files.way_out(files.reason(error))}, or give another folder"
         ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -65,6 +65,10 @@ def check_same_run(config: ConfigDict, saved: ConfigDict) -> None:
     decays = [flat.get("ema.decay", 0.0) for flat in (new, old)]
     if bool(decays[0]) != bool(decays[1]):
         differing.append(f"ema.decay={decays[0]!r} (was {shown(decays[1])})")
+    # Without momentum, SGD has no state.
+    rates = [flat.get("optimizer.b1", 0.9) for flat in (new, old)]
+    if new.get("optimizer.name") == "sgd" and bool(rates[0]) != bool(rates[1]):
+        differing.append(f"optimizer.b1={rates[0]!r} (was {shown(rates[1])})")
     if differing:
         raise ConfigError(
             f"this workdir holds a different run: {', '.join(differing)}; "

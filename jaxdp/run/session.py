@@ -14,8 +14,8 @@ from typing import Any
 import jax
 
 from jaxdp.common.config import save
-from jaxdp.common.errors import RunError
-from jaxdp.common.files import write_atomically
+from jaxdp.common.errors import ConfigError, RunError
+from jaxdp.common.files import way_out, write_atomically
 from jaxdp.common.terminal import Display
 from jaxdp.data import batch as batches
 from jaxdp.data import tokenizer
@@ -353,6 +353,10 @@ class Run:
         else:
             self._writer.flush()
         self.unevaluated = evaluating
+        if processes.is_main() and not (self.workdir / "config.json").exists():
+            with contextlib.suppress(ConfigError, OSError):  # Then the checkpoint fails, too.
+                self.workdir.mkdir(parents=True, exist_ok=True)
+                self._describe()
         self.checkpoints.save(done, state, extra)
 
     # The end.
@@ -364,7 +368,7 @@ class Run:
         text = "; ".join(filter(None, (unsaved, unwritten)))
         if text:
             rest = ", and run again to go on from there" if unsaved else "; all else is saved"
-            text += f": make room in {self.workdir}{rest}"
+            text += f": {way_out(text)} (--workdir={self.workdir}){rest}"
         text = processes.from_main(text)
         if text:
             raise RunError(text)

@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
 from jaxdp.common.errors import ConfigError, RunError
-from jaxdp.common.files import first_line
+from jaxdp.common.files import first_line, reason, way_out
 from jaxdp.parallel import processes
 from jaxdp.parallel.replicas import Replicas, to_local
 from jaxdp.step.state import State, fields_of, per_device_fields, saved_shapes, unsliced_shapes
@@ -191,6 +191,8 @@ class Checkpoints:
                 "another --workdir"
             )
         if damaged:
+            for step, wrong in damaged.items():
+                self._report(f"Checkpoint {step} is damaged ({wrong}).")
             raise integrity.all_damaged(self._folder, list(damaged))
         return None
 
@@ -310,7 +312,8 @@ def _make(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
-            f"{folder} can't be made ({error.strerror}): make room, or use another --workdir"
+            f"{folder} can't be made ({reason(error)}): {way_out(reason(error))}, or use another "
+            "--workdir"
         ) from None
 
 

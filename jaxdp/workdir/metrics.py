@@ -57,6 +57,10 @@ METRICS = {
 }
 
 
+def _warn(text: str) -> None:
+    print(f"jaxdp: {text}", file=sys.stderr)
+
+
 class MetricsWriter:
     """Writes the metrics of each step: one JSON object per line, and TensorBoard events.
 
@@ -72,7 +76,7 @@ class MetricsWriter:
         start_step: int,
         active: bool = True,
         line: Mapping[str, float | None] | None = None,
-        say: Callable[[str], None] = print,
+        say: Callable[[str], None] = _warn,
     ):
         """Opens the files for a run that has done `start_step` steps; does nothing if inactive.
 
@@ -82,14 +86,14 @@ class MetricsWriter:
           start_step: lines after this step are dropped.
           active: whether to write at all.
           line: replaces the line of start_step, which is to be continued; see `line`.
-          say: called with a line of text if wandb can't be used.
+          say: called with a line of text about damaged lines, a file that was removed, or wandb.
         """
-        self._active = active
+        self._active, self._say = active, say
         self._wandb: WandbRun | None = None
         self._record: dict[str, Any] = {}
         if active:
             kept = start_step if line is None else start_step - 1
-            _drop_after(workdir / JSONL, kept)
+            _drop_after(workdir / JSONL, kept, say)
             self._jsonl = PatientFile(workdir / JSONL)
             register_writer_factory(_PatientFiles.SCHEME, _PatientFiles())
             logdir = f"{_PatientFiles.SCHEME}:{workdir / 'tensorboard'}"
@@ -128,6 +132,9 @@ class MetricsWriter:
         if self._record:
             self._jsonl.write((to_json(self._record) + "\n").encode())
             self._record = {}
+            if self._jsonl.renewed:
+                self._jsonl.renewed = False
+                self._say(f"{JSONL} was removed under the run; it is begun again.")
 
     def finish(self) -> str:
         """Writes what is left; returns what can't be written and why, or an empty string."""
@@ -184,9 +191,14 @@ def to_json(record: Mapping[str, float | None]) -> str:
     return json.dumps({name: _finite(value) for name, value in record.items()})
 
 
-def read_jsonl(workdir: str | Path) -> list[dict[str, Any]]:
-    """Reads a run's metrics.jsonl; leaves out lines that are cut off or damaged."""
-    lines = (Path(workdir) / JSONL).read_bytes().split(b"\n")
+def read_jsonl(workdir: str | Path, report: Callable[[str], None] = _warn) -> list[dict[str, Any]]:
+    """Reads a run's metrics.jsonl; leaves out lines that are damaged, and says which.
+
+    Nothing is said of a last line that is cut off: the run may be writing it.
+    """
+    path = Path(workdir) / JSONL
+    lines = path.read_bytes().split(b"\n")
+    _report_damaged(path, lines[:-1], report)
     return [record for line in lines if (record := _parse(line))]
 
 
@@ -198,12 +210,22 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     return record if isinstance(record, dict) and type(record.get("step")) is int else None
 
 
-def _drop_after(path: Path, step: int) -> None:
-    """Removes the lines after a step, and those that are cut off or damaged."""
+def _report_damaged(path: Path, lines: list[bytes], report: Callable[[str], None]) -> None:
+    damaged = [str(i) for i, line in enumerate(lines, 1) if line.strip() and not _parse(line)]
+    if damaged:
+        more = f" and {len(damaged) - 8} more" if len(damaged) > 8 else ""
+        are = "s {} are" if len(damaged) > 1 else " {} is"
+        report(f"{path}: line{are.format(', '.join(damaged[:8]) + more)} damaged, and left out.")
+
+
+def _drop_after(path: Path, step: int, report: Callable[[str], None]) -> None:
+    """Removes the lines after a step, and those that are cut off or damaged; says which are."""
     if not path.exists():
         return
     lines = path.read_bytes().splitlines(keepends=True)
-    kept = [x for x in lines if x.endswith(b"\n") and (r := _parse(x)) and r["step"] <= step]
+    whole = [x for x in lines if x.endswith(b"\n")]
+    _report_damaged(path, whole, report)
+    kept = [x for x in whole if (r := _parse(x)) and r["step"] <= step]
     if kept == lines[: len(kept)]:
         os.truncate(path, sum(map(len, kept)))  # Needs no room on a full disk.
     else:

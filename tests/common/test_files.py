@@ -1,10 +1,11 @@
 import errno
 import os
+import shutil
 
 import pytest
 
 from jaxdp.common.errors import ConfigError
-from jaxdp.common.files import PatientFile, reason, write_atomically
+from jaxdp.common.files import PatientFile, reason, way_out, write_atomically
 from support.processes import limited
 
 
@@ -70,3 +71,29 @@ def test_a_file_that_has_no_room_stays_as_it_was(tmp_path):
     with limited(0, 2), pytest.raises(ConfigError, match=r"config.json can't be written \(File "):
         write_atomically(path, "new and longer")
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_only_a_full_disk_asks_for_room():
+    ways = {number: way_out(f"x ({os.strerror(number)}; y)") for number in errno.errorcode}
+    room = {number for number, way in ways.items() if way == "make room"}
+    assert room == {errno.ENOSPC, errno.EDQUOT}
+    assert ways[errno.EACCES] == ways[errno.EROFS] == "make it writable"
+    assert all(ways.values())
+
+
+def test_why_a_file_can_not_be_written_is_told_and_what_to_do(tmp_path):
+    (tmp_path / "file.tmp").mkdir()
+    with pytest.raises(ConfigError, match=r"\(Is a directory\): move away what is in its"):
+        write_atomically(tmp_path / "file", "text")
+
+
+def test_a_file_that_is_removed_is_begun_again(tmp_path, full_disk):
+    path = tmp_path / "folder" / "file"
+    file = PatientFile(path)
+    full_disk.room = 6
+    file.write(b"one\n")
+    file.write(b"two\n")
+    shutil.rmtree(path.parent)
+    full_disk.room = 100
+    file.write(b"three\n")
+    assert path.read_bytes() == b"two\nthree\n" and file.renewed

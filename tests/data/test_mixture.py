@@ -1,3 +1,5 @@
+import dataclasses
+import itertools
 from fractions import Fraction
 
 import jax
@@ -27,6 +29,25 @@ def train(sequences=WINDOWS, steps=range(30), **changes) -> list[dict]:
 
 def starts(steps=400) -> np.ndarray:
     return np.concatenate([batch["inputs"][:, 0] for batch in train(steps=range(steps))])
+
+
+@pytest.mark.parametrize("before", [3, 37])
+@pytest.mark.parametrize("shares", [SHARES, (1, 7, 2)])
+def test_changed_weights_go_on_with_each_sources_next_sequence(shares, before):
+    """None twice and none left out of any source."""
+
+    def begin(numbers, sequences, *origin):
+        return pipeline.start_positions(
+            np.asarray(numbers, np.int64), sequences, 0, *origin
+        ).numpy()
+
+    origin = pipeline.Position(9, tuple(mixture.cycle(SHARES).taken(before).tolist()))
+    changed = dataclasses.replace(WINDOWS, shares=shares)
+    old, new = begin(range(before), WINDOWS), begin(range(before, 300), changed, origin)
+    found, whole = np.concatenate([old, new]), begin(range(1500), WINDOWS)
+    for first, end in itertools.pairwise((0, *BORDERS)):
+        of_source, expected = (x[(first <= x) & (x < end)] for x in (found, whole))
+        assert of_source.tolist() == expected[: len(of_source)].tolist()
 
 
 @FEW

@@ -1,9 +1,13 @@
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from jaxdp.data.pipeline import steps_in
+from jaxdp.configs import default
+from jaxdp.data.cache import TokenCache
+from jaxdp.data.feed import Feed
+from jaxdp.data.pipeline import Position, steps_in
 from jaxdp.data.sequences import Windows
 from support.sequences import SLACK, TOKENS, G, L, W, assert_equal, evaluation, joined, train
 
@@ -204,3 +208,60 @@ def test_the_end_of_the_epochs_is_the_same_for_every_process_count():
         for i in range(3)
     ]
     assert_equal(joined(parts), whole)
+
+
+CHANGES = [(0, 4), (3, 6), (5, 1), (14, 5)]  # From step ... on, sequences in a batch.
+
+
+def test_a_changed_batch_size_goes_on_with_the_next_sequence():
+    """None twice, none left out, whenever and to whatever it changes."""
+    found, origin = [], Position()
+    for (step, batch), (end, _) in itertools.pairwise([*CHANGES, (60, 0)]):
+        found += train(steps=range(step, end), global_batch_size=batch, origin=origin)
+        origin = Position(end, (origin.total + (end - step) * batch,))
+    tokens = first_tokens(found)
+    assert len(tokens) == origin.total > 5 * W
+    assert tokens == starts(epochs=12).reshape(-1)[: len(tokens)].tolist()
+
+
+@pytest.mark.parametrize(("batch", "processes"), [(6, 2), (16, 1)])
+def test_epochs_end_at_the_same_sequence_with_a_changed_batch_size(batch, processes):
+    windows, origin = Windows(TOKENS, L, "causal"), Position(3, (12,))
+    steps = range(3, steps_in(2, windows, batch, origin))
+    parts = [
+        train(
+            steps=steps,
+            global_batch_size=batch,
+            num_epochs=2,
+            origin=origin,
+            process_index=i,
+            process_count=processes,
+        )
+        for i in range(processes)
+    ]
+    found = joined(parts)
+    weights = np.concatenate([b["weights"][:, 0] for b in found])
+    assert weights.sum() == 2 * W - 12 and (weights[: 2 * W - 12] == 1).all()
+    assert len(weights) - weights.sum() < batch
+    assert first_tokens(found)[: 2 * W - 12] == starts(epochs=2).reshape(-1)[12:].tolist()
+    assert steps_in(1, windows, batch, Position(9, (2 * W,))) == 9
+
+
+def feed(origin: Position, num_epochs: int) -> Feed:
+    config = default.get_config()
+    config.update({"seq_len": L, "global_batch_size": 5, "num_epochs": num_epochs})
+    cache = TokenCache(Path(), TOKENS, TOKENS, None, 203, 1, "", (len(TOKENS),))
+    return Feed(config, cache, origin)
+
+
+def test_padding_at_the_end_of_the_epochs_is_not_taken():
+    """So that a run that is given more epochs leaves no sequence out."""
+    one = feed(Position(), 1)
+    last = one.epoch_steps()
+    assert last * 5 > W
+    assert [one.position(step).total for step in (0, 2, last)] == [0, 10, W]
+    more = feed(one.position(last), 2)
+    assert more.epoch_steps() == last + -(-W // 5)
+    assert more.first_tokens(last) == starts(epochs=2)[1, :5].tolist()
+    fewer = feed(Position(7, (W + 3,)), 1)
+    assert (fewer.epoch_steps(), fewer.position(7)) == (7, Position(7, (W + 3,)))

@@ -84,3 +84,12 @@ def test_a_run_may_not_change_to_or_from_diloco(config, methods):
     new, old = (changed(config, sync__method=method) for method in methods)
     with pytest.raises(ConfigError, match=rf"sync\.method='{methods[0]}' \(was '{methods[1]}'\)"):
         preflight.check_same_run(new, old)
+
+
+def test_the_momentum_of_sgd_is_a_state_or_none(config):
+    """AdamW has one whatever its rate."""
+    old = changed(config, optimizer__name="sgd")
+    with pytest.raises(ConfigError, match=r"different run: optimizer\.b1=0\.0 \(was 0\.9\)"):
+        preflight.check_same_run(with_key(old, "optimizer.b1", 0.0), old)
+    preflight.check_same_run(with_key(old, "optimizer.b1", 0.5), old)
+    preflight.check_same_run(with_key(config, "optimizer.b1", 0.0), config)

@@ -13,7 +13,7 @@ from jaxdp.parallel.replicas import AXIS, Replicas
 from jaxdp.step.setup import make_setup
 from jaxdp.step.state import abstract_state, saved_shapes, state_axes
 from jaxdp.sync.methods import METHODS
-from jaxdp.workdir import integrity
+from jaxdp.workdir import integrity, saver
 from jaxdp.workdir.checkpoints import Checkpoints
 from jaxdp.workdir.parameters import load_params
 from support.checkpoints import open_checkpoints, save_and_evaluate, state_of, two_checkpoints
@@ -119,6 +119,51 @@ def test_interruptions_leave_the_newest_that_was_due(tmp_path, config):
     with open_checkpoints(tmp_path, config) as checkpoints:
         found = checkpoints.restore(state_of(0), lambda step, extra: step % 4 == 0)
         assert found[0] == 4
+
+
+def test_what_can_not_be_removed_costs_a_line(tmp_path, config, monkeypatch):
+    """Once for each; the saves count, and what is left is removed as soon as it can be."""
+    config.checkpoint.update({"keep_last": 1, "every": 100})
+    lines = []
+
+    def fails(path):
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    with open_checkpoints(tmp_path, config, report=lines.append) as checkpoints:
+        monkeypatch.setattr(saver.shutil, "rmtree", fails)
+        save_and_evaluate(checkpoints, {1: None, 2: None, 3: None, 4: None})
+        assert checkpoints.finish(state_of(4)) == ""
+        assert lines and all("can't be removed (Operation not permitted)" in x for x in lines)
+        assert len(set(lines)) == len(lines) <= 3
+        assert [int(path.name) for path in integrity.steps(tmp_path / "checkpoints")] == [4]
+        monkeypatch.undo()
+        save_and_evaluate(checkpoints, {5: None})
+    assert saved_steps(tmp_path) == [5]
+
+
+def test_a_folder_that_is_removed_is_made_again(tmp_path, config):
+    """By whom ever, before a save or during it; with the newest state, nothing is lost."""
+    lines, folder = [], tmp_path / "run" / "checkpoints"
+    with open_checkpoints(tmp_path / "run", config, report=lines.append) as checkpoints:
+        checkpoints.save(1, state_of(1), {})
+        checkpoints.wait()
+        shutil.rmtree(tmp_path / "run")
+        checkpoints.save(2, state_of(2), {})
+        checkpoints.wait()
+        assert lines == [f"{folder} was removed under the run; it is made again."]
+        checkpoints.save(3, state_of(3), {})
+        folder.rename(tmp_path / "moved")
+        assert checkpoints.finish(state_of(3)) == ""
+        folder.rename(tmp_path / "moved again")
+        folder.write_text("")
+        checkpoints.save(4, state_of(4), {})
+        assert checkpoints.finish(state_of(4)) == (
+            "checkpoint 4 could not be saved (File exists; there is no checkpoint)"
+        )
+        folder.unlink()
+        checkpoints.save(5, state_of(5), {})
+    with open_checkpoints(tmp_path / "run", config) as checkpoints:
+        assert checkpoints.restore(state_of(0))[0] == 5
 
 
 def test_parameters_alone(tmp_path, config):

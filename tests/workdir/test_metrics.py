@@ -80,3 +80,31 @@ def test_an_inactive_writer_writes_nothing(tmp_path, config):
         writer.write(1, {"train/loss": 2.0})
         writer.write_text(1, "sample", "text")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_damaged_lines_are_told(tmp_path, config, capsys):
+    """But a last line that is cut off may be in the making."""
+    path, lines = tmp_path / "metrics.jsonl", []
+    good = b'{"step": 1}\n'
+    path.write_bytes(good + b"\x00\x00\n" + good + b'[1]\n\n{"loss": 1}\n' + good + b'{"step')
+    assert len(read_jsonl(tmp_path, lines.append)) == 3
+    assert lines == [f"{path}: lines 2, 4, 6 are damaged, and left out."]
+    read_jsonl(tmp_path)
+    assert capsys.readouterr().err == f"jaxdp: {lines[0]}\n"
+    with MetricsWriter(tmp_path, config, 5, say=lines.append):
+        pass
+    assert lines[1:] == lines[:1]
+    assert path.read_bytes() == 3 * good
+    read_jsonl(tmp_path, lines.append)
+    assert len(lines) == 2
+
+
+def test_metrics_that_are_removed_are_begun_again(tmp_path, config):
+    lines = []
+    with MetricsWriter(tmp_path, config, 0, say=lines.append) as writer:
+        writer.write(1, {"train/loss": 2.0})
+        writer.flush()
+        (tmp_path / "metrics.jsonl").unlink()
+        writer.write(2, {"train/loss": 1.0})
+    assert read_jsonl(tmp_path) == [{"step": 2, "train/loss": 1.0}]
+    assert lines == ["metrics.jsonl was removed under the run; it is begun again."]
