@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +12,13 @@ import pytest
 
 from jaxdp.common.errors import RunError
 from jaxdp.run import loop
-from jaxdp.run.divergence import WINDOW, Divergence, by_layer
+from jaxdp.run.divergence import WINDOW, Divergence, Trouble, by_layer
+from jaxdp.run.rollback import roll_back
 from jaxdp.step.objective import Objective
+from jaxdp.step.setup import make_setup
 from jaxdp.sync.fingerprints import ReplicaCheck
 from support.runs import figures, train_in_parts
-from support.steps import batches, start
+from support.steps import VOCAB, batches, start
 
 POISON = 7  # A token after which the model's output is not finite.
 
@@ -182,6 +185,23 @@ def test_going_back_leaves_the_same_run_however_it_is_interrupted(diverging, tmp
     assert records == figures(tmp_path / "parts")
     for a, b in zip(*(jax.tree.leaves(r.state.params) for r in (whole, parts)), strict=True):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def test_going_back_holds_one_state(config):
+    """The present one is gone when the checkpoint is read: two take more memory than training."""
+    _, _, state = start(config, 2)
+    leaves = jax.tree.leaves(state)
+    run = Mock(config=config, setup=make_setup(config, VOCAB, 2), unevaluated=False)
+    run.judge.rollbacks, run.judge.trouble = 0, Trouble(5, "why")
+
+    def restore(like, fit):
+        assert leaves and all(x.is_deleted() for x in leaves)
+        assert not any(isinstance(x, jax.Array) for x in jax.tree.leaves(like))
+        return 3, {}, "restored"
+
+    run.checkpoints.restore = restore
+    roll_back(run, state)
+    run.program.at_step.assert_called_once_with("restored", 5)
 
 
 def test_a_run_that_goes_back_too_often_ends_with_a_diagnosis(diverging, tmp_path):

@@ -8,6 +8,7 @@ from jaxdp.common.errors import ConfigError, RunError
 from jaxdp.run import loop, session
 from jaxdp.run.early_stopping import EarlyStopping
 from jaxdp.sync.methods import METHODS
+from jaxdp.workdir import integrity
 from jaxdp.workdir.checkpoints import Checkpoints
 from jaxdp.workdir.generation import generate
 from jaxdp.workdir.metrics import read_jsonl
@@ -195,6 +196,32 @@ def test_epochs_end_with_a_batch_that_is_not_full(config, tmp_path, method):
     if method == "gradient_mean":
         loop.train(config, tmp_path / "one", devices=jax.local_devices()[:1])
         assert_close_losses(figures(tmp_path / "one"), records)
+
+
+def test_a_changed_batch_size_leaves_the_epochs_what_they_are(config, tmp_path, capsys):
+    """Also where the newest checkpoint is damaged, and an older one has another batch size."""
+    config.update({"num_epochs": 1, "seq_len": 128, "eval_every": 100})
+    config.checkpoint.update({"every": 2, "keep_last": 4})
+    devices, saved = jax.local_devices()[:1], {}
+    for batch, times in ((8, 4), (16, 4), (32, 100)):
+        config.global_batch_size = batch
+        if batch == 32:
+            newest = max(saved)
+            (tmp_path / "checkpoints" / str(newest) / "state" / "manifest.ocdbt").unlink()
+        result = loop.train(config, tmp_path, devices=devices, stop_requested=after(times))
+        saved |= {
+            int(path.name): integrity.read_extra(path)["sequences"]
+            for path in integrity.steps(tmp_path / "checkpoints")
+        }
+    out = capsys.readouterr().out
+    assert f"Checkpoint {newest} is damaged" in out and "global_batch_size 16 -> 32" in out
+    assert result.finished
+    # Every sequence was seen once: what each step counted adds up to the epoch.
+    [total] = saved[result.step]
+    records = figures(tmp_path)
+    assert [r["step"] for r in records] == list(range(1, result.step + 1))
+    assert sum(r["balance/tokens_max"] for r in records) == total * 128
+    assert "(1.00 epochs)" in out.rpartition("  training")[2]
 
 
 def test_masked_language_model(config, tmp_path):
