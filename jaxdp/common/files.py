@@ -5,6 +5,7 @@ import errno
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -98,13 +99,19 @@ def way_out(why: str) -> str:
 
 def error_number(error: BaseException) -> int | None:
     """Returns the number (errno) of the system's error that is the cause of an error, if one is."""
-    cause: BaseException | None = error
-    while cause is not None:
+    for cause in causes(error):
         if isinstance(cause, OSError) and cause.errno:
             return cause.errno
-        cause = cause.__cause__ or cause.__context__
     code = re.search(r"os_error_code='(\d+)'", str(error))  # In TensorStore's messages.
     return int(code[1]) if code else None
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """Yields an error, and the errors that it was raised from or while handling."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__
 
 
 def num_bytes(tree: Any) -> int:

@@ -107,7 +107,7 @@ def _prepare(
         preflight.check_same_run(config, configs.load(workdir / "config.json"))
     eval_sets.check(config)
     cache = open_cache(config, say)
-    feed = Feed(config, cache, resuming.newest_position(workdir, config))
+    feed = Feed(config, cache, resuming.newest_position(workdir, config, say))
     preflight.check_data(feed)
     preflight.check_init(config, workdir, feed.cache.vocab_size)
     feeds = {"": feed} | preflight.open_eval_sets(config, feed.cache, say)

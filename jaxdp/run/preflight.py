@@ -34,7 +34,7 @@ from jaxdp.sync.compression import BITS
 from jaxdp.sync.method import Sync
 from jaxdp.sync.methods import METHODS
 from jaxdp.workdir import integrity
-from jaxdp.workdir.checkpoints import FOLDER
+from jaxdp.workdir.checkpoints import FOLDER, folder_of
 from jaxdp.workdir.metrics import JSONL
 
 
@@ -168,6 +168,7 @@ def check_workdir(workdir: Path) -> None:
                     f"{path} is not a {kind}, which a run needs: move it away, or use another "
                     "--workdir"
                 )
+        integrity.steps(folder_of(workdir))
     except OSError as error:
         raise ConfigError(
             f"--workdir={shown(str(workdir))} can't be read ({error.strerror}): choose another "
@@ -214,7 +215,7 @@ def check_init(config: ConfigDict, workdir: Path, vocab_size: int | None = None)
       workdir: the folder of the run.
       vocab_size: the tokenizer's vocabulary size, if it is known already.
     """
-    if config.init_from and not integrity.steps(workdir / "checkpoints"):
+    if config.init_from and not integrity.steps(folder_of(workdir)):
         model = ModelConfig.from_config(config, vocab_size or 1)
         load.open_folder(config.init_from).check(model, vocab_size is not None)
 

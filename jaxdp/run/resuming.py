@@ -1,7 +1,9 @@
 """What a run goes on from: its place in the data, and what has changed since it last started."""
 
 import contextlib
+import functools
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,11 @@ from jaxdp.common.errors import ConfigError, shown
 from jaxdp.configs import default
 from jaxdp.data import mixture
 from jaxdp.data.pipeline import Position
+from jaxdp.parallel import processes
 from jaxdp.step.optimizer import get_schedule
 from jaxdp.workdir import integrity
 from jaxdp.workdir.checkpoints import folder_of
+from jaxdp.workdir.reading import patiently
 
 POSITION = "sequences"  # In a checkpoint's JSON: the sequences taken from each source.
 
@@ -29,16 +33,37 @@ SCHEDULE = (
 )
 
 
-def newest_position(workdir: Path, config: ConfigDict) -> Position:
+def newest_position(
+    workdir: Path, config: ConfigDict, say: Callable[[str], None] = print
+) -> Position:
     """Reads the position of the newest checkpoint, before the run's length is computed from it.
 
-    A checkpoint that can't be read is passed over: `Checkpoints.restore` says why it can't be.
+    Process 0 decides which that is. One that is damaged is passed over: `Checkpoints.restore` says
+    so.
+
+    Args:
+      workdir: the folder of the run.
+      config: the config with which it goes on.
+      say: called with a line of text before a file is read again.
+
+    Raises:
+      RunError: a checkpoint can't be read, and isn't damaged.
     """
-    folder = folder_of(workdir)
-    for step in sorted((int(path.name) for path in integrity.steps(folder)), reverse=True):
-        with contextlib.suppress(integrity.DamagedError, OSError):
-            return position_of(workdir, config, step, integrity.read_extra(folder / str(step)))
-    return Position()
+
+    def read(step: int) -> dict[str, Any]:
+        folder = folder_of(workdir) / str(step)
+        return patiently(functools.partial(integrity.read_extra, folder), f"{folder}", say)
+
+    newest = ""
+    if processes.is_main():
+        folder = folder_of(workdir)
+        for step in patiently(lambda: integrity.steps_of(folder), str(folder), say):
+            with contextlib.suppress(integrity.DamagedError, OSError):  # OSError: it is missing.
+                read(step)
+                newest = str(step)
+                break
+    newest = processes.from_main(newest)
+    return position_of(workdir, config, int(newest), read(int(newest))) if newest else Position()
 
 
 def position_of(workdir: Path, config: ConfigDict, step: int, extra: dict[str, Any]) -> Position:
@@ -53,24 +78,25 @@ def position_of(workdir: Path, config: ConfigDict, step: int, extra: dict[str, A
     Raises:
       ConfigError: the data have another number of sources.
     """
-    shares = tuple(mixture.parse(config.data.path).values())
-    if POSITION in extra:
-        taken = tuple(extra[POSITION])
-    else:  # Older versions took all steps to have had the batch size of the last start.
-        batch = _old_batch_size(workdir, config)
-        taken = tuple(mixture.cycle(shares).taken(step * batch).tolist())
+    shares = mixture.parse(config.data.path)
+    taken = extra[POSITION] if POSITION in extra else _taken_by_config(workdir, config, step)
     if len(taken) != len(shares):
         raise ConfigError(
             f"data.path={shown(config.data.path)} has {len(shares)} sources, and checkpoint {step} "
             f"was trained on {len(taken)}: use the old data.path, or another --workdir"
         )
-    return Position(step, taken)
+    return Position(step, tuple(taken))
 
 
-def _old_batch_size(workdir: Path, config: ConfigDict) -> int:
+def _taken_by_config(workdir: Path, config: ConfigDict, step: int) -> list[int]:
+    """Returns what a run of an older version took: all steps counted as those of its last start."""
     path = workdir / "config.json"
-    batch = configs.load(path).get("global_batch_size") if path.exists() else None
-    return batch if type(batch) is int else config.global_batch_size
+    flat = configs.flatten(config) | (configs.flatten(configs.load(path)) if path.exists() else {})
+    batch, sources = flat["global_batch_size"], flat["data.path"]
+    if type(batch) is not int or type(sources) is not str:
+        batch, sources = config.global_batch_size, config.data.path
+    turns = mixture.cycle(tuple(mixture.parse(sources).values()))
+    return turns.taken(step * batch).tolist()
 
 
 def changes(workdir: Path, config: ConfigDict, origin: Position, extra: dict[str, Any]) -> str:

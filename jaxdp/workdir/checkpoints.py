@@ -62,11 +62,8 @@ class Checkpoints:
         processes.on_main(lambda: _make(self._folder))
         self._moved: list[tuple[Path, int]] = []
         # Orbax opens a folder only if it can read the metrics of each checkpoint.
-        steps = integrity.steps(self._folder)
-        damaged = self._patiently(
-            lambda: [path for path in steps if not integrity.readable(path)], self._folder
-        )
-        if damaged and len(damaged) == len(steps):
+        damaged = self._patiently(lambda: _unreadable(self._folder), self._folder)
+        if damaged and len(damaged) == len(integrity.steps(self._folder)):
             raise integrity.all_damaged(self._folder, [int(path.name) for path in damaged])
         self._set_aside({int(path.name): "its metrics can't be read" for path in damaged})
         self._saver = self._patiently(lambda: Saver(self._folder, config, report), self._folder)
@@ -132,8 +129,7 @@ class Checkpoints:
             self._saver.wait_for_save("")
         if self._last is None or not self._saver.failure:
             return self._saver.unrecorded()
-        newest = max(self._saver.steps(), default=None)
-        has = "there is no checkpoint" if newest is None else f"the newest is checkpoint {newest}"
+        has = _newest(self._folder)
         return f"checkpoint {self._last[0]} could not be saved ({self._saver.failure}; {has})"
 
     def restore(
@@ -200,7 +196,7 @@ class Checkpoints:
         """Waits until process 0 has written; returns the steps on disk, newest first."""
         self.wait()
         processes.barrier("checkpoints written")
-        return self._saver.steps()
+        return self._patiently(lambda: integrity.steps_of(self._folder), self._folder)
 
     def _patiently(self, read: Callable[[], T], what: int | Path) -> T:
         name = f"checkpoint {what}" if isinstance(what, int) else str(what)
@@ -252,9 +248,7 @@ class Checkpoints:
         processes.barrier("all have seen what is damaged")
         for step, wrong in damaged.items():
             self._report(f"Checkpoint {step} is damaged ({wrong}).")
-            if processes.is_main():
-                self._move_aside(step)
-        processes.barrier("checkpoints set aside")
+            processes.on_main(functools.partial(self._move_aside, step))
 
     def _move_aside(self, step: int) -> None:
         aside = self._folder.with_name(f"{FOLDER}-damaged")
@@ -315,6 +309,18 @@ def _make(folder: Path) -> None:
             f"{folder} can't be made ({reason(error)}): {way_out(reason(error))}, or use another "
             "--workdir"
         ) from None
+
+
+def _unreadable(folder: Path) -> list[Path]:
+    return [path for path in integrity.steps(folder) if not integrity.readable(path)]
+
+
+def _newest(folder: Path) -> str:
+    try:
+        steps = integrity.steps_of(folder)
+    except OSError as error:
+        return f"{folder} can't be read: {reason(error)}"
+    return f"the newest is checkpoint {steps[0]}" if steps else "there is no checkpoint"
 
 
 def folder_of(workdir: Path) -> Path:

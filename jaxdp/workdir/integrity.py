@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import zlib
 from pathlib import Path
@@ -98,8 +99,21 @@ def _shapes_by_name(tree: Any) -> dict[str, tuple[int, ...]]:
 
 
 def steps(folder: Path) -> list[Path]:
-    """Returns the entries of a folder that are named like a step; they may be files."""
-    return [path for path in folder.glob("*") if re.fullmatch("0|[1-9][0-9]*", path.name)]
+    """Returns the entries of a folder that are named like a step; they may be files.
+
+    Raises:
+      OSError: the folder exists, and can't be read.
+    """
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return [folder / name for name in names if re.fullmatch("0|[1-9][0-9]*", name)]
+
+
+def steps_of(folder: Path) -> list[int]:
+    """Returns the steps of a folder's checkpoints, newest first; see `steps`."""
+    return sorted((int(path.name) for path in steps(folder) if path.is_dir()), reverse=True)
 
 
 def fingerprints_by_path(tree: Any) -> dict[str, int]:

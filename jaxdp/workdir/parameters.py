@@ -45,9 +45,7 @@ def load_params(
     folder = folder_of(workdir)
     if not folder.is_dir():
         raise ConfigError(f"{folder} does not exist: give the --workdir of a training run")
-    steps = sorted(
-        (int(path.name) for path in integrity.steps(folder) if path.is_dir()), reverse=True
-    )
+    steps = patiently(lambda: integrity.steps_of(folder), str(folder), report)
     if not steps:
         raise ConfigError(f"{folder} holds no checkpoint: train first, with the same --workdir")
     if which != "newest":
@@ -63,6 +61,8 @@ def load_params(
         except Exception as error:  # Orbax and TensorStore raise whatever they like.
             if not is_damage(error):
                 raise
+            if not (folder / str(step)).is_dir():  # A run under way has just removed it.
+                return load_params(workdir, params, expected, report, which=which, check=check)
             other = error if isinstance(error, integrity.OtherModelError) else other
             damage.append(f"Checkpoint {step} is damaged ({first_line(error)}).")
             continue

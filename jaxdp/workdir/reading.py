@@ -15,7 +15,7 @@ from typing import TypeVar
 import jax
 
 from jaxdp.common.errors import RunError
-from jaxdp.common.files import error_number, first_line, reason
+from jaxdp.common.files import causes, error_number, first_line, reason
 
 T = TypeVar("T")
 
@@ -60,8 +60,10 @@ def patiently(read: Callable[[], T], what: str, report: Callable[[str], None]) -
 
 def out_of_memory(error: BaseException) -> bool:
     """Returns whether an error says that a device or the host has no memory left."""
-    full = error_number(error) == errno.ENOMEM or isinstance(error, MemoryError)
-    return full or bool(re.search("RESOURCE_EXHAUSTED|[Oo]ut of memory", str(error)[:1000]))
+    full = re.compile("RESOURCE_EXHAUSTED|[Oo]ut of memory")
+    return error_number(error) == errno.ENOMEM or any(
+        isinstance(cause, MemoryError) or full.search(str(cause)[:1000]) for cause in causes(error)
+    )
 
 
 def is_io_error(error: BaseException) -> bool:
@@ -72,7 +74,8 @@ def is_io_error(error: BaseException) -> bool:
 
 def is_damage(error: BaseException) -> bool:
     """Returns whether an error while reading shows that the content isn't what was written."""
-    return not isinstance(error, RunError | jax.errors.JaxRuntimeError)
+    ours = (RunError, jax.errors.JaxRuntimeError)
+    return not any(isinstance(cause, ours) for cause in causes(error))
 
 
 @contextlib.contextmanager

@@ -66,11 +66,6 @@ class Saver:
         except Exception as error:  # Orbax and TensorStore raise whatever they like.
             self._error = error
 
-    def steps(self) -> list[int]:
-        """Returns the steps on disk, newest first."""
-        found = (path for path in integrity.steps(self._folder) if path.is_dir())
-        return sorted((int(path.name) for path in found), reverse=True)
-
     def _restore_folder(self) -> None:
         """Makes the folder again if somebody has removed it, and opens it if it is closed."""
         if not self._folder.is_dir():
@@ -111,13 +106,13 @@ class Saver:
         """
         path = self._folder
         try:
-            steps = self.steps()
+            steps = integrity.steps_of(self._folder)
             losses = {step: integrity.eval_loss(self._folder / str(step)) for step in steps}
             kept = kept_steps(losses, self._config)
             for path in [self._folder / str(step) for step in steps if step not in kept]:
                 path.rename(path.with_name(path.name + REMOVED))
             for path in self._folder.glob(f"*{REMOVED}"):
-                shutil.rmtree(path)
+                path.unlink() if path.is_symlink() else shutil.rmtree(path)
         except OSError as error:
             if path not in self._told:
                 self._report(

@@ -94,6 +94,9 @@ def test_an_older_versions_checkpoint_had_the_batch_size_of_its_config(config, t
     config.global_batch_size = 64
     assert resuming.position_of(tmp_path, config, 5, {}) == Position(5, (40,))
     config.data.path = MIXTURE
+    config.global_batch_size = 8
+    configs.save(config, tmp_path / "config.json")
+    config.data.path = "0.5*text:a.txt+0.5*text:b.txt"
     assert resuming.position_of(tmp_path, config, 5, {}) == Position(5, (30, 10))
 
 

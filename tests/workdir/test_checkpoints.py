@@ -137,6 +137,8 @@ def test_what_can_not_be_removed_costs_a_line(tmp_path, config, monkeypatch):
         assert len(set(lines)) == len(lines) <= 3
         assert [int(path.name) for path in integrity.steps(tmp_path / "checkpoints")] == [4]
         monkeypatch.undo()
+        shutil.move(tmp_path / "checkpoints" / "4", tmp_path / "elsewhere")
+        (tmp_path / "checkpoints" / "4").symlink_to(tmp_path / "elsewhere")
         save_and_evaluate(checkpoints, {5: None})
     assert saved_steps(tmp_path) == [5]
 

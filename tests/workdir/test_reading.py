@@ -2,12 +2,14 @@
 
 import errno
 import os
+import shutil
 
 import jax
 import optax
 import pytest
 
 from jaxdp.common.errors import ConfigError, RunError
+from jaxdp.run import preflight, resuming
 from jaxdp.workdir import integrity, reading
 from jaxdp.workdir.parameters import load_params
 from support.checkpoints import open_checkpoints, state_of, two_checkpoints
@@ -93,6 +95,20 @@ def test_full_memory_is_told_and_moves_nothing(two, config, monkeypatch, error):
     assert contents(two) == before and lines == []
 
 
+def test_the_cause_of_an_error_tells_what_it_means():
+    """Orbax wraps what a device or the disk raises."""
+    for cause, full, damage in (
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no"), True, False),
+        (jax.errors.JaxRuntimeError("INTERNAL: no"), False, False),
+        (io_error(errno.ENOMEM), True, True),
+        (io_error(errno.ENOENT), False, True),
+        (ValueError("no"), False, True),
+    ):
+        error = ValueError("reading failed")
+        error.__cause__ = cause
+        assert (reading.out_of_memory(error), reading.is_damage(error)) == (full, damage)
+
+
 def test_a_device_that_fails_says_nothing_about_the_files(two, config, monkeypatch):
     before = contents(two)
     failing(monkeypatch, "check_fingerprints", [jax.errors.JaxRuntimeError("INTERNAL: no answer")])
@@ -109,6 +125,37 @@ def test_parameters_are_read_again_too(two, monkeypatch):
     failing(monkeypatch, "read_extra", [io_error()])
     assert load_params(two, state_of(0).params, report=lines.append)[1] == 5
     assert lines == ["checkpoint 5 can't be read (Stale file handle): trying again in 0 s."]
+
+
+def test_a_checkpoint_that_its_run_removes_is_not_damaged(two, monkeypatch):
+    """A run under way removes old ones while another process reads them."""
+    check = integrity.check_arrays
+
+    def too_late(folder, *args):
+        if folder.name == "5":
+            shutil.rmtree(folder)
+        check(folder, *args)
+
+    monkeypatch.setattr(integrity, "check_arrays", too_late)
+    assert load_params(two, state_of(0).params, report=pytest.fail)[1] == 3
+
+
+def test_a_folder_that_can_not_be_read_is_not_an_empty_one(two, config, monkeypatch):
+    """Else the run would begin again, beside its checkpoints."""
+
+    def refuse(path):
+        raise io_error(errno.EACCES)
+
+    monkeypatch.setattr(integrity.os, "listdir", refuse)
+    with pytest.raises(ConfigError, match=r"can't be read \(Permission denied\): choose another"):
+        preflight.check_workdir(two)
+    for read in (
+        lambda: open_checkpoints(two, config, report=str),
+        lambda: load_params(two, state_of(0).params, report=str),
+        lambda: resuming.newest_position(two, config, str),
+    ):
+        with pytest.raises(RunError, match=r"checkpoints can't be read \(Permission denied\): see"):
+            read()
 
 
 def test_json_that_has_changed_is_damage(two, config):
