@@ -120,7 +120,7 @@ def changes(workdir: Path, config: ConfigDict, origin: Position, extra: dict[str
     found = differences(saved, config)
     if found:
         pairs = (
-            f"{key} {shown(old, 60, _short)} -> {shown(new, 60, _short)}"
+            f"{key} {shown(old, as_text=_short)} -> {shown(new, as_text=_short)}"
             for key, (old, new) in found.items()
         )
         parts.insert(0, f"changed: {', '.join(pairs)}")
