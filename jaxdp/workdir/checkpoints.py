@@ -19,6 +19,7 @@ from jaxdp.sync.compression import move_residual
 from jaxdp.sync.islands import Islands
 from jaxdp.sync.method import Sync
 from jaxdp.workdir import integrity
+from jaxdp.workdir.aside import Aside
 from jaxdp.workdir.reading import ending_reads, is_damage, patiently
 from jaxdp.workdir.saver import Saver
 
@@ -60,12 +61,12 @@ class Checkpoints:
         self._islands = method.islands(replicas.device_count)
         self._folder = folder_of(workdir)
         processes.on_main(lambda: _make(self._folder))
-        self._moved: list[tuple[Path, int]] = []
+        self._aside = Aside(self._folder, report)
         # Orbax opens a folder only if it can read the metrics of each checkpoint.
         damaged = self._patiently(lambda: _unreadable(self._folder), self._folder)
         if damaged and len(damaged) == len(integrity.steps(self._folder)):
             raise integrity.all_damaged(self._folder, [int(path.name) for path in damaged])
-        self._set_aside({int(path.name): "its metrics can't be read" for path in damaged})
+        self._aside.move({int(path.name): "its metrics can't be read" for path in damaged})
         self._saver = self._patiently(lambda: Saver(self._folder, config, report), self._folder)
         self._last: tuple[int, dict] | None = None
 
@@ -164,23 +165,23 @@ class Checkpoints:
                 read = functools.partial(self._read, step, like, extra)
                 restored = self._patiently(read, step)
             except ConfigError:
-                self._put_back()
+                self._aside.put_back()
                 raise
             except Exception as error:  # Orbax and TensorStore raise whatever they like.
                 if not is_damage(error):
-                    self._put_back()
+                    self._aside.put_back()
                     raise
                 other = error if isinstance(error, integrity.OtherModelError) else other
                 _check_all_see(step, first_line(error))
                 damaged[step] = first_line(error)
                 continue
             _check_all_see(step, "")
-            self._set_aside(damaged)
-            self._moved = []
+            self._aside.move(damaged)
+            self._aside.keep()
             if damaged:
                 self._saver.manager.reload()
             return step, extra, restored
-        self._put_back()
+        self._aside.put_back()
         if other is not None:
             raise ConfigError(
                 f"this workdir holds a different run ({other}): use the config of that run, or "
@@ -240,38 +241,6 @@ class Checkpoints:
         if "residual" in tree:
             tree["residual"] = self._replicas.gather_per_device(tree["residual"])
         return tree
-
-    def _set_aside(self, damaged: dict[int, str]) -> None:
-        """Moves damaged checkpoints, {step: what is wrong}, to another folder."""
-        if not damaged:
-            return
-        processes.barrier("all have seen what is damaged")
-        for step, wrong in damaged.items():
-            self._report(f"Checkpoint {step} is damaged ({wrong}).")
-            processes.on_main(functools.partial(self._move_aside, step))
-
-    def _move_aside(self, step: int) -> None:
-        aside = self._folder.with_name(f"{FOLDER}-damaged")
-        try:
-            aside.mkdir(exist_ok=True)
-            number = sum(path.name.split(".")[0] == str(step) for path in aside.iterdir())
-            target = aside / (f"{step}.{number}" if number else str(step))
-            self._moved.append(((self._folder / str(step)).rename(target), step))
-        except OSError as error:
-            raise ConfigError(
-                f"checkpoint {step} is damaged and can't be moved to {aside} ({error.strerror}): "
-                "move it away, or use another --workdir"
-            ) from None
-        self._report(f"It was moved to {target}.")
-
-    def _put_back(self) -> None:
-        """Moves checkpoints back that were set aside: a run that can't start changes nothing."""
-        for path, step in self._moved:
-            path.rename(self._folder / str(step))
-            self._report(f"{path} was moved back.")
-            if not any(path.parent.iterdir()):
-                path.parent.rmdir()
-        self._moved = []
 
     def wait(self) -> None:
         """Waits until everything is on disk, or reports why it can't be."""
