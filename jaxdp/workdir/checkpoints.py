@@ -104,7 +104,8 @@ class Checkpoints:
         """
         loss = None
         if processes.is_main():
-            recorded = integrity.eval_loss(self._folder / str(step))
+            read = functools.partial(integrity.eval_loss, self._folder / str(step))
+            recorded = self._patiently(read, step)
             loss = self._saver.eval_losses.get(step, recorded)
         text = processes.from_main("" if loss is None else repr(loss))
         return float(text) if text else None

@@ -104,22 +104,27 @@ class Saver:
 
         They are renamed first: one that is removed in part never has the name of a step.
         """
-        path = self._folder
         try:
             steps = integrity.steps_of(self._folder)
             losses = {step: integrity.eval_loss(self._folder / str(step)) for step in steps}
-            kept = kept_steps(losses, self._config)
-            for path in [self._folder / str(step) for step in steps if step not in kept]:
-                path.rename(path.with_name(path.name + REMOVED))
-            for path in self._folder.glob(f"*{REMOVED}"):
-                path.unlink() if path.is_symlink() else shutil.rmtree(path)
         except OSError as error:
-            if path not in self._told:
-                self._report(
-                    f"{path} is no longer needed, and can't be removed ({files.reason(error)}): "
-                    "training goes on without that."
-                )
-            self._told.add(path)
+            self._tell_once(self._folder, f"can't be read ({files.reason(error)})")
+            return
+        kept = kept_steps(losses, self._config)
+        old = [self._folder / str(step) for step in steps if step not in kept]
+        for path in [*old, *self._folder.glob(f"*{REMOVED}")]:
+            gone = path.with_name(path.name.removesuffix(REMOVED) + REMOVED)
+            try:
+                path.rename(gone)
+                gone.unlink() if gone.is_symlink() else shutil.rmtree(gone)
+            except OSError as error:
+                why = files.reason(error)
+                self._tell_once(gone, f"is no longer needed, and can't be removed ({why})")
+
+    def _tell_once(self, path: Path, trouble: str) -> None:
+        if path not in self._told:
+            self._report(f"{path} {trouble}: training goes on without that.")
+        self._told.add(path)
 
     def check(self) -> None:
         """Reports a save that has failed, without waiting for one in progress."""

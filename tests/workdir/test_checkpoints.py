@@ -137,10 +137,16 @@ def test_what_can_not_be_removed_costs_a_line(tmp_path, config, monkeypatch):
         assert len(set(lines)) == len(lines) <= 3
         assert [int(path.name) for path in integrity.steps(tmp_path / "checkpoints")] == [4]
         monkeypatch.undo()
+        # One that stays is in no other's way.
+        (tmp_path / "checkpoints" / f"4{saver.REMOVED}").write_text("")
+        save_and_evaluate(checkpoints, {5: None})
+        checkpoints.wait()
+        assert str(tmp_path / "checkpoints" / "4") in lines[-1]
+        (tmp_path / "checkpoints" / f"4{saver.REMOVED}").unlink()
         shutil.move(tmp_path / "checkpoints" / "4", tmp_path / "elsewhere")
         (tmp_path / "checkpoints" / "4").symlink_to(tmp_path / "elsewhere")
-        save_and_evaluate(checkpoints, {5: None})
-    assert saved_steps(tmp_path) == [5]
+        save_and_evaluate(checkpoints, {6: None})
+    assert saved_steps(tmp_path) == [6]
 
 
 def test_a_folder_that_is_removed_is_made_again(tmp_path, config):
