@@ -111,7 +111,9 @@ def open_cache(
         if not full and folder.name not in str(error.filename):
             raise
         where = "" if full else f": {error.filename}"
-        way_out = "make room" if full else "ask its owner for permission to write"
+        way_out = (
+            files.way_out(files.reason(error)) if full else "ask its owner for permission to write"
+        )
         raise ConfigError(
             f"data.cache_dir={str(folder.parent)!r} can't be written ({error.strerror}{where}): "
             f"{way_out}, or choose another folder"

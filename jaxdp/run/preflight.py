@@ -168,13 +168,12 @@ def check_workdir(workdir: Path) -> None:
                     f"{path} is not a {kind}, which a run needs: move it away, or use another "
                     "--workdir"
                 )
-        integrity.steps(folder_of(workdir))
+        _check_permissions(workdir)
     except OSError as error:
         raise ConfigError(
             f"--workdir={shown(str(workdir))} can't be read ({error.strerror}): choose another "
             "folder"
         ) from None
-    _check_permissions(workdir)
 
 
 def _check_permissions(workdir: Path) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -38,8 +39,7 @@ def newest_position(
 ) -> Position:
     """Reads the position of the newest checkpoint, before the run's length is computed from it.
 
-    Process 0 decides which that is. One that is damaged is passed over: `Checkpoints.restore` says
-    so.
+    Process 0 reads it for all. One that is damaged is passed over: `Checkpoints.restore` says so.
 
     Args:
       workdir: the folder of the run.
@@ -49,21 +49,16 @@ def newest_position(
     Raises:
       RunError: a checkpoint can't be read, and isn't damaged.
     """
-
-    def read(step: int) -> dict[str, Any]:
-        folder = folder_of(workdir) / str(step)
-        return patiently(functools.partial(integrity.read_extra, folder), f"{folder}", say)
-
-    newest = ""
+    found, folder = Position(), folder_of(workdir)
     if processes.is_main():
-        folder = folder_of(workdir)
         for step in patiently(lambda: integrity.steps_of(folder), str(folder), say):
+            read = functools.partial(integrity.read_extra, folder / str(step))
             with contextlib.suppress(integrity.DamagedError, OSError):  # OSError: it is missing.
-                read(step)
-                newest = str(step)
+                extra = patiently(read, str(folder / str(step)), say)
+                found = position_of(workdir, config, step, extra)
                 break
-    newest = processes.from_main(newest)
-    return position_of(workdir, config, int(newest), read(int(newest))) if newest else Position()
+    step, taken = json.loads(processes.from_main(json.dumps([found.step, found.taken])))
+    return Position(step, tuple(taken))
 
 
 def position_of(workdir: Path, config: ConfigDict, step: int, extra: dict[str, Any]) -> Position:
