@@ -23,7 +23,9 @@ def prepare(config: ConfigDict, *, two_devices: bool) -> None:
     """
     if two_devices:
         be_two_devices()
-    if not (glob.glob("/dev/nvidia[0-9]*") or "MALLOC_" in "".join(os.environ)):
+    set_by_user = any(name.startswith("MALLOC_") for name in os.environ)
+    set_by_user = set_by_user or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
+    if not (glob.glob("/dev/nvidia[0-9]*") or set_by_user):
         _keep_memory(activation_bytes(config))
 
 

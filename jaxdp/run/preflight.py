@@ -158,7 +158,7 @@ def check_workdir(workdir: Path) -> None:
     """
     check_text("--workdir", str(workdir))
     kinds = dict.fromkeys(("checkpoints", "tensorboard", profiling.FOLDER), Path.is_dir)
-    kinds |= dict.fromkeys(("config.json", "tokenizer.json", "metrics.jsonl"), Path.is_file)
+    kinds |= dict.fromkeys(("config.json", "tokenizer.json", JSONL, "lock"), Path.is_file)
     try:
         for name, fits in kinds.items():
             path = workdir / name
@@ -198,9 +198,10 @@ def _check_permissions(workdir: Path) -> None:
         owner = path.stat().st_uid
         foreign = sticky and path != workdir and owner != me
         if foreign or not os.access(path, mode, effective_ids=True):
+            way_out = "make it writable" if owner == me else "change its owner with chown -R"
             raise ConfigError(
                 f"--workdir={workdir}: {path} belongs to user {owner}, and user {me} can't read "
-                "and write it: change its owner with chown -R, or use another folder"
+                f"and write it: {way_out}, or use another folder"
             )
 
 
@@ -300,7 +301,14 @@ def locked(workdir: Path, say: Callable[[str], None] = print) -> Iterator[None]:
             f"another folder{dead}"
         )
 
-    with locks.held(workdir / "lock", busy, say):
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locks.held(workdir / "lock", busy, say))
+        except OSError as error:
+            raise ConfigError(
+                f"--workdir={workdir} can't be locked ({error.filename}: {error.strerror}): remove "
+                "that file, or use another folder"
+            ) from None
         yield
 
 

@@ -83,6 +83,7 @@ class WandbRun:
             "resume": "allow",
             "settings": wandb.Settings(finish_timeout=FINISH_SECONDS),
         }
+        self._run: Any = None
         try:
             self._run = wandb.init(**options)
         except Exception as error:  # As above; the server can refuse, be slow, or be away.
@@ -90,21 +91,23 @@ class WandbRun:
                 f"wandb can't be used ({first_line(error)}): training goes on, and logs for it in "
                 f"{workdir / 'wandb'}; send that later with wandb sync FOLDER."
             )
-            self._run = wandb.init(**options, mode="offline")
+            self._call(wandb.teardown)  # Its service still holds the id.
+            self._run = self._call(wandb.init, **options, mode="offline")
 
     def log(self, values: Mapping[str, float | None], step: int) -> None:
         """Logs the values of a step; after a failure, no more are logged."""
-        self._call("log", dict(values), step=step)
+        if self._run is not None:
+            self._call(self._run.log, dict(values), step=step)
 
     def finish(self) -> None:
         """Ends the run; waits FINISH_SECONDS at most for what is still to be sent."""
-        self._call("finish")
+        if self._run is not None:
+            self._call(self._run.finish)
 
-    def _call(self, name: str, *args: Any, **options: Any) -> None:
-        if self._run is None:
-            return
+    def _call(self, function: Callable, *args: Any, **options: Any) -> Any:
         try:
-            getattr(self._run, name)(*args, **options)
+            return function(*args, **options)
         except Exception as error:
             self._run = None
             self._say(f"wandb has failed ({first_line(error)}): training goes on without it.")
+            return None

@@ -11,7 +11,7 @@ from jaxdp.configs import default
 from jaxdp.parallel import cpu
 from support.texts import REPOSITORY
 
-OURS = ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS", "MALLOC_")
+OURS = ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS", "MALLOC_", "GLIBC_TUNABLES")
 
 
 def output(code, environ):
@@ -52,7 +52,12 @@ def test_a_cpu_is_two_devices_unless_that_was_said_otherwise(changes, environ, d
 @pytest.mark.skipif(bool(list(Path("/dev").glob("nvidia[0-9]*"))), reason="a GPU")
 @pytest.mark.parametrize(
     ("seq_len", "environ", "kept"),
-    [(1024, {}, True), (1024, {"MALLOC_ARENA_MAX": "8"}, False), (64, {}, False)],
+    [
+        (1024, {}, True),
+        (1024, {"MALLOC_ARENA_MAX": "8"}, False),
+        (1024, {"GLIBC_TUNABLES": "glibc.malloc.arena_max=8"}, False),
+        (64, {}, False),
+    ],
 )
 def test_a_thread_gets_large_blocks_without_new_pages_if_the_model_is_large(seq_len, environ, kept):
     code = (

@@ -45,6 +45,16 @@ def test_a_lock_is_free_again_after_a_failure(tmp_path):
         pass
 
 
+def test_something_else_in_the_place_of_the_lock_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "lock").symlink_to(tmp_path / "file")
+    with (
+        pytest.raises(ConfigError, match=r"can't be locked \(.*/lock: .*\): remove that file"),
+        preflight.locked(tmp_path),
+    ):
+        pass
+
+
 def test_a_full_disk_is_refused(tmp_path, monkeypatch):
     state = {"x": np.zeros(1000, np.float32), "y": np.zeros((), np.int32)}
     usage = collections.namedtuple("usage", "total used free")
@@ -117,7 +127,7 @@ def test_files_of_another_user_are_refused_before_training(name, tmp_path, monke
     anothers_files(tmp_path)
     preflight.check_workdir(tmp_path)
     monkeypatch.setattr(os, "access", lambda path, *_, **__: path != tmp_path / name)
-    message = f"{tmp_path / name} belongs to user .*: change its owner with chown -R, or use"
+    message = f"{tmp_path / name} belongs to user .*: make it writable, or use"
     with pytest.raises(ConfigError, match=message):
         preflight.check_workdir(tmp_path)
 
@@ -129,5 +139,7 @@ def test_files_that_only_their_owner_can_replace_are_refused(tmp_path, monkeypat
     monkeypatch.setattr(os, "access", lambda *_, **__: True)
     preflight.check_workdir(tmp_path)
     tmp_path.chmod(0o1777)
-    with pytest.raises(ConfigError, match=r"config\.json belongs to user \d+, and user 54321"):
+    with pytest.raises(
+        ConfigError, match=r"config\.json belongs to user \d+, and user 54321 .*: change its owner"
+    ):
         preflight.check_workdir(tmp_path)

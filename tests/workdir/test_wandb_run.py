@@ -68,7 +68,9 @@ def fake(monkeypatch, config):
 
     run = SimpleNamespace(log=does("log"), finish=does("finish"))
     errors = SimpleNamespace(UsageError=type("UsageError", (Exception,), {}))
-    module = SimpleNamespace(init=does("init"), login=does("login"), Settings=dict, errors=errors)
+    module = SimpleNamespace(Settings=dict, errors=errors)
+    for name in ("init", "login", "teardown"):
+        setattr(module, name, does(name))
     monkeypatch.setitem(sys.modules, "wandb", module)
     return SimpleNamespace(calls=calls, failing=failing, errors=errors)
 
