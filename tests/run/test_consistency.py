@@ -17,7 +17,8 @@ def another(monkeypatch):
     def tells(change=lambda told: None):
         def from_main(text):
             told = json.loads(text)
-            change(told)
+            if isinstance(told, dict):  # Not the place in the data, which is told before.
+                change(told)
             return json.dumps(told)
 
         monkeypatch.setattr(processes, "from_main", from_main)
