@@ -66,8 +66,8 @@ def _train(config: ConfigDict, workdir: Path, identity: Identity | None) -> int:
     from jaxdp.step.setup import same_on_two_devices, validate
 
     cli.prepare_jax()
-    processes.connect(identity)
-    with processes.ending_together():
+    links = processes.connect(identity)
+    with processes.ending_together(links):
         validate(config)
         cpu.prepare(config, two_devices=same_on_two_devices(config))
         gpu.prepare(config)

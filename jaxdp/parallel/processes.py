@@ -31,19 +31,22 @@ FAILED = "jaxdp/failed"  # What the first process that fails tells the others.
 _calls = itertools.count()  # Numbers the calls of `gather` and `from_main`.
 
 
-def connect(identity: Identity | None) -> None:
+def connect(identity: Identity | None) -> rendezvous.Links:
     """Connects the processes of a run by `jax.distributed`; without others does nothing.
 
     Args:
       identity: which of them this is; None if it runs alone.
+
+    Returns:
+      What shows that one of them has ended, for `ending_together`.
 
     Raises:
       ConfigError: the processes don't go together, or the address can't be used.
       RunError: some process doesn't come, or they can't be connected.
     """
     if identity is None:
-        return
-    rendezvous.meet(identity, _facts())
+        return rendezvous.Links({})
+    links = rendezvous.meet(identity, _facts())
     if os.environ.keys() & PROXIES:  # gRPC would look for process 0 at the proxy.
         host, _ = host_and_port(identity.address, identity.where)
         os.environ.update(no_grpc_proxy=host)
@@ -60,6 +63,7 @@ def connect(identity: Identity | None) -> None:
             f"jax.distributed could not join the processes ({first_line(error)}): check that "
             f"every process can reach process 0 at {identity.where}"
         ) from error
+    return links
 
 
 def _facts() -> dict[str, str]:
@@ -138,13 +142,17 @@ def _wait_for(key: str, who: str) -> str:
 
 
 @contextlib.contextmanager
-def ending_together() -> Iterator[None]:
-    """Lets a failure of this process end the others, wherever they wait for it, and vice versa."""
+def ending_together(links: rendezvous.Links) -> Iterator[None]:
+    """Lets the end of this process end the others, wherever they wait for it, and vice versa.
+
+    Args:
+      links: what `connect` has returned; they are closed at the end.
+    """
     if _client() is None:
         yield
         return
     over = threading.Event()
-    watching = threading.Thread(target=_end_with_others, args=(over,), daemon=True)
+    watching = threading.Thread(target=_end_with_others, args=(links, over), daemon=True)
     watching.start()
     try:
         yield
@@ -155,20 +163,30 @@ def ending_together() -> Iterator[None]:
     finally:
         over.set()
         watching.join(10)  # A thread that is still inside of JAX would abort Python's end.
+        links.close()
 
 
 def _tell_failure(error: Exception) -> None:
     status = WRONG_INPUT if isinstance(error, ConfigError) else 1
     known = isinstance(error, ConfigError | RunError)
     text = str(error) if known else f"{type(error).__name__}: {error}"
-    told = [distributed.global_state.process_id, status, " ".join(text.split())]
+    _tell([distributed.global_state.process_id, status, " ".join(text.split())])
+
+
+def _tell(failure: list) -> None:
+    """Tells all processes the number of one that has failed, its status and why."""
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # Another process was first.
-        _client().key_value_set(FAILED, json.dumps(told))
+        _client().key_value_set(FAILED, json.dumps(failure))
 
 
-def _end_with_others(over: threading.Event) -> None:
-    """Ends this process with a line when another one has failed."""
+def _end_with_others(links: rendezvous.Links, over: threading.Event) -> None:
+    """Ends this process with a line when another one has failed, or has ended."""
     while not over.wait(LOOK):
+        lost = links.lost()
+        if lost and over.wait(LOOK):  # Others may say why it has ended.
+            return
+        if lost:
+            _tell([lost[0], 1, "it has ended without a word; killed, or out of memory?"])
         try:
             told = _client().key_value_try_get(FAILED)
         except jax.errors.JaxRuntimeError as error:

@@ -26,6 +26,7 @@ LIMIT = 300.0  # Seconds after which a process no longer waits, as JAX has it.
 TICK = 0.5  # Seconds between two attempts, and between two messages to those that wait.
 CONNECT = 10.0  # Seconds for an answer, which comes at least with every tick.
 LINGER = 5.0  # Seconds in which process 0 tells those that come late what is wrong.
+GOOD_BYE = b"good-bye\n"
 LONGEST = 2**16  # Bytes of a line.
 BIND = "JAX_COORDINATOR_BIND_ADDRESS"  # Where process 0 listens, if not at the port of everyone.
 
@@ -35,7 +36,7 @@ def meet(
     facts: Mapping[str, str],
     patience: float = PATIENCE,
     limit: float = LIMIT,
-) -> None:
+) -> "Links":
     """Waits until all processes of the run are there; each of them has to call it.
 
     Args:
@@ -43,6 +44,9 @@ def meet(
       facts: what has to be equal in all processes, by name.
       patience: seconds after which it says whom it waits for.
       limit: seconds after which it gives up.
+
+    Returns:
+      In process 0 the connections to the others; in each other one the connection to process 0.
 
     Raises:
       ConfigError: the processes don't go together, or the address can't be used.
@@ -57,8 +61,42 @@ def meet(
         "facts": dict(facts),
     }
     guest = _Guest(identity, hello, patience, limit)
-    with _host(guest) if identity.id == 0 else contextlib.nullcontext():
-        guest.wait()
+    with _host(guest) if identity.id == 0 else contextlib.nullcontext() as meeting:
+        connection = guest.wait()
+    if meeting is None:
+        return Links({0: connection})
+    connection.close()
+    return meeting.links()
+
+
+class Links:
+    """Connections between process 0 and the others, which show at once when one has ended.
+
+    Nothing is sent over them until a process says good-bye.
+    """
+
+    def __init__(self, connections: dict[int, socket.socket]):
+        """Takes over connections, by the number of the process at the other end."""
+        self._connections = connections
+
+    def lost(self) -> list[int]:
+        """Returns the processes that have ended without a good-bye, since the last call."""
+        found = []
+        for id, connection in list(self._connections.items()):
+            said = _received(connection)
+            if said is not None:
+                self._connections.pop(id).close()
+                if said == b"":
+                    found.append(id)
+        return found
+
+    def close(self) -> None:
+        """Says good-bye to all."""
+        for connection in self._connections.values():
+            with contextlib.suppress(OSError):
+                connection.sendall(GOOD_BYE)
+            connection.close()
+        self._connections = {}
 
 
 class _Guest:
@@ -70,22 +108,32 @@ class _Guest:
         self._start, self._next = time.monotonic(), patience
         self._to = host_and_port(identity.address, identity.where)
 
-    def wait(self) -> None:
-        """Waits until process 0 says that all are there; raises ConfigError for what is wrong."""
-        while reason := self.ask():
-            self._check_time(f"process 0 at {self.identity.where}", reason)
+    def wait(self) -> socket.socket:
+        """Waits until process 0 says that all are there; raises ConfigError for what is wrong.
+
+        Returns:
+          The connection to process 0.
+        """
+        while True:
+            answer = self.ask()
+            if isinstance(answer, socket.socket):
+                return answer
+            self._check_time(f"process 0 at {self.identity.where}", answer)
             time.sleep(TICK)
 
-    def ask(self) -> str:
-        """Waits like `wait`, but only as long as process 0 answers; returns why it doesn't."""
+    def ask(self) -> socket.socket | str:
+        """Waits like `wait`, but only as long as process 0 answers; else returns why it doesn't."""
         try:
-            with socket.create_connection(self._to, timeout=CONNECT) as connection:
+            with contextlib.ExitStack() as stack:
+                connection = socket.create_connection(self._to, timeout=CONNECT)
+                stack.enter_context(connection)
                 connection.sendall(self._line)
                 for answer in _lines(connection):
                     if answer.get("verdict"):
                         raise ConfigError(str(answer["verdict"]))
                     if "verdict" in answer:
-                        return ""
+                        stack.pop_all()  # It stays open.
+                        return connection
                     self._check_time(_list(answer["missing"], self.identity.count), "")
             return "it has closed the connection"
         except socket.gaierror as error:
@@ -137,8 +185,8 @@ class _Meeting:
         self._guests: dict[int, tuple[dict, socket.socket]] = {}
         self._told: set[int] = set()
         self._expected = count  # How many are to be told what was decided.
-        self._lock = threading.Lock()
-        self._verdict: str | None = None
+        self._lock = threading.RLock()
+        self.verdict: str | None = None
         self.decided = threading.Event()
 
     def add(self, hello: dict[str, Any], connection: socket.socket) -> None:
@@ -165,15 +213,35 @@ class _Meeting:
 
     def missing(self) -> list[int]:
         """Returns the numbers of those that aren't there, or have gone again."""
-        there = {id for id, (_, connection) in self._guests.items() if _is_there(connection)}
+        with self._lock:
+            guests = list(self._guests.items())
+        there = {id for id, (_, connection) in guests if _is_there(connection)}
         return sorted(set(range(self._count)) - there)
+
+    def remove(self, connection: socket.socket) -> None:
+        """Forgets a process that has ended."""
+        with self._lock:
+            self._guests = {i: x for i, x in self._guests.items() if x[1] is not connection}
 
     def tell(self, id: int, connection: socket.socket) -> None:
         """Tells a process what was decided."""
         with contextlib.suppress(OSError):
-            _send(connection, {"verdict": self._verdict})
+            _send(connection, {"verdict": self.verdict})
         with self._lock:
             self._told.add(id)
+
+    def links(self) -> Links:
+        """Returns the connections to all processes but this one."""
+        with self._lock:
+            connections = {id: connection for id, (_, connection) in self._guests.items()}
+        if 0 in connections:
+            connections.pop(0).close()
+        return Links(connections)
+
+    def has(self, connection: Any) -> bool:
+        """Returns whether a connection is that of a process that has come."""
+        with self._lock:
+            return any(connection is other for _, other in self._guests.values())
 
     def all_told(self) -> bool:
         """Returns whether each process knows what was decided."""
@@ -181,8 +249,8 @@ class _Meeting:
             return self.decided.is_set() and len(self._told) >= self._expected
 
     def _decide(self, verdict: str) -> None:
-        if self._verdict is None:
-            self._verdict = verdict
+        if self.verdict is None:
+            self.verdict = verdict
             self.decided.set()
 
     def _difference(self) -> str:
@@ -211,8 +279,9 @@ class _Handler(socketserver.BaseRequestHandler):
             while not meeting.decided.wait(TICK):
                 _send(self.request, {"missing": meeting.missing()})
         except (OSError, ValueError, KeyError, TypeError, StopIteration):
-            return  # A process that has ended, or something that is none.
-        meeting.tell(id, self.request)
+            meeting.remove(self.request)  # A process that has ended, or something that is none.
+        else:
+            meeting.tell(id, self.request)
 
 
 class _Server(socketserver.ThreadingTCPServer):
@@ -233,24 +302,30 @@ class _Server(socketserver.ThreadingTCPServer):
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         super().server_bind()
 
+    def shutdown_request(self, request) -> None:
+        if not self.meeting.has(request):  # The others become `Links`.
+            super().shutdown_request(request)
+
     def handle_error(self, request, client_address) -> None:
         """Shows nothing: whoever it was has gone."""
 
 
 @contextlib.contextmanager
-def _host(guest: _Guest) -> Iterator[None]:
+def _host(guest: _Guest) -> Iterator[_Meeting]:
     """Lets the processes meet here; at the end waits until all of them know what was decided."""
     meeting = _Meeting(guest.identity.count)
     server = _open(guest, meeting)
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     try:
-        yield
+        yield meeting
     finally:
         until = time.monotonic() + LINGER
         while meeting.decided.is_set() and not meeting.all_told() and time.monotonic() < until:
             time.sleep(0.02)
         server.shutdown()
         server.server_close()  # JAX listens here from now on.
+        if meeting.verdict != "":
+            meeting.links().close()
 
 
 def _open(guest: _Guest, meeting: _Meeting) -> _Server:
@@ -304,6 +379,16 @@ def _is_there(connection: socket.socket) -> bool:
         return not poll.poll(0) or connection.recv(1, socket.MSG_PEEK) != b""
     except (OSError, ValueError):  # ValueError: it has been closed at this end.
         return False
+
+
+def _received(connection: socket.socket) -> bytes | None:
+    """Returns what has come over a connection, b"" at its end; None if nothing has."""
+    poll = select.poll()
+    poll.register(connection, select.POLLIN)
+    try:
+        return connection.recv(len(GOOD_BYE)) if poll.poll(0) else None
+    except OSError:  # The network has cut it; that says nothing about the process.
+        return GOOD_BYE
 
 
 def _list(numbers: list[int], count: int) -> str:

@@ -173,10 +173,10 @@ class Checkpoints:
                     self._aside.put_back()
                     raise
                 other = error if isinstance(error, integrity.OtherModelError) else other
-                _check_all_see(step, first_line(error))
+                self._check_all_see(step, first_line(error))
                 damaged[step] = first_line(error)
                 continue
-            _check_all_see(step, "")
+            self._check_all_see(step, "")
             self._aside.move(damaged)
             self._aside.keep()
             if damaged:
@@ -193,6 +193,22 @@ class Checkpoints:
                 self._report(f"Checkpoint {step} is damaged ({wrong}).")
             raise integrity.all_damaged(self._folder, list(damaged))
         return None
+
+    def _check_all_see(self, step: int, wrong: str) -> None:
+        """Asserts that a checkpoint is damaged for all processes or for none; each has to call it.
+
+        Args:
+          step: the step of the checkpoint.
+          wrong: why this process can't use it; empty if it can.
+        """
+        told = processes.gather(wrong)
+        if any(told) and not all(told):
+            bad = next(i for i, text in enumerate(told) if text)
+            self._aside.put_back()
+            raise RunError(
+                f"checkpoint {step} is damaged for process {bad} ({told[bad]}) and not for process "
+                f"{told.index('')}: nothing was moved; check that machine's disk, and run again"
+            )
 
     def _steps(self) -> list[int]:
         """Waits until process 0 has written; returns the steps on disk, newest first."""
@@ -253,22 +269,6 @@ class Checkpoints:
     def __exit__(self, *_: object) -> None:
         """Waits for a save in progress, and ends Orbax's threads."""
         self._saver.close()
-
-
-def _check_all_see(step: int, wrong: str) -> None:
-    """Asserts that a checkpoint is damaged for all processes or for none; each has to call it.
-
-    Args:
-      step: the step of the checkpoint.
-      wrong: why this process can't use it; empty if it can.
-    """
-    told = processes.gather(wrong)
-    if any(told) and not all(told):
-        bad = next(i for i, text in enumerate(told) if text)
-        raise RunError(
-            f"checkpoint {step} is damaged for process {bad} ({told[bad]}) and not for process "
-            f"{told.index('')}: nothing was moved; check that machine's disk, and run again"
-        )
 
 
 def _make(folder: Path) -> None:

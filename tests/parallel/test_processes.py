@@ -80,10 +80,10 @@ def test_the_first_failure_is_told_to_the_others(monkeypatch, error, status, tex
     store = Store()
     monkeypatch.setattr(processes.distributed.global_state, "client", store)
     monkeypatch.setattr(processes.distributed.global_state, "process_id", 3)
-    with pytest.raises(type(error)), processes.ending_together():
+    with pytest.raises(type(error)), processes.ending_together(rendezvous.Links({})):
         raise error
     assert json.loads(store.values[processes.FAILED]) == [3, status, text]
-    with pytest.raises(ValueError), processes.ending_together():
+    with pytest.raises(ValueError), processes.ending_together(rendezvous.Links({})):
         raise ValueError("later")
     assert json.loads(store.values[processes.FAILED])[0] == 3
 

@@ -1,5 +1,6 @@
 """Processes are threads here; they meet over real sockets."""
 
+import gc
 import io
 import socket
 import sys
@@ -156,4 +157,29 @@ def test_strangers_and_those_who_left_do_not_count():
     assert main.is_alive()
     rendezvous.meet(Identity(address, 2, 1), {})
     main.join(60)
-    assert ends == [None]
+    assert len(ends) == 1
+
+
+def test_who_ends_without_a_good_bye_is_lost():
+    address, links = f"127.0.0.1:{free_port()}", {}
+
+    def come(number):
+        links[number] = rendezvous.meet(Identity(address, 4, number), {})
+
+    threads = [threading.Thread(target=come, args=(i,), daemon=True) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert [links[i].lost() for i in range(4)] == [[], [], [], []]
+    with socket.create_server(("127.0.0.1", int(address.split(":")[1]))):
+        pass  # Their connections leave the port to JAX.
+    links.pop(1).close()
+    del links[2]  # As if its process was killed: the kernel closes what it had.
+    gc.collect()
+    lost = []
+    while not lost:
+        lost = links[0].lost()
+    assert lost == [2] and links[0].lost() == []
+    links.pop(0).close()
+    assert links[3].lost() == []

@@ -17,7 +17,7 @@ def another(monkeypatch):
     def tells(change=lambda told: None):
         def from_main(text):
             told = json.loads(text)
-            if isinstance(told, dict):  # Not the place in the data, which is told before.
+            if isinstance(told, dict):  # What else a process asks process 0 stays as it is.
                 change(told)
             return json.dumps(told)
 
