@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from jaxdp.common.errors import ConfigError
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+if not os.path.isabs(os.path.expanduser("~")):  # TensorFlow's Keras would make a folder called ~.
+    os.environ.setdefault("KERAS_HOME", os.path.join(tempfile.gettempdir(), ".keras"))
 
 
 @contextlib.contextmanager

@@ -189,7 +189,7 @@ def evaluate_valid(
 def completed(saved: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
     """Returns a valid config from a saved one, which may be of another version, and changes to it.
 
-    Files that the run doesn't have are all for evaluation, unless the changes say how much is.
+    Of data that the run doesn't have, all is for evaluation, unless the changes say how much is.
 
     Args:
       saved: the result of `config.load`; missing keys get defaults, unknown keys are left out.
@@ -205,8 +205,10 @@ def completed(saved: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
         for flat in (configs.flatten(saved), changes):
             config.update_from_flattened_dict({k: v for k, v in flat.items() if k in known})
     validate(config)
-    if "data.path" in changes and "data.eval_fraction" not in changes:
-        trained = configs.flatten(saved).get("data.path", "")
-        if not share_files(config.data.path, trained):
-            config.data.eval_fraction = 1.0
+    trained = configs.flatten(saved).get("data.path", "")
+    if config.data.path != trained and not share_files(config.data.path, trained):
+        everything = {"data.eval_fraction": 1.0, "eval_max_batches": 0}
+        config.update_from_flattened_dict(
+            {key: value for key, value in everything.items() if key not in changes}
+        )
     return config

@@ -179,10 +179,11 @@ def check_workdir(workdir: Path) -> None:
 def _check_permissions(workdir: Path) -> None:
     """Refuses a workdir with files that another user has left there, for example root."""
     read, write, enter = os.R_OK, os.W_OK, os.X_OK
-    me = os.geteuid()
-    status = workdir.stat() if workdir.exists() else None
+    if not workdir.is_dir():
+        return  # `create_workdir` makes it.
+    me, status = os.geteuid(), workdir.stat()
     # In a folder such as /tmp (sticky), only their owners may replace files.
-    sticky = status and status.st_mode & stat.S_ISVTX and me not in (0, status.st_uid)
+    sticky = status.st_mode & stat.S_ISVTX and me not in (0, status.st_uid)
     wanted = {workdir: read | write | enter}
     wanted |= {workdir / name: read for name in ("config.json", "tokenizer.json")}
     wanted |= {workdir / name: read | write for name in ("lock", JSONL)}

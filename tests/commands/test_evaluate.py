@@ -54,12 +54,18 @@ def test_other_text_is_read_with_the_runs_tokenizer(workdir, tmp_path):
 
 
 def test_all_of_a_given_text_is_evaluated(workdir, tmp_path):
-    """Of the run's own text, by whatever name, it is the validation split."""
+    """Of the run's own text, by whatever name, it is the validation split.
+
+    Even if the run evaluated on a few batches only, to save time.
+    """
+    config = json.loads((workdir / "config.json").read_text())
+    (workdir / "config.json").write_text(json.dumps(config | {"eval_max_batches": 1}))
     path = tmp_path / "other.txt"
     path.write_text(TEXT[:1601])
     changes = {"data.path": f"text:{path}"}
     _, found = evaluate_checkpoint(workdir, changes=changes, devices=jax.local_devices()[:1])
     assert found[""].tokens == 1600  # Each character of `TEXT` is a token.
+    (workdir / "config.json").write_text(json.dumps(config))
     own = configs.load(workdir / "config.json").data.path
     (tmp_path / "link.txt").symlink_to(own)
     for name in (own, str(tmp_path / "link.txt")):
