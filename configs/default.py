@@ -36,18 +36,43 @@ def get_config() -> ConfigDict:
 
     # The data.
     c.data = ConfigDict()
-    # A TFDS dataset "tfds:NAME[/CONFIG][:VERSION]", text files "text:GLOB" or "FILE.txt", or JSON
-    # lines "jsonl:GLOB". Several of these are mixed by weight: "0.7*tfds:NAME+0.3*text:GLOB".
+    # Files, whose names say what they hold: .txt or .md, .jsonl, .json, .csv, .parquet, each also
+    # compressed (.gz, .zst, .bz2, .xz). Give a file, a folder, a glob, or several with commas
+    # between them; "text:GLOB", "jsonl:GLOB" ... say what is in files with other names. Or a TFDS
+    # dataset "tfds:NAME[/CONFIG][:VERSION]", or "hf:NAME[:CONFIG]" from the Hugging Face hub (also
+    # a folder). Several of these are mixed by weight: "0.7*tfds:NAME+0.3*text:GLOB".
     c.data.path = ""
     c.data.data_dir = ""  # Where TFDS keeps its data; "": ~/tensorflow_datasets.
-    c.data.text_key = "text"  # The TFDS feature, or the key of JSON lines, that holds the text.
-    # The TFDS feature, or the key of JSON lines, that holds a prompt to put before the text. With
-    # "padded" packing the model sees it, but does not learn to predict it. "": no prompts.
+    # The key of JSON, the column of CSV and Parquet, or the TFDS feature that holds the text.
+    c.data.text_key = "text"
+    # That which holds a prompt to put before the text. With "padded" packing the model sees it, but
+    # does not learn to predict it. "": no prompts.
     c.data.prompt_key = ""
-    c.data.train_split = "train"  # TFDS split to train on, or a slice such as "train[:99%]".
-    c.data.eval_split = "validation"  # TFDS split to evaluate on.
-    # Fraction of the text in files, or of the JSON lines, taken from the end for validation.
+    # The key of a list of {"role": "user", "content": TEXT}: data are chats, and only what the
+    # role "assistant" says is learnt. "": no chats.
+    c.data.messages_key = ""
+    c.data.chat_template = (
+        ""  # A file, in Jinja, that says how to write chats; "": the tokenizer's.
+    )
+    c.data.skip_missing = False  # Skip, and count, records without these keys. False: refuse them.
+    # What stands between the documents of a text file, such as "<|endoftext|>"; a line break on
+    # either side of it belongs to it. "": a file is one document.
+    c.data.separator = ""
+    # Split to train on, of "tfds:" (or a slice such as "train[:99%]") and "hf:".
+    c.data.train_split = "train"
+    # Split to evaluate on. With "hf:", "": eval_fraction of the documents of train_split.
+    c.data.eval_split = "validation"
+    # Fraction of the text in text files, or of the records in others, taken from the end for
+    # validation.
     c.data.eval_fraction = 0.1
+    # The token that begins each document and prompt. "auto": that which the tokenizer itself puts
+    # first, as Llama's and BERT's do; or the name of a token; "": none.
+    c.data.bos = "auto"
+    # The token that ends each document. "auto": the tokenizer's own (docs/data.md); or its name.
+    c.data.eos = "auto"
+    # Whether the name of a special token in a text, such as "<|endoftext|>", is that token rather
+    # than plain text: in training, evaluation and prompts.
+    c.data.special_tokens = False
     # How documents are packed into sequences. "stream": concatenated; a token may attend to earlier
     # documents. "documents": several per sequence; a token attends to its own document only.
     # "padded": one per sequence, truncated if it is too long, as for fine-tuning.

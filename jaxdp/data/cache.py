@@ -24,12 +24,12 @@ from tokenizers import Tokenizer
 
 from jaxdp.common import files, locks, paths
 from jaxdp.common.errors import ConfigError, shown
-from jaxdp.data import building, layout
+from jaxdp.data import building, chat, layout, quality
 from jaxdp.data import tokenizer as tokenizers
 from jaxdp.data.layout import SPLITS, DamagedError
 from jaxdp.data.sources import Source, ValidationOnly, get_sources
 
-FORMAT = 2  # Raise it when the same config would give other tokens than before.
+FORMAT = 3  # Raise it when the same config would give other tokens than before.
 # The largest cache whose content is checked: reading it takes a second or two.
 VERIFY_UP_TO = 2**30
 # Errors of a file that is missing, or of something else in its place.
@@ -49,8 +49,12 @@ class TokenCache:
       validation_bytes: size of the validation text in UTF-8, without prompts, for bits per byte.
       digest: SHA-256 over both splits; equal digests mean equal data.
       train_borders: the training tokens at which the sources end.
+      lossy: whether the tokens lack much of the text, so that bits per byte mean nothing.
+      warnings: what a run has to say about the text and its tokens.
       examples: only for data.packing="padded": for each split [examples, 2] int64, the token where
         an example begins, and the token where its prompt ends.
+      marks: only for chats: for each split [tokens] uint8, which tokens are learnt, and which begin
+        a chat; see `chat.encode_chats`.
     """
 
     folder: Path
@@ -61,11 +65,21 @@ class TokenCache:
     validation_bytes: int
     digest: str
     train_borders: tuple[int, ...]
+    lossy: bool = False
+    warnings: tuple[str, ...] = dataclasses.field(default=(), repr=False)
     examples: dict[str, np.ndarray] = dataclasses.field(default_factory=dict, repr=False)
+    marks: dict[str, np.ndarray] = dataclasses.field(default_factory=dict, repr=False)
 
     @property
-    def tokens_per_byte(self) -> float:
-        """Tokens per UTF-8 byte of the validation split, without prompts."""
+    def chat_template(self) -> str:
+        """The template of the chats that the corpus consists of; "" where it is none."""
+        return tokenizers.chat_template(str(self.folder / "tokenizer.json"))
+
+    @property
+    def tokens_per_byte(self) -> float | None:
+        """Tokens per UTF-8 byte of the validation split, without prompts; None if lossy."""
+        if self.lossy or self.marks:  # Of a chat, only a part is predicted.
+            return None
         tokens = len(self.validation)
         if self.examples:
             start, text = self.examples["validation"].T
@@ -202,14 +216,16 @@ def _put_away(folder: Path) -> None:
 
 def _fingerprint(config: ConfigDict, sources: list[Source]) -> str:
     """Returns the name of a cache: a hash of everything its content depends on."""
-    tokenizer: list = [config.tokenizer, config.objective]
-    path = os.path.expanduser(config.tokenizer)
-    if os.path.isfile(path):
-        tokenizer[0] = layout.file_digest(Path(path))
+    c = config.data
+    tokenizer: list = [config.tokenizer, config.objective, c.bos, c.eos, c.special_tokens]
+    paths = [p for p in tokenizers.files_of(config.tokenizer) or () if os.path.isfile(p)]
+    if paths:
+        tokenizer[0] = [layout.file_digest(path) for path in paths]
     padded = ["padded"] if config.data.packing == "padded" else []
     data: Any = [source.identity() for source in sources]
     data = data if len(data) > 1 else data[0]
-    identity = json.dumps([FORMAT, tokenizer, data, *padded], sort_keys=True)
+    chats = [chat.source_of(config)] if c.messages_key else []
+    identity = json.dumps([FORMAT, tokenizer, data, *padded, *chats], sort_keys=True)
     return hashlib.sha256(identity.encode()).hexdigest()[:16]
 
 
@@ -245,10 +261,13 @@ def _load(folder: Path) -> TokenCache:
         vocab_size=meta["vocab_size"],
         validation_bytes=meta["validation"]["bytes"],
         digest=meta["digest"],
+        lossy=quality.is_lossy(meta),
+        warnings=tuple(quality.warnings(meta, tokenizer)),
         train_borders=tuple(meta["train"].get("borders", [meta["train"]["tokens"]])),
         examples={
             split: array(f"{split}.examples.bin").reshape(-1, 2)
             for split in SPLITS
             if "examples" in meta[split]
         },
+        marks={split: array(f"{split}.marks.bin") for split in SPLITS if meta[split].get("marked")},
     )

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxdp.data import mixture, pipeline, tokenizer
+from jaxdp.data import mixture, pipeline, special_tokens
 from jaxdp.data.batch import Batch
 from jaxdp.data.cache import TokenCache
 from jaxdp.data.sequences import Examples, Sequences, Windows
@@ -99,11 +99,13 @@ class Feed:
 
     def _sequences(self, split: str, **mix: Any) -> Sequences:
         c, tokens = self.config, getattr(self.cache, split)
+        marks = self.cache.marks.get(split)
         if c.data.packing == "padded":
-            return Examples(tokens, self.cache.examples[split], c.seq_len, c.objective, **mix)
+            index = self.cache.examples[split]
+            return Examples(tokens, index, c.seq_len, c.objective, marks=marks, **mix)
         apart = c.data.packing == "documents"
-        end = tokenizer.end_id(self.cache.tokenizer) if apart else None
-        return Windows(tokens, c.seq_len, c.objective, end, **mix)
+        end = special_tokens.end_id(self.cache.tokenizer) if apart else None
+        return Windows(tokens, c.seq_len, c.objective, end, marks=marks, **mix)
 
     def _split_of_batch(self) -> dict[str, int]:
         return {

@@ -8,6 +8,8 @@ import numpy as np
 
 SPLITS = ("train", "validation")
 INDEX = np.dtype("<i8")
+MARKS = np.dtype("u1")
+LEARNT, BEGINS = 1, 2  # Marks of a chat's token: it is a target; the chat begins with it.
 
 
 class DamagedError(ValueError):
@@ -21,6 +23,8 @@ def files(dtype: np.dtype, meta: dict) -> dict[str, tuple[np.dtype, int]]:
         files[f"{split}.bin"] = dtype, meta[split]["tokens"]
         if "examples" in meta[split]:
             files[f"{split}.examples.bin"] = INDEX, 2 * meta[split]["examples"]
+        if meta[split].get("marked"):
+            files[f"{split}.marks.bin"] = MARKS, meta[split]["tokens"]
     return files
 
 
@@ -47,4 +51,6 @@ def digest(folder: Path, dtype: np.dtype, meta: dict) -> str:
         digest.update(split.encode())
         if "examples" in meta[split]:
             digest.update((folder / f"{split}.examples.bin").read_bytes())
+        if meta[split].get("marked"):
+            digest.update((folder / f"{split}.marks.bin").read_bytes())
     return digest.hexdigest()

@@ -11,7 +11,7 @@ import numpy as np
 from jaxdp.common.errors import ConfigError, shown
 
 # Only paths with a kind, such as "text:", can have a weight: "2*.txt" is a glob.
-WEIGHTED = r"[^*+:/]*\*(?=(?:tfds|text|jsonl):)"
+WEIGHTED = r"[^*+:/]*\*(?=(?:tfds|hf|text|jsonl|json|csv|parquet):)"
 MAX_CYCLE = 100_000  # The most turns in a cycle.
 
 

@@ -9,6 +9,7 @@ import functools
 import numpy as np
 
 from jaxdp.data.batch import Batch, token_keys
+from jaxdp.data.layout import BEGINS, LEARNT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,8 @@ class Windows:
       seq_len: L.
       objective: "causal" (targets are the next tokens) or "masked" (the tokens themselves).
       end: id of the token that ends a document; None: documents are not kept apart.
+      marks: of chats, [tokens] uint8: which tokens are targets, and which begin a chat; see
+        `layout`. None: all tokens are targets, and `end` says where documents end.
       borders: the tokens at which the sources end; by default all tokens are one source.
       shares: for each source, its number of training sequences in a cycle of `sum(shares)`.
     """
@@ -48,6 +51,7 @@ class Windows:
     seq_len: int
     objective: str
     end: int | None = None
+    marks: np.ndarray | None = None
     borders: tuple[int, ...] = ()
     shares: tuple[int, ...] = (1,)
 
@@ -99,6 +103,10 @@ class Windows:
         if beyond:
             weights *= places[:, 1:] <= last
         batch = {"inputs": inputs, "targets": targets, "weights": weights}
+        if self.marks is not None:
+            marks = self.marks[np.minimum(places, last)]
+            weights *= marks[:, 1:] & LEARNT
+            return batch if self.end is None else batch | segments(marks[:, :-1] & BEGINS != 0)
         if self.end is None:
             return batch
         if self.objective == "causal":
@@ -117,6 +125,7 @@ class Examples:
       index: [examples, 2] integers: the tokens where each example begins and its prompt ends.
       seq_len: L.
       objective: "causal" or "masked".
+      marks: of chats, as in `Windows`: which of the tokens after the prompt are targets.
       borders: the tokens at which the sources end; by default all tokens are one source.
       shares: for each source, its number of training sequences in a cycle of `sum(shares)`.
     """
@@ -125,6 +134,7 @@ class Examples:
     index: np.ndarray
     seq_len: int
     objective: str
+    marks: np.ndarray | None = None
     borders: tuple[int, ...] = ()
     shares: tuple[int, ...] = (1,)
     stride = 1
@@ -189,6 +199,8 @@ class Examples:
         targets = inputs + self._ahead
         last = len(self.tokens) - 1
         weights = (first <= targets) & (targets < end) & (numbers < self.total)[:, None]
+        if self.marks is not None:
+            weights = weights & (self.marks[np.minimum(targets, last)] & LEARNT != 0)
         batch = {
             "inputs": np.where(inputs < end, self.tokens[np.minimum(inputs, last)], 0),
             "targets": np.where(targets < end, self.tokens[np.minimum(targets, last)], 0),
@@ -230,6 +242,12 @@ def documents(inputs: np.ndarray, end: int) -> Batch:
     """
     first = np.zeros(inputs.shape, bool)
     first[:, 1:] = inputs[:, :-1] == end
-    index = np.arange(inputs.shape[1], dtype=np.int32)
+    return segments(first)
+
+
+def segments(first: np.ndarray) -> Batch:
+    """Returns `documents` of sequences from [P, L] bool: whether a token begins a document."""
+    index = np.arange(first.shape[1], dtype=np.int32)
+    first = np.where(index == 0, False, first)
     begun = np.maximum.accumulate(np.where(first, index, 0), axis=1, dtype=np.int32)
     return {"segments": first.cumsum(1, dtype=np.int32), "positions": index - begun}

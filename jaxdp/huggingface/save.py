@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from jaxdp.common import files
 from jaxdp.common.errors import ConfigError, check_text, shown
 from jaxdp.common.terminal import quantity
-from jaxdp.data import tokenizer
+from jaxdp.data import special_tokens, tokenizer
 from jaxdp.huggingface import families, load, tensors
 from jaxdp.model import sampling
 from jaxdp.model.transformer import num_parameters
@@ -24,15 +24,13 @@ from jaxdp.workdir.metrics import read_jsonl
 
 # Special tokens of well-known tokenizers, the likeliest first.
 NAMES = {
-    "bos_token": ("<|begin_of_text|>", "<bos>", "<s>", tokenizer.END_OF_TEXT),
-    "eos_token": tokenizer.END_NAMES,
     "unk_token": ("[UNK]", "<unk>", "<|unk|>"),
     "pad_token": ("[PAD]", "<pad>", "<|pad|>"),
 }
 MASKED_NAMES = {
     "cls_token": ("[CLS]", "<s>"),
     "sep_token": ("[SEP]", "</s>"),
-    "mask_token": tokenizer.MASK_NAMES,
+    "mask_token": special_tokens.MASK_NAMES,
 }
 
 
@@ -60,7 +58,7 @@ def export(
     workdir, output = Path(workdir), Path(output)
     _check_absent(output)
     run = finished.open_workdir(workdir)
-    family, special = families.family_of(run.model.config), special_tokens(run)
+    family, special = families.family_of(run.model.config), token_roles(run)
     pad_id = _id(run.words, special.get("pad_token"))
     if family == "bert" and special.get("mask_token") == "<mask>" and pad_id is not None:
         family = "roberta"  # Only the tokenizer tells it from BERT.
@@ -68,29 +66,47 @@ def export(
     texts = {
         "config.json": families.to_json(run.model.config, family, pad_id) | _ids(run, special),
         "tokenizer_config.json": tokenizer_config(run, special),
-        "tokenizer.json": run.words.to_str(pretty=True),
+        "tokenizer.json": exported_tokenizer(run).to_str(pretty=True),
         "README.md": card(run, family, step, num_parameters(params)),
     }
     if run.model.config.causal:
         texts["generation_config.json"] = generation_config(run, special)
+    if run.chat_template:
+        texts[tokenizer.TEMPLATE] = run.chat_template
     weights = tensors.to_tensors(params, run.model.config, family, pad_id)
     _write(output, weights, texts)
     return step
 
 
-def special_tokens(run: Trained) -> dict[str, str]:
+def token_roles(run: Trained) -> dict[str, str]:
     """Returns a tokenizer's special tokens, by their names in transformers."""
-    special = {t.content for t in run.words.get_added_tokens_decoder().values() if t.special}
+    special = special_tokens.names(run.words)
     names = NAMES | ({} if run.model.config.causal else MASKED_NAMES)
     found = {
         role: next((name for name in candidates if name in special), None)
         for role, candidates in names.items()
     }
-    # The model was trained with these two, even if the tokenizer doesn't call them special.
-    found["eos_token"] = _token(run.words, tokenizer.end_id(run.words))
+    # The model was trained with these, even if the tokenizer doesn't call them special.
+    end, begin = special_tokens.end_id(run.words), special_tokens.begin_id(run.words)
+    if begin is None and run.model.config.causal and run.config.data.packing == "stream":
+        begin = end  # A document follows the end of another, as in GPT-2.
+    found |= {"eos_token": _token(run.words, end), "bos_token": _token(run.words, begin)}
     if not run.model.config.causal:
-        found["mask_token"] = _token(run.words, tokenizer.mask_id(run.words))
+        found["mask_token"] = _token(run.words, special_tokens.mask_id(run.words))
     return {role: name for role, name in found.items() if name is not None}
+
+
+def exported_tokenizer(run: Trained) -> Tokenizer:
+    """Returns the tokenizer, which puts before and after a text what training has put there.
+
+    A causal model is to continue a text, so nothing is put after it.
+    """
+    words = Tokenizer.from_str(run.words.to_str())
+    begin, end = special_tokens.begin_id(words), special_tokens.end_id(words)
+    # Without a token to begin with, BERT's training has put none after a text by itself, either.
+    after = end if begin is not None and not run.model.config.causal else None
+    words.post_processor = special_tokens.template(words, begin, after)
+    return words
 
 
 def tokenizer_config(run: Trained, special: dict[str, str]) -> dict[str, Any]:

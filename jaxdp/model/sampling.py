@@ -4,13 +4,14 @@ Shapes: R prompts, S context, V vocabulary.
 """
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdp.common.choices import TEMPERATURE
+from jaxdp.common.choices import MAX_INT32, TEMPERATURE
 from jaxdp.model.transformer import Transformer
 
 
@@ -46,16 +47,60 @@ def sample(
     Returns:
       R arrays of [num_tokens] int32: the new tokens only.
     """
+    parts = stream(
+        model,
+        params,
+        prompts,
+        vocab_size=vocab_size,
+        num_tokens=num_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+    )
+    nothing = [np.zeros(0, np.int32)] * len(prompts)
+    return [np.concatenate(row) for row in zip(nothing, *parts, strict=True)]
+
+
+def stream(
+    model: Transformer,
+    params: Any,
+    prompts: list[np.ndarray],
+    *,
+    vocab_size: int,
+    num_tokens: int,
+    temperature: float = TEMPERATURE,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    at_once: int = MAX_INT32,
+) -> Iterator[list[np.ndarray]]:
+    """Draws the tokens of `sample` a few at a time.
+
+    Args:
+      model: as in `sample`, and so all below.
+      params: its parameters.
+      prompts: R arrays of token ids.
+      vocab_size: size of the tokenizer's vocabulary.
+      num_tokens: number of tokens to add.
+      temperature: divides the logits.
+      top_k: draw from the k likeliest tokens only.
+      top_p: draw from the likeliest tokens whose probabilities add up to p.
+      seed: seed of the draws.
+      at_once: tokens to draw at a time; before each time the context is read again.
+
+    Yields:
+      R arrays of [n] int32: the next tokens; n may differ, and be 0 for a prompt that is done.
+    """
     context = model.config.seq_len
     histories = [np.asarray(prompt, np.int32) for prompt in prompts]
-    lengths = np.array([len(history) for history in histories], np.int32)
-    drawn = np.zeros_like(lengths)  # Each prompt's tokens so far.
+    drawn = np.zeros(len(histories), np.int32)  # Each prompt's tokens so far.
     run = functools.partial(fill, model, vocab_size=vocab_size)
     while (drawn < num_tokens).any():
         # Each prompt is cut where it would be alone; one that is done draws 0 tokens.
         windows = [h if len(h) < context else h[-max(context // 2, 1) :] for h in histories]
         starts = np.array([len(window) for window in windows], np.int32)
-        counts = np.minimum(num_tokens - drawn, context - starts)
+        counts = np.minimum(np.minimum(num_tokens - drawn, context - starts), at_once)
         tokens = np.zeros((len(windows), context), np.int32)
         for row, window in zip(tokens, windows, strict=True):
             row[: len(window)] = window
@@ -72,12 +117,10 @@ def sample(
                 seed,
             )
         )
-        histories = [
-            np.concatenate([history, row[start : start + count]])
-            for history, row, start, count in zip(histories, filled, starts, counts, strict=True)
-        ]
+        new = [row[a : a + n] for row, a, n in zip(filled, starts, counts, strict=True)]
+        histories = [np.concatenate(pair) for pair in zip(histories, new, strict=True)]
         drawn += counts
-    return [history[length:] for history, length in zip(histories, lengths, strict=True)]
+        yield new
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="vocab_size")

@@ -33,12 +33,12 @@ class Evaluation:
     Attributes:
       loss: mean over all tokens, in nats.
       tokens: number of tokens that were predicted.
-      tokens_per_byte: tokens per byte of the text.
+      tokens_per_byte: tokens per byte of the text; None where the tokens lack much of it.
     """
 
     loss: float
     tokens: int
-    tokens_per_byte: float = 1.0
+    tokens_per_byte: float | None = 1.0
 
     @property
     def perplexity(self) -> float:
@@ -46,13 +46,15 @@ class Evaluation:
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
     @property
-    def bits_per_byte(self) -> float:
-        """The loss in bits per byte of text, comparable between tokenizers.
+    def bits_per_byte(self) -> float | None:
+        """The loss in bits per byte of text, comparable between tokenizers; None if unknown.
 
         Examples:
           >>> round(Evaluation(math.log(16), tokens=1000, tokens_per_byte=0.25).bits_per_byte, 6)
           1.0
         """
+        if self.tokens_per_byte is None:
+            return None
         return self.loss / math.log(2) * self.tokens_per_byte
 
 
@@ -67,6 +69,7 @@ def figures(found: Evaluations) -> dict[str, float]:
         "/".join(filter(None, ("eval", of, name))): getattr(evaluation, name)
         for of, evaluation in found.items()
         for name in names
+        if getattr(evaluation, name) is not None
     }
 
 

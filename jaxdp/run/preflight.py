@@ -19,7 +19,7 @@ from jaxdp.common import config as configs
 from jaxdp.common import files, locks
 from jaxdp.common.errors import ConfigError, check_text, shown
 from jaxdp.common.terminal import in_bytes
-from jaxdp.data import eval_sets, tokenizer
+from jaxdp.data import eval_sets, special_tokens
 from jaxdp.data.cache import TokenCache
 from jaxdp.data.feed import Feed
 from jaxdp.data.layout import SPLITS
@@ -28,7 +28,7 @@ from jaxdp.huggingface import load
 from jaxdp.model.transformer import ModelConfig
 from jaxdp.parallel import processes
 from jaxdp.parallel.replicas import device_memory
-from jaxdp.run import profiling
+from jaxdp.run import profiling, sampled
 from jaxdp.step.setup import Setup
 from jaxdp.sync.compression import BITS
 from jaxdp.sync.method import Sync
@@ -77,7 +77,7 @@ def check_same_run(config: ConfigDict, saved: ConfigDict) -> None:
 
 
 def check_data(feed: Feed) -> None:
-    """Refuses splits without a single sequence, and a sample prompt that can't be tokenized."""
+    """Refuses splits without a single sequence, and a sample prompt that can't be tokenised."""
     # A single process imports TensorFlow later, while its step compiles; several processes would
     # drift apart.
     if "tensorflow" in sys.modules or jax.process_count() > 1:
@@ -88,14 +88,9 @@ def check_data(feed: Feed) -> None:
     config, cache = feed.config, feed.cache
     if config.objective == "causal" and config.sample.num_tokens:
         try:
-            [prompt] = tokenizer.encode(cache.tokenizer, [config.sample.prompt])
+            sampled.prompt_tokens(config, cache)
         except ConfigError as error:
             raise ConfigError(f"sample.prompt={config.sample.prompt!r}: {error}") from None
-        if len(prompt) == 0:
-            raise ConfigError(
-                f"sample.prompt={config.sample.prompt!r} is empty: give at least one character, or "
-                "sample.num_tokens=0"
-            )
 
 
 def check_split(feed: Feed, split: str) -> None:
@@ -120,11 +115,11 @@ def check_split(feed: Feed, split: str) -> None:
                 f"of seq_len={config.seq_len} and a next token: give more text, or a smaller "
                 "seq_len"
             )
-    if config.data.packing == "documents" and tokenizer.end_id(cache.tokenizer) is None:
+    if config.data.packing == "documents" and special_tokens.end_id(cache.tokenizer) is None:
         raise ConfigError(
             f"data.packing='documents' needs a token that ends a document, and tokenizer="
-            f"{config.tokenizer!r} has none ({', '.join(tokenizer.END_NAMES)}): use another "
-            "tokenizer, such as 'byte', or data.packing='stream'"
+            f"{config.tokenizer!r} has none ({', '.join(special_tokens.END_NAMES)}): name one "
+            "with data.eos, or use another tokenizer, such as 'byte', or data.packing='stream'"
         )
 
 

@@ -12,7 +12,7 @@ import jax
 from ml_collections import ConfigDict
 
 from jaxdp.common.terminal import duration, in_bytes, quantity
-from jaxdp.data import pipeline
+from jaxdp.data import pipeline, special_tokens
 from jaxdp.data.batch import token_keys
 from jaxdp.data.feed import Feed
 from jaxdp.data.sequences import Examples
@@ -47,13 +47,35 @@ def header(setup: Setup, workdir: Path, device_kind: str) -> dict[str, str]:
         "data": f"{config.data.path}, {quantity(len(cache.train))} training and "
         f"{quantity(len(cache.validation))} validation tokens",
         "vocabulary": f"{cache.vocab_size:,} tokens ({config.tokenizer})",
+        "documents": _ends(setup.feed),
         "training": f"{config.num_train_steps:,} steps, {quantity(tokens)} tokens "
         f"({epochs:.2f} epochs), {flops:.2g} FLOPs",
         "workdir": str(workdir),
         **_sources(setup.feed),
         **_examples(setup.feed),
         **_eval_sets(setup.feeds),
+        **_warnings(setup.feeds),
     }
+
+
+def _ends(feed: Feed) -> str:
+    """Says which tokens begin and end a document."""
+    words = feed.cache.tokenizer
+    begin, end = special_tokens.begin_id(words), special_tokens.end_id(words)
+    begins = "" if begin is None else f"begin with {special_tokens.named(words, begin)}, "
+    if end is None:
+        return f"{begins}no token ends them: the tokenizer has none, or data.eos has to name it"
+    return f"{begins}end with {special_tokens.named(words, end)}"
+
+
+def _warnings(feeds: Mapping[str, Feed]) -> dict[str, str]:
+    """Returns a row for each warning about the text of a run or of an eval set."""
+    found = [
+        f"eval set {name}: {warning}" if name else warning
+        for name, feed in feeds.items()
+        for warning in feed.cache.warnings
+    ]
+    return {f"warning {number}": warning for number, warning in enumerate(found, 1)}
 
 
 def _arithmetic(dtype: str) -> str:
@@ -118,9 +140,11 @@ def _examples(feed: Feed) -> dict[str, str]:
 
 def in_words(evaluation: Evaluation) -> str:
     """Formats an evaluation in short."""
+    bits = evaluation.bits_per_byte
     return (
         f"loss {evaluation.loss:.4f}  perplexity {evaluation.perplexity:.2f}  "
-        f"bits/byte {evaluation.bits_per_byte:.4f}  ({evaluation.tokens:,} tokens)"
+        + (f"bits/byte {bits:.4f}  " if bits is not None else "")
+        + f"({evaluation.tokens:,} tokens)"
     )
 
 
@@ -154,7 +178,8 @@ def summary(config: ConfigDict, workdir: Path, result: Any, seconds: float) -> d
     if config.objective == "causal":
         prompt = config.sample.prompt
         shown = shlex.quote(prompt) if prompt.isprintable() else f"${prompt!r}"
-        rows["more text"] = f"{_command('generate')} --workdir={_quoted(workdir)} --prompt={shown}"
+        asking = "--chat" if config.data.messages_key else f"--prompt={shown}"
+        rows["more text"] = f"{_command('generate')} --workdir={_quoted(workdir)} {asking}"
     return rows
 
 

@@ -3,9 +3,11 @@
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
-from jaxdp.data import tokenizer
+from jaxdp.data import special_tokens, tokenizer
+from jaxdp.data.cache import TokenCache
 from jaxdp.model import sampling
 from jaxdp.step.setup import Setup
 
@@ -23,7 +25,7 @@ def sample(setup: Setup, params: Any) -> str:
       params: parameters in the model's shapes, on the devices.
     """
     config, cache = setup.config, setup.feed.cache
-    [prompt] = tokenizer.encode(cache.tokenizer, [config.sample.prompt])
+    prompt = prompt_tokens(config, cache)
     [ids] = sampling.sample(
         setup.model,
         jax.device_get(params),
@@ -33,4 +35,22 @@ def sample(setup: Setup, params: Any) -> str:
         temperature=sampling.TEMPERATURE,
         seed=config.seed,
     )
-    return cache.tokenizer.decode([*prompt, *ids], skip_special_tokens=False)
+    begun = len(prompt) and prompt[0] == special_tokens.begin_id(cache.tokenizer)
+    return cache.tokenizer.decode([*prompt[int(begun) :], *ids], skip_special_tokens=False)
+
+
+def prompt_tokens(config: ConfigDict, cache: TokenCache) -> np.ndarray:
+    """Returns the tokens of the configured prompt, [n] int64, at least one.
+
+    A tokenizer may drop all of it, as BERT's drops line breaks. Then a sample begins as a document
+    does after another, or, if no token ends a document, with the first token of the text.
+
+    Raises:
+      ConfigError: the prompt can't be tokenised.
+    """
+    special = config.data.special_tokens
+    [ids] = tokenizer.encode_prompts(cache.tokenizer, [config.sample.prompt], special=special)
+    if len(ids):
+        return ids
+    end = special_tokens.end_id(cache.tokenizer)
+    return np.array([cache.train[0] if end is None else end], np.int64)

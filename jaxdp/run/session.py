@@ -180,6 +180,8 @@ class Run:
         save(self.config, self.workdir / "config.json")
         text = self.setup.feed.cache.tokenizer.to_str(pretty=True)
         write_atomically(self.workdir / "tokenizer.json", text)
+        if template := self.setup.feed.cache.chat_template:
+            write_atomically(self.workdir / tokenizer.TEMPLATE, template)
 
     # A round of optimizer steps.
 

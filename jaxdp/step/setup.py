@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from jaxdp.common.choices import MAX_INT32
 from jaxdp.common.config import check_model, check_values
 from jaxdp.common.errors import ConfigError, shown
-from jaxdp.data import tokenizer
+from jaxdp.data import special_tokens
 from jaxdp.data.feed import Feed
 from jaxdp.model.transformer import ModelConfig, Transformer
 from jaxdp.parallel.replicas import AXIS
@@ -122,7 +122,7 @@ def setup_of_feeds(feeds: Mapping[str, Feed], device_count: int, process_count: 
         cache.vocab_size,
         device_count,
         process_count=process_count,
-        mask_id=tokenizer.mask_id(cache.tokenizer),
+        mask_id=special_tokens.mask_id(cache.tokenizer),
         feeds=feeds,
     )
 
@@ -181,7 +181,8 @@ def validate(config: ConfigDict) -> None:
     check_values(config)
     if not config.data.path:
         raise ConfigError(
-            "data.path='' names no data: give --config.data.path=FILE.txt, text:GLOB or tfds:NAME"
+            "data.path='' names no data: give --config.data.path=FILE.txt, a folder, a quoted glob "
+            "or tfds:NAME"
         )
     if config.wandb_project and importlib.util.find_spec("wandb") is None:
         raise ConfigError(
@@ -193,6 +194,7 @@ def validate(config: ConfigDict) -> None:
             f"data.prompt_key={shown(config.data.prompt_key)} has no meaning with data.packing="
             f"{config.data.packing!r}: use 'padded', or leave it empty"
         )
+    _check_chats(config)
     if config.init_from and not config.init_from.startswith("hf:"):
         raise ConfigError(
             f"init_from={shown(config.init_from)} is unknown: write hf:FOLDER or hf:NAME"
@@ -201,6 +203,25 @@ def validate(config: ConfigDict) -> None:
     methods.check(config)
     if config.num_epochs == 0:
         _check_profile(config)
+
+
+def _check_chats(config: ConfigDict) -> None:
+    c = config.data
+    if c.chat_template and not c.messages_key:
+        raise ConfigError(
+            f"data.chat_template={shown(c.chat_template)} has no meaning without data.messages_key:"
+            " set that, or leave it empty"
+        )
+    if c.messages_key and c.prompt_key:
+        raise ConfigError(
+            f"data.messages_key={shown(c.messages_key)} does not go with data.prompt_key: leave "
+            "one of them empty"
+        )
+    if c.messages_key and config.objective != "causal":
+        raise ConfigError(
+            f"data.messages_key={shown(c.messages_key)} needs objective='causal': leave it empty, "
+            "or change the objective"
+        )
 
 
 def resolve_steps(config: ConfigDict, feed: Feed, say: Callable[[str], None]) -> None:

@@ -31,6 +31,11 @@ class Trained:
     words: Tokenizer = dataclasses.field(repr=False)
     model: Transformer = dataclasses.field(repr=False)
 
+    @property
+    def chat_template(self) -> str:
+        """The template of the chats that the run was trained on; "" where it was not."""
+        return tokenizer.chat_template(str(self.workdir / "tokenizer.json"))
+
     def params(self, which: str, report: Callable[[str], None]) -> tuple[Any, int]:
         """Reads a checkpoint's parameters; also returns its step. See `parameters.load_params`."""
         expected = {"tokenizer": tokenizer.digest(self.words)}

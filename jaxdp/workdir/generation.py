@@ -3,11 +3,15 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+from tokenizers import Tokenizer
+
 from jaxdp.common.choices import TEMPERATURE
 from jaxdp.common.errors import ConfigError, check_text
-from jaxdp.data import tokenizer
+from jaxdp.data import special_tokens, tokenizer
 from jaxdp.model import sampling
 from jaxdp.workdir import finished
+from jaxdp.workdir.finished import Trained
 
 
 def generate(
@@ -25,7 +29,7 @@ def generate(
 
     Args:
       workdir: the folder of the run.
-      prompts: texts of at least one token each.
+      prompts: texts of at least one token each, with the token that begins a document, if any.
       num_tokens: number of tokens to add to each.
       temperature: divides the logits; 0 always takes the likeliest token.
       top_k: draw only from the k likeliest tokens; 0: from all.
@@ -40,16 +44,12 @@ def generate(
       ConfigError: there is no trained causal model, or a prompt can't be used.
       RunError: all checkpoints are damaged.
     """
-    run = finished.open_workdir(workdir)
+    run = open_causal(workdir)
     words = run.words
-    if run.config.objective != "causal":
-        raise ConfigError(
-            f"objective={run.config.objective!r} can't continue text: use a model trained with "
-            "'causal'"
-        )
     for prompt in prompts:
         check_text("--prompt", prompt)
-    ids = tokenizer.encode(words, prompts)
+    special = run.config.data.get("special_tokens", False)
+    ids = tokenizer.encode_prompts(words, prompts, special=special)
     for prompt, tokens in zip(prompts, ids, strict=True):
         if len(tokens) == 0:
             raise ConfigError(f"--prompt={prompt!r} is empty: give at least one character")
@@ -65,11 +65,39 @@ def generate(
         top_p=top_p,
         seed=seed,
     )
-    end = tokenizer.end_id(words)
+    end, begin = special_tokens.end_id(words), special_tokens.begin_id(words)
     return [
-        prompt + words.decode(_until(list(tokens), end), skip_special_tokens=False)
-        for prompt, tokens in zip(prompts, drawn, strict=True)
+        continued(words, prompt, known[int(known[0] == begin) :], _until(list(tokens), end))
+        for prompt, known, tokens in zip(prompts, ids, drawn, strict=True)
     ]
+
+
+def open_causal(workdir: str | Path) -> Trained:
+    """Opens the workdir of a model that can continue text; raises ConfigError if it can't."""
+    run = finished.open_workdir(workdir)
+    if run.config.objective != "causal":
+        raise ConfigError(
+            f"objective={run.config.objective!r} can't continue text: use a model trained with "
+            "'causal'"
+        )
+    return run
+
+
+def continued(words: Tokenizer, prompt: str, known: np.ndarray, drawn: list[int]) -> str:
+    """Returns a prompt with its continuation, decoded together.
+
+    Alone, the continuation could lose its first space. The prompt stays as it was given, unless
+    the tokens drawn change how its last ones are decoded.
+
+    Args:
+      words: the tokenizer.
+      prompt: the prompt.
+      known: its tokens, [n] integers, without one that only begins the document.
+      drawn: the tokens that continue it.
+    """
+    before = words.decode(known.tolist(), skip_special_tokens=False)
+    text = words.decode([*known.tolist(), *drawn], skip_special_tokens=False)
+    return prompt + text[len(before) :] if text.startswith(before) else text
 
 
 def _until(tokens: list[int], end: int | None) -> list[int]:

@@ -2,7 +2,6 @@
 
 import shutil
 import sys
-from pathlib import Path
 
 import jax
 import pytest
@@ -12,6 +11,7 @@ from ml_collections import ConfigDict
 
 from jaxdp.common import cli
 from jaxdp.common.errors import ConfigError
+from jaxdp.data import files
 from jaxdp.run import loop
 from support.bad_input import (
     ARGUMENTS,
@@ -252,7 +252,7 @@ def test_a_text_that_cannot_be_read(config, tmp_path, no_compiling, monkeypatch)
 
     TRIED["preflight"] += 1
     config.data.cache_dir = str(tmp_path / "cache")
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(files, "opened", refuse)
     with pytest.raises(ConfigError, match=r"data\.path: .* can't be read \(Permission denied\): "):
         train(config, tmp_path / "run")
 

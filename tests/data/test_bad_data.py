@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 
 from jaxdp.common.errors import ConfigError
-from jaxdp.data import layout
+from jaxdp.data import layout, special_tokens
 from jaxdp.data import tokenizer as tokenizers
 from jaxdp.data.cache import open_cache
 from support.bad_input import (
@@ -74,7 +74,7 @@ def test_texts(spec, pieces, times, bad, config, tmp_path, no_compiling):
         assert not workdir.exists()
     else:
         cache = open_cache(config)
-        end = tokenizers.end_id(cache.tokenizer)
+        end = special_tokens.end_id(cache.tokenizer)
         ids = [int(i) for i in (*cache.train, *cache.validation) if i != end]
         assert cache.tokenizer.decode(ids, skip_special_tokens=False) == text
     shutil.rmtree(tmp_path / "cache", ignore_errors=True)

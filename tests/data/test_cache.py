@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models
 
 from jaxdp.common import locks
 from jaxdp.common.errors import ConfigError
-from jaxdp.data import building
+from jaxdp.data import building, special_tokens
 from jaxdp.data.cache import open_cache
 from jaxdp.data.tokenizer import encode
 from support.bad_input import contents
@@ -103,7 +103,16 @@ def test_a_corpus_is_tokenised_once(open_it, reports):
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("tokenizer", "byte"), ("objective", "masked"), ("eval_fraction", 0.2)]
+    ("key", "value"),
+    [
+        ("tokenizer", "byte"),
+        ("objective", "masked"),
+        ("eval_fraction", 0.2),
+        ("separator", ","),
+        ("bos", "h"),
+        ("eos", "h"),
+        ("special_tokens", True),
+    ],
 )
 def test_what_changes_the_tokens_makes_another_cache(key, value, config, open_it, reports):
     before = open_it().folder
@@ -124,6 +133,55 @@ def test_a_changed_tokenizer_file_makes_another_cache(config, open_it, tmp_path)
     before = open_it()
     word_tokenizer(tmp_path / "tokenizer.json", 11)
     assert open_it().vocab_size == before.vocab_size + 1
+
+
+def test_changed_settings_beside_a_tokenizer_make_another_cache(config, open_it, tmp_path):
+    config.tokenizer = word_tokenizer(tmp_path / "tokenizer.json", 10)
+    assert special_tokens.end_id(open_it().tokenizer) is None
+    for name in ("word1", "word2"):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": name}))
+        for config.tokenizer in (str(tmp_path / "tokenizer.json"), f"hf:{tmp_path}"):
+            tokenizer = open_it().tokenizer
+            assert tokenizer.id_to_token(special_tokens.end_id(tokenizer)) == name
+
+
+def test_what_a_run_warns_about(config, open_it, tmp_path):
+    """Much unknown or replaced text, names of special tokens, skipped records, JSON as text."""
+    config.data.path = write(tmp_path, text="héllo, <|endoftext|> " * 50 + "\ufffd" * 50)
+    config.tokenizer = "byte"
+    cache = open_it()
+    assert [warning.partition(": ")[0] for warning in cache.warnings] == [
+        "the text has the name of the special token <|endoftext|> as plain text, 50 times at its "
+        "beginning; data.special_tokens=True makes it that token, and data.separator="
+        "'<|endoftext|>' cuts a text file into documents there",
+        "4.5% of the characters are U+FFFD",
+    ]
+    assert cache.tokens_per_byte == 1 + 1 / cache.validation_bytes  # The end token.
+    config.data.special_tokens = True
+    assert len(open_it().warnings) == 1
+    config.tokenizer = word_tokenizer(tmp_path / "tokenizer.json", 10)
+    cache = open_it()
+    assert cache.warnings[0].startswith("100.0% of the tokens are ?, which stands for text that")
+    assert cache.tokens_per_byte is None
+
+    lines = ['{"text": "abc"}', '{"text": null}', "{}"] * 20
+    (tmp_path / "lines.jsonl").write_text("\n".join(lines))
+    config.tokenizer, config.data.path = "byte", f"text:{tmp_path}/lines.jsonl"
+    assert open_it().warnings[0].startswith("the text looks like JSON lines")
+    config.data.path, config.data.skip_missing = f"{tmp_path}/lines.jsonl", True
+    cache = open_it()
+    assert cache.warnings == ("40 records without a text are skipped (data.skip_missing)",)
+    assert len(cache.train) + len(cache.validation) == 20 * 4
+
+
+def test_a_tokenizer_that_drops_characters_is_lossy(config, open_it, tmp_path):
+    """Without an unknown token, BPE leaves out what it doesn't know: "é", "w" and others."""
+    tokenizer = Tokenizer(models.BPE({"h": 0, "l": 1, "o": 2}, []))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    config.tokenizer = str(tmp_path / "tokenizer.json")
+    cache = open_it()
+    assert cache.warnings[0].startswith("the tokenizer changes the text: 46.2% of its characters")
+    assert cache.tokens_per_byte is None
 
 
 def test_a_cache_for_one_objective_does_not_hide_that_the_other_is_impossible(
@@ -198,8 +256,8 @@ def test_the_leavings_of_a_dead_process_are_removed_and_not_used(open_it, report
 def test_a_building_that_fails_leaves_no_cache(open_it, reports, monkeypatch):
     encode_documents = building.tokenizers.encode_documents
 
-    def half(*args):
-        yield next(encode_documents(*args))
+    def half(*args, **options):
+        yield next(encode_documents(*args, **options))
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
@@ -321,7 +379,10 @@ def test_progress_is_told_in_tokens_per_second(config, open_it, reports, monkeyp
     monkeypatch.setattr(building, "RECORD_EVERY", 0)
     config.tokenizer = "train:bpe:300"
     open_it()
-    assert any(re.fullmatch(r"making the tokenizer: [\d,]+ characters read", r) for r in reports)
+    assert any(
+        re.fullmatch(r"making the tokenizer: [\d,]+ characters read, \d+ seconds", r)
+        for r in reports
+    )
     assert any(re.fullmatch(r"train: [\d,]+ tokens, [\d,]+ tokens/s", r) for r in reports)
 
 

@@ -137,7 +137,9 @@ def test_examples_are_mixed_too():
     pairs = [([1], [1]), ([1] * 20, [1]), ([1], [1, 1]), ([2], [2]), ([2], [2, 2]), ([2], [2] * 3)]
     one = examples(pairs)
     border = int(one.index[3, 0])
-    mixed = Examples(one.tokens, one.index, L, "causal", (border, len(one.tokens)), (1, 2))
+    mixed = Examples(
+        one.tokens, one.index, L, "causal", borders=(border, len(one.tokens)), shares=(1, 2)
+    )
     assert [(part.first, part.count) for part in mixed.parts] == [(0, 2), (2, 3)]
     kinds = np.concatenate([batch["inputs"][:, 0] for batch in train(mixed)])
     assert np.bincount(kinds[:60]).tolist() == [0, 20, 40]

@@ -2,6 +2,7 @@ import pytest
 
 from jaxdp.configs import default
 from jaxdp.data import python_stdlib
+from jaxdp.data.example import texts
 from jaxdp.data.python_stdlib import LEFT_OUT, is_validation, stdlib_files
 from jaxdp.data.sources import get_source
 
@@ -18,7 +19,7 @@ def prepared(tmp_path_factory) -> tuple[list[str], list[str]]:
     config.data.path = "tfds:python_stdlib"
     config.data.data_dir = str(tmp_path_factory.mktemp("tfds"))
     source = get_source(config)
-    return list(source.documents("train")), list(source.documents("validation"))
+    return tuple(list(texts(source.examples(split))) for split in ("train", "validation"))
 
 
 def test_preparing_it_is_said_once_and_tfds_prints_nothing(tmp_path, monkeypatch, capfd):
@@ -26,7 +27,7 @@ def test_preparing_it_is_said_once_and_tfds_prints_nothing(tmp_path, monkeypatch
     config, lines = default.get_config(), []
     config.data.path, config.data.data_dir = "tfds:python_stdlib", str(tmp_path)
     for _ in range(2):
-        assert list(get_source(config, lines.append).documents("train")) == ["a"]
+        assert list(texts(get_source(config, lines.append).examples("train"))) == ["a"]
     assert lines == ["Preparing tfds:python_stdlib ..."]
     assert capfd.readouterr() == ("", "")
 

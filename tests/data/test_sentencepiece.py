@@ -7,6 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from jaxdp.common.errors import ConfigError
+from jaxdp.data import special_tokens
 from jaxdp.data import tokenizer as tokenizers
 from jaxdp.data.tokenizer import encode, get_tokenizer
 from support.texts import FEW, REPOSITORY, TEXT, unused
@@ -78,7 +79,7 @@ def test_tokens_and_text_are_those_of_sentencepiece(options, tmp_path):
     path, original = model(tmp_path / "spm.model", **options)
     tokenizer = get_tokenizer(path, "causal", unused)
     assert tokenizers.vocab_size(tokenizer) == original.vocab_size()
-    assert tokenizers.end_id(tokenizer) == original.eos_id()
+    assert special_tokens.end_id(tokenizer) == original.eos_id()
     saved = tmp_path / "tokenizer.json"
     tokenizer.save(str(saved))
     again = get_tokenizer(str(saved), "causal", unused)
@@ -91,7 +92,7 @@ def test_tokens_and_text_are_those_of_sentencepiece(options, tmp_path):
     def same(text):
         expected = original.encode(text)
         for made in (tokenizer, again):
-            assert encode(made, [text], plain=True)[0].tolist() == expected
+            assert encode(made, [text])[0].tolist() == expected
         if original.unk_id() not in expected:
             assert tokenizer.decode(expected, skip_special_tokens=False) == original.decode(
                 expected

@@ -1,10 +1,27 @@
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import os
+import sys
+import tracemalloc
+
+import pyarrow
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pyarrow import parquet
 
 from jaxdp.common.errors import ConfigError
 from jaxdp.configs import default
-from jaxdp.data.sources import get_source
+from jaxdp.data import files
+from jaxdp.data.example import Example, texts
+from jaxdp.data.sources import get_source, get_sources, separated
 from jaxdp.data.tensorflow import tf
 from jaxdp.data.tfds import tfds
+from support.texts import FEW
 
 DOCUMENTS = {"train": [f"document {i}, é" for i in range(10)], "test": ["one", "two"]}
 
@@ -73,7 +90,7 @@ def documents(path, split, eval_fraction=0.1) -> list[str]:
     config = default.get_config()
     config.data.path = str(path)
     config.data.eval_fraction = eval_fraction
-    return list(get_source(config).documents(split))
+    return list(texts(get_source(config).examples(split)))
 
 
 @pytest.mark.parametrize("eval_fraction", [0.001, 0.1, 0.35, 0.5, 0.77, 0.99])
@@ -140,16 +157,16 @@ def test_a_changed_text_or_border_has_another_identity(corpus):
 def test_a_tfds_dataset_gives_its_documents_in_order(tfds_config):
     for _ in range(2):
         source = get_source(tfds_config)
-        assert list(source.documents("train")) == DOCUMENTS["train"]
-        assert list(source.documents("validation")) == DOCUMENTS["test"]
+        assert list(texts(source.examples("train"))) == DOCUMENTS["train"]
+        assert list(texts(source.examples("validation"))) == DOCUMENTS["test"]
 
 
 def test_tfds_splits_may_be_slices(tfds_config):
     tfds_config.data.train_split = "train[:80%]"
     tfds_config.data.eval_split = "train[80%:]"
     source = get_source(tfds_config)
-    assert list(source.documents("train")) == DOCUMENTS["train"][:8]
-    assert list(source.documents("validation")) == DOCUMENTS["train"][8:]
+    assert list(texts(source.examples("train"))) == DOCUMENTS["train"][:8]
+    assert list(texts(source.examples("validation"))) == DOCUMENTS["train"][8:]
 
 
 def test_the_identity_of_a_tfds_dataset_has_version_splits_and_feature(tfds_config):
@@ -189,7 +206,7 @@ def test_a_name_that_tfds_does_not_know_is_refused(name, tfds_config):
 def test_a_split_that_is_not_there_is_refused_with_those_that_are(split, key, spec, tfds_config):
     tfds_config.data[key] = spec
     with pytest.raises(ConfigError) as error:
-        list(get_source(tfds_config).documents(split))
+        list(texts(get_source(tfds_config).examples(split)))
     assert str(error.value).startswith(f"data.{key}={spec!r} is no split of tfds:jaxdp_test_docs")
     assert str(error.value).endswith(": it has train, test")
     assert "\n" not in str(error.value)
@@ -199,7 +216,7 @@ def test_a_split_that_is_not_there_is_refused_with_those_that_are(split, key, sp
 def test_a_feature_that_is_no_text_is_refused_with_those_that_are(key, tfds_config):
     tfds_config.data.text_key = key
     with pytest.raises(ConfigError) as error:
-        list(get_source(tfds_config).documents("train"))
+        list(texts(get_source(tfds_config).examples("train")))
     assert str(error.value).startswith(f"data.text_key={key!r} is no text feature")
     choices = str(error.value).rpartition("choose one of ")[2]
     assert set(choices.split(", ")) == {"text", "raw"}
@@ -208,13 +225,13 @@ def test_a_feature_that_is_no_text_is_refused_with_those_that_are(key, tfds_conf
 def test_a_tfds_feature_that_is_not_utf8_is_refused(tfds_config):
     tfds_config.data.text_key = "raw"
     with pytest.raises(ConfigError, match=r"^data\.text_key='raw' .* not UTF-8 .*'train': choose"):
-        list(get_source(tfds_config).documents("train"))
+        list(texts(get_source(tfds_config).examples("train")))
 
 
 def test_a_download_that_fails_points_to_data_dir(tfds_config):
     tfds_config.data.path = "tfds:lm1b"
     with pytest.raises(ConfigError, match=r"can't be prepared \(no network.*: .*data\.data_dir"):
-        list(get_source(tfds_config).documents("train"))
+        list(texts(get_source(tfds_config).examples("train")))
 
 
 @pytest.mark.parametrize(
@@ -233,9 +250,9 @@ def test_datasets_of_the_catalog_are_read_by_their_usual_keys(name, eval_split, 
     with tfds.testing.mock_data(num_examples=3):
         source = get_source(tfds_config)
         for split in ("train", "validation"):
-            texts = list(source.documents(split))
-            assert len(texts) == 3
-            assert all(type(text) is str and text for text in texts)
+            found = list(texts(source.examples(split)))
+            assert len(found) == 3
+            assert all(type(text) is str and text for text in found)
 
 
 def json_lines(tmp_path, *lines: bytes):
@@ -254,14 +271,14 @@ def test_json_lines_give_texts_and_prompts(tmp_path):
     config = json_lines(tmp_path, *lines)
     config.data.eval_fraction = 0.5
     source = get_source(config)
-    assert list(source.documents("train")) == ["a\u2028b"]
-    assert list(source.examples("validation")) == [("", "\u2028é")]
+    assert list(texts(source.examples("train"))) == ["a\u2028b"]
+    assert list(source.examples("validation")) == [Example("", "\u2028é")]
     config.data.prompt_key = "q"
     source = get_source(config)
-    assert list(source.examples("train")) == [("Q: ", "a\u2028b")]
-    assert list(source.documents("train")) == ["Q: a\u2028b"]
+    assert list(source.examples("train")) == [Example("Q: ", "a\u2028b")]
+    assert list(texts(source.examples("train"))) == ["Q: a\u2028b"]
     with pytest.raises(
-        ConfigError, match=r"a\.jsonl, line 3 is no JSON object .*'q', 'text' \('q'\)"
+        ConfigError, match=r"a\.jsonl, line 3 has no 'q' but 'text': set data\.text_key"
     ):
         list(source.examples("validation"))
 
@@ -273,16 +290,17 @@ def test_json_lines_give_texts_and_prompts(tmp_path):
 def test_a_line_that_is_no_example_is_refused_by_its_place(line, tmp_path):
     config = json_lines(tmp_path, b'{"text": "a"}', line)
     with pytest.raises(
-        ConfigError, match=r"\Adata\.path: .*a\.jsonl, line 2 is no JSON .*: corr"
+        ConfigError,
+        match=r"\Adata\.path: .*a\.jsonl, line 2 (is no JSON|holds no|has no) .*: (corr|set)",
     ) as e:
-        list(get_source(config).documents("validation"))
+        list(texts(get_source(config).examples("validation")))
     assert "\n" not in str(e.value)
 
 
 def test_prompts_of_a_tfds_dataset(tfds_config):
     tfds_config.data.update({"prompt_key": "text", "text_key": "text"})
     text = DOCUMENTS["test"][0]
-    assert next(get_source(tfds_config).examples("validation")) == (text, text)
+    assert next(get_source(tfds_config).examples("validation")) == Example(text, text)
     tfds_config.data.prompt_key = "label"
     with pytest.raises(ConfigError, match=r"data\.prompt_key='label' is no text feature"):
         next(get_source(tfds_config).examples("validation"))
@@ -309,10 +327,10 @@ def test_the_markup_of_wiki40b_is_taken_out(tfds_config):
     tfds_config.data.path = "tfds:wiki40b/en"
     with tfds.testing.mock_data(as_dataset_fn=dataset):
         source = get_source(tfds_config)
-        [text] = source.documents("train")
+        [text] = texts(source.examples("train"))
         assert text == "Title\n\nHistory\n\nOne.\nTwo.\n\nThree_START_"
         tfds_config.data.eval_split = "validation"
-        assert list(get_source(tfds_config).documents("validation")) == ["no markup"]
+        assert list(texts(get_source(tfds_config).examples("validation"))) == ["no markup"]
     assert "_NEWLINE_" in str(source.identity())
 
 
@@ -335,3 +353,238 @@ def test_a_built_dataset_trains(tfds_config, config, tmp_path):
     assert (cache.train % 256).astype("u1").tobytes().decode() == text
     batch = next(Feed(config, cache).train(0))
     assert batch["segments"].max() == 1
+
+
+TABLE = [("one", 1), ("zwei, é", 2), ('"three"\nlines', 3), ("four", 4)]
+
+
+def csv_of(rows, separator: str) -> bytes:
+    text = io.StringIO()
+    csv.writer(text, delimiter=separator).writerows([("text", "n"), *rows])
+    return text.getvalue().encode()
+
+
+def parquet_of(rows) -> bytes:
+    file = io.BytesIO()
+    columns = {"text": [text for text, _ in rows], "n": [n for _, n in rows]}
+    parquet.write_table(pyarrow.table(columns), file, row_group_size=3)
+    return file.getvalue()
+
+
+OBJECTS = [{"text": text, "n": n} for text, n in TABLE]
+CONTENTS = {
+    ".jsonl": "\n".join(map(json.dumps, OBJECTS)).encode(),
+    ".ndjson": b"\xef\xbb\xbf" + "\r\n".join(map(json.dumps, OBJECTS)).encode(),
+    ".json": json.dumps(OBJECTS, indent=2).encode(),
+    ".JSON": "\n".join(map(json.dumps, OBJECTS)).encode(),
+    ".csv": b"\xef\xbb\xbf" + csv_of(TABLE, ","),
+    ".tsv": csv_of(TABLE, "\t"),
+    ".parquet": parquet_of(TABLE),
+}
+
+
+def compressed(data: bytes, ending: str) -> bytes:
+    if ending == ".zst":  # In two frames, as zstd's tools may write them.
+        codec = pyarrow.Codec("zstd")
+        return b"".join(codec.compress(half, asbytes=True) for half in (data[:9], data[9:]))
+    return {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}[ending](
+        data
+    )
+
+
+@pytest.mark.parametrize("packed", ["", ".gz", ".zst", ".bz2", ".xz"])
+@pytest.mark.parametrize("ending", CONTENTS)
+def test_the_name_of_a_file_says_how_to_read_it(ending, packed, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "CHUNK", 7)  # No matter how it is cut.
+    path = tmp_path / f"data{ending}{packed}"
+    path.write_bytes(compressed(CONTENTS[ending], packed))
+    assert documents(path, "train", 0.5) == [text for text, _ in TABLE[:2]]
+    assert documents(path, "validation", 0.5) == [text for text, _ in TABLE[2:]]
+
+
+@pytest.mark.parametrize("packed", ["", ".gz", ".zst", ".bz2", ".xz"])
+def test_a_text_loses_its_byte_order_mark_and_nothing_else(packed, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "CHUNK", 5)
+    text = "\ufeffé\ufeff 😀 a\r\nb" * 9
+    (tmp_path / f"a.txt{packed}").write_bytes(compressed(text.encode(), packed))
+    for split, part in (("train", text[1:45]), ("validation", text[45:])):
+        assert "".join(documents(tmp_path / f"a.txt{packed}", split, 0.5)) == part
+
+
+@pytest.mark.parametrize("ending", [e for e in CONTENTS if e != ".JSON"])
+def test_without_the_text_key_the_keys_that_are_there_are_listed(ending, tmp_path):
+    config = default.get_config()
+    config.data.path, config.data.text_key = str(tmp_path / f"a{ending}"), "content"
+    (tmp_path / f"a{ending}").write_bytes(CONTENTS[ending])
+    with pytest.raises(ConfigError, match=r"has no 'content' but 'text', 'n': set data\.text_key"):
+        list(get_source(config).examples("train"))
+
+
+def test_records_without_a_text_are_skipped_where_that_is_meant(tmp_path):
+    config = json_lines(tmp_path, b'{"text": "a"}', b'{"other": "b"}', b'{"text": null}', b"{}")
+    config.data.eval_fraction = 0.25
+    with pytest.raises(ConfigError, match=r"line 2 has no 'text' but 'other'.*skip_missing=True"):
+        list(get_source(config).examples("train"))
+    config.data.skip_missing = True
+    assert list(get_source(config).examples("train")) == [Example("", "a"), None, None]
+    config = json_lines(tmp_path, b'{"text": "a"}', b'{"text": 3}')
+    config.data.skip_missing = True
+    with pytest.raises(ConfigError, match=r"line 2 holds no text \('text' is of type int\)"):
+        list(get_source(config).examples("validation"))
+
+
+@pytest.mark.parametrize(
+    ("ending", "content", "said"),
+    [
+        (".json", b'{"data":\n [1]}', "line 1 is no JSON object"),
+        (".json", b'[{"text": "a"}, {"text"', "element 2 is no JSON object .*ends within"),
+        (".json", b'[{"text": "a"}, 3]', "element 2 is no JSON object .*type int"),
+        (".csv", b"text,n\na,1\nb,c,2\n", "row 2 has 3 fields and the header 2"),
+        (".csv", b'text,n\n"a"b,1\n', "line 2 is no CSV"),
+        (".parquet", b"PAR1", "can't be read as Parquet"),
+        (".jsonl.gz", b'{"text": "a"}\n', "can't be decompressed .*another compression"),
+        (".txt.gz", gzip.compress(b"abc" * 999)[:-9], "can't be decompressed"),
+        (".txt.zst", b"(\xb5/\xfdabc", "can't be decompressed"),
+        (".txt.xz", b"", "can't be decompressed"),
+        (".txt", gzip.compress(b"abc"), "it is compressed, so let its name end in .gz"),
+        (".txt", b'{"text": "a"}\n{"text": "b"}\n', "looks like JSON lines: write jsonl:"),
+        (".log", b'{"text": "a"}', "looks like JSON lines: write jsonl:"),
+        (".tar.gz", b"", "is an archive: unpack it"),
+        (".zip", b"", "is an archive: unpack it"),
+    ],
+)
+def test_files_that_are_not_what_their_names_say(ending, content, said, tmp_path):
+    (tmp_path / f"a{ending}").write_bytes(content)
+    with pytest.raises(ConfigError, match=said) as error:
+        documents(tmp_path / f"a{ending}", "train")
+        documents(tmp_path / f"a{ending}", "validation")
+    assert "\n" not in str(error.value) and str(error.value).startswith("data.path")
+
+
+def test_a_text_may_look_like_json_lines_if_it_is_called_text(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    assert documents(f"text:{tmp_path}/a.jsonl", "train", 1e-6) == ['{"text": "a"}']
+
+
+def test_folders_lists_and_globs(corpus):
+    assert documents(corpus, "train", 1e-6) == ["ab" * 50, "é" * 30, "d" * 10, "c" * 69]
+    several = f"{corpus}/c.md, {corpus}/below,{corpus}/*.txt,{corpus}/c.md"
+    assert documents(several, "train", 1e-6) == ["c" * 70, "d" * 10, "ab" * 50, "é" * 29]
+    (corpus / "x,y.txt").write_text("comma")
+    assert documents(f"{corpus}/x,y.txt", "train", 1e-6) == ["comm"]
+    with pytest.raises(ConfigError, match=r"matches no file for '.*/n\.txt': give"):
+        documents(f"{corpus}/a.txt,{corpus}/n.txt", "train")
+
+
+def test_a_folder_of_several_kinds_needs_to_be_told_which(corpus):
+    (corpus / "below" / "e.jsonl").write_text('{"text": "e"}\n{"text": "f"}\n')
+    (corpus / ".hidden").mkdir()
+    (corpus / ".hidden" / "f.csv").write_text("text\n")
+    (corpus / "g.py").write_text("pass")
+    with pytest.raises(ConfigError, match=r"several kinds \(4 text, 1 jsonl\): name one, as in"):
+        documents(corpus, "train")
+    assert documents(f"jsonl:{corpus}", "train", 0.5) == ["e"]
+    said: list[str] = []
+    config = default.get_config()
+    config.data.path = f"text:{corpus}"
+    get_source(config, said.append)
+    assert len(said) == 1 and ".jsonl, .py are left out" in said[0]
+
+
+@FEW
+@given(
+    st.lists(st.lists(st.sampled_from(["a", "\n", "\r\n", "b b", "<", "|", "<|"])), max_size=4),
+    st.integers(1, 5),
+)
+def test_documents_are_those_between_separators(parts, size):
+    """However the text comes in pieces; a line break on either side is dropped."""
+    texts_ = ["".join(part) for part in parts]
+    text = "\n<|end|>\n".join(texts_)
+    pieces = [text[i : i + size] for i in range(0, len(text), size)]
+    found = [""]
+    for part, ends in separated(pieces, "<|end|>"):
+        found[-1] += part
+        found += [""] if ends else []
+    assert found == [*(texts_ or [""]), ""]
+
+
+def test_a_separator_makes_documents_and_only_of_text(corpus):
+    (corpus / "s.txt").write_text("one\n<|endoftext|>\ntwo<|endoftext|>three\n")
+    config = default.get_config()
+    config.data.path, config.data.separator = f"{corpus}/s.txt", "<|endoftext|>"
+    config.data.eval_fraction = 1e-6
+    found = [e.text for e in get_source(config).examples("train") if e.text]
+    assert found == ["one", "two", "three"]
+    config.data.path = "jsonl:" + str(corpus / "s.txt")
+    with pytest.raises(ConfigError, match=r"data\.separator='<\|endoftext\|>' has no meaning"):
+        get_sources(config)
+
+
+@pytest.mark.parametrize("ending", [".txt", ".jsonl", ".csv", ".json"])
+def test_a_large_file_is_not_held_in_memory(ending, tmp_path, monkeypatch):
+    """4 MB, of which 64 kB are read at a time."""
+    monkeypatch.setattr(files, "CHUNK", 2**16)
+    line = {".txt": "abc " * 250, ".jsonl": json.dumps({"text": "abc " * 250})}
+    line |= {".csv": line[".txt"], ".json": line[".jsonl"] + ","}
+    before, after = {".csv": ("text\n", ""), ".json": ("[", "{}]")}.get(ending, ("", ""))
+    with open(tmp_path / f"a{ending}", "w") as file:
+        file.write(before)
+        for _ in range(4):
+            file.write(f"{line[ending]}\n" * 1000)
+        file.write(after)
+    config = default.get_config()
+    config.data.path, config.data.skip_missing = str(tmp_path / f"a{ending}"), True
+    source = get_source(config)
+    tracemalloc.start()
+    try:
+        assert sum(map(len, texts(source.examples("train")))) > 3_500_000
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_missing_library_is_named_with_what_installs_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    config = default.get_config()
+    config.data.path = "hf:HuggingFaceFW/fineweb-edu:sample-10BT"
+    with pytest.raises(ConfigError, match=r"needs the package datasets: pip install 'jaxdp\[data"):
+        get_source(config)
+
+
+@pytest.fixture
+def hub_folder(tmp_path, monkeypatch):
+    """A folder as the library datasets opens it, like FineWeb-Edu's: Parquet, one split."""
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    (tmp_path / "set" / "data").mkdir(parents=True)
+    rows = [(f"document {i}", i) for i in range(20)]
+    for shard in (0, 1):
+        path = tmp_path / "set" / "data" / f"train-0000{shard}-of-00002.parquet"
+        path.write_bytes(parquet_of(rows[10 * shard : 10 * shard + 10]))
+    return tmp_path / "set", [text for text, _ in rows]
+
+
+def test_a_dataset_of_the_hub_is_streamed(hub_folder):
+    folder, rows = hub_folder
+    config = default.get_config()
+    config.data.update({"path": f"hf:{folder}", "eval_split": "", "eval_fraction": 0.25})
+    source = get_source(config)
+    assert list(texts(source.examples("train"))) == [t for i, t in enumerate(rows, 1) if i % 4]
+    assert list(texts(source.examples("validation"))) == rows[3::4]
+    config.data.eval_split = "train"
+    assert list(texts(get_source(config).examples("validation"))) == rows
+    assert get_source(config).identity() != source.identity()
+    before = get_source(config).identity()
+    os.utime(folder / "data" / "train-00000-of-00002.parquet", (1, 1))
+    assert get_source(config).identity() != before == json.loads(json.dumps(before))
+    config.data.eval_split = "validation"
+    with pytest.raises(
+        ConfigError, match=r"eval_split='validation' is no split .*: it has train; ''"
+    ):
+        list(get_source(config).examples("validation"))
+    config.data.text_key = "content"
+    with pytest.raises(ConfigError, match=r"has no 'content' but 'text', 'n'"):
+        list(get_source(config).examples("train"))
+    config.data.path = f"hf:{folder}:other"
+    with pytest.raises(ConfigError, match="can't be opened by the library datasets"):
+        get_source(config)

@@ -1,15 +1,16 @@
 """Exporting runs as Hugging Face folders."""
 
+import dataclasses
 import json
 import re
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from tokenizers import AddedToken, Tokenizer, models
+from tokenizers import AddedToken, Tokenizer, models, processors
 
 from jaxdp.common.errors import ConfigError
-from jaxdp.data import tokenizer
+from jaxdp.data import special_tokens, tokenizer
 from jaxdp.huggingface import save
 from jaxdp.model.transformer import ModelConfig, Transformer
 from jaxdp.workdir import finished
@@ -73,12 +74,12 @@ SPECIAL = {
         ["<s>", "<pad>", "</s>", "<unk>", "<mask>"],
         "masked",
         {"pad": "<pad>", "unk": "<unk>", "cls": "<s>", "sep": "</s>", "mask": "<mask>"}
-        | {"bos": "<s>", "eos": "</s>"},
+        | {"eos": "</s>"},
     ),
     "llama": (
         ["<unk>", "<s>", "</s>"],
         "causal",
-        {"bos": "<s>", "eos": "</s>", "unk": "<unk>"},
+        {"bos": "</s>", "eos": "</s>", "unk": "<unk>"},
     ),
     "gpt2": (["<|endoftext|>"], "causal", {"bos": "<|endoftext|>", "eos": "<|endoftext|>"}),
     "none": ([], "causal", {}),
@@ -95,8 +96,28 @@ def test_special_tokens_are_those_of_the_tokenizer(config, title, tmp_path):
     if "<s>" in names:
         words.add_special_tokens([AddedToken("<s>", special=True)])
     model = Transformer(ModelConfig.from_config(config, tokenizer.vocab_size(words)))
-    found = save.special_tokens(Trained(tmp_path, config, words, model))
+    found = save.token_roles(Trained(tmp_path, config, words, model))
     assert found == {f"{role}_token": name for role, name in expected.items()}
+
+
+@pytest.mark.parametrize(("objective", "ids"), [("causal", [1, 2]), ("masked", [1, 2, 3])])
+def test_an_exported_tokenizer_puts_first_what_training_has_put_first(
+    objective, ids, config, tmp_path
+):
+    """In training nothing precedes a text, unless the run's tokenizer.json says so (data.bos)."""
+    words = Tokenizer(models.WordLevel({"?": 0, "<s>": 1, "a": 2, "</s>": 3}, unk_token="?"))
+    words.add_special_tokens(["<s>", "</s>"])
+    model = ModelConfig.from_config(config, 4)
+    model = Transformer(dataclasses.replace(model, causal=objective == "causal"))
+    for bos, expected in (("<s>", ids), ("", [2])):
+        special_tokens.choose(words, {}, bos, "auto")
+        run = Trained(tmp_path, config, words, model)
+        assert save.exported_tokenizer(run).encode("a").ids == expected
+    words.post_processor = processors.ByteLevel()
+    assert save.exported_tokenizer(run).encode("a").ids == [2]
+    assert ("bos_token" in save.token_roles(run)) == (objective == "causal")
+    config.data.packing = "padded"
+    assert "bos_token" not in save.token_roles(run)
 
 
 def test_a_folder_that_is_there_is_left_alone(workdir, tmp_path):
