@@ -9,7 +9,6 @@ import contextlib
 import errno
 import json
 import os
-import select
 import socket
 import socketserver
 import sys
@@ -20,14 +19,13 @@ from typing import Any
 
 from jaxdp.common.errors import ConfigError, RunError, shown
 from jaxdp.parallel.identity import COUNT, Identity, host_and_port
+from jaxdp.parallel.links import Links, is_open, lines, send
 
 PATIENCE = 20.0  # Seconds in which processes that are started together usually meet.
 LIMIT = 300.0  # Seconds after which a process no longer waits, as JAX has it.
 TICK = 0.5  # Seconds between two attempts, and between two messages to those that wait.
 CONNECT = 10.0  # Seconds for an answer, which comes at least with every tick.
 LINGER = 5.0  # Seconds in which process 0 tells those that come late what is wrong.
-GOOD_BYE = b"good-bye\n"
-LONGEST = 2**16  # Bytes of a line.
 BIND = "JAX_COORDINATOR_BIND_ADDRESS"  # Where process 0 listens, if not at the port of everyone.
 
 
@@ -36,7 +34,7 @@ def meet(
     facts: Mapping[str, str],
     patience: float = PATIENCE,
     limit: float = LIMIT,
-) -> "Links":
+) -> Links:
     """Waits until all processes of the run are there; each of them has to call it.
 
     Args:
@@ -69,36 +67,6 @@ def meet(
     return meeting.links()
 
 
-class Links:
-    """Connections between process 0 and the others, which show at once when one has ended.
-
-    Nothing is sent over them until a process says good-bye.
-    """
-
-    def __init__(self, connections: dict[int, socket.socket]):
-        """Takes over connections, by the number of the process at the other end."""
-        self._connections = connections
-
-    def lost(self) -> list[int]:
-        """Returns the processes that have ended without a good-bye, since the last call."""
-        found = []
-        for id, connection in list(self._connections.items()):
-            said = _received(connection)
-            if said is not None:
-                self._connections.pop(id).close()
-                if said == b"":
-                    found.append(id)
-        return found
-
-    def close(self) -> None:
-        """Says good-bye to all."""
-        for connection in self._connections.values():
-            with contextlib.suppress(OSError):
-                connection.sendall(GOOD_BYE)
-            connection.close()
-        self._connections = {}
-
-
 class _Guest:
     """A process that waits for the others."""
 
@@ -128,7 +96,7 @@ class _Guest:
                 connection = socket.create_connection(self._to, timeout=CONNECT)
                 stack.enter_context(connection)
                 connection.sendall(self._line)
-                for answer in _lines(connection):
+                for answer in lines(connection):
                     if answer.get("verdict"):
                         raise ConfigError(str(answer["verdict"]))
                     if "verdict" in answer:
@@ -194,7 +162,7 @@ class _Meeting:
         with self._lock:
             id = int(hello["id"])
             before = self._guests.get(id)
-            if before and _is_there(before[1]):
+            if before and is_open(before[1]):
                 self._decide(
                     f"two processes have the number {id} ({before[0]['place']}; "
                     f"{hello['place']}): give each its own {hello['name']}"
@@ -215,7 +183,7 @@ class _Meeting:
         """Returns the numbers of those that aren't there, or have gone again."""
         with self._lock:
             guests = list(self._guests.items())
-        there = {id for id, (_, connection) in guests if _is_there(connection)}
+        there = {id for id, (_, connection) in guests if is_open(connection)}
         return sorted(set(range(self._count)) - there)
 
     def remove(self, connection: socket.socket) -> None:
@@ -226,7 +194,7 @@ class _Meeting:
     def tell(self, id: int, connection: socket.socket) -> None:
         """Tells a process what was decided."""
         with contextlib.suppress(OSError):
-            _send(connection, {"verdict": self.verdict})
+            send(connection, {"verdict": self.verdict})
         with self._lock:
             self._told.add(id)
 
@@ -273,11 +241,11 @@ class _Handler(socketserver.BaseRequestHandler):
         meeting: _Meeting = self.server.meeting  # type: ignore[attr-defined]
         self.request.settimeout(CONNECT)
         try:
-            hello = next(_lines(self.request))
+            hello = next(lines(self.request))
             id = int(hello["id"])
             meeting.add(hello, self.request)
             while not meeting.decided.wait(TICK):
-                _send(self.request, {"missing": meeting.missing()})
+                send(self.request, {"missing": meeting.missing()})
         except (OSError, ValueError, KeyError, TypeError, StopIteration):
             meeting.remove(self.request)  # A process that has ended, or something that is none.
         else:
@@ -355,40 +323,6 @@ def _open(guest: _Guest, meeting: _Meeting) -> _Server:
             else:
                 guest.ask()  # Another process 0 says so.
                 time.sleep(TICK)
-
-
-def _lines(connection: socket.socket) -> Iterator[dict[str, Any]]:
-    """Yields the JSON objects, a line each, that come over a connection."""
-    with connection.makefile("rb") as stream:
-        while line := stream.readline(LONGEST):
-            value = json.loads(line)
-            if not isinstance(value, dict):
-                raise TypeError
-            yield value
-
-
-def _send(connection: socket.socket, value: dict[str, Any]) -> None:
-    connection.sendall(json.dumps(value).encode() + b"\n")
-
-
-def _is_there(connection: socket.socket) -> bool:
-    """Returns whether the other end of a connection has not been closed; it sends nothing more."""
-    poll = select.poll()
-    try:
-        poll.register(connection, select.POLLIN)
-        return not poll.poll(0) or connection.recv(1, socket.MSG_PEEK) != b""
-    except (OSError, ValueError):  # ValueError: it has been closed at this end.
-        return False
-
-
-def _received(connection: socket.socket) -> bytes | None:
-    """Returns what has come over a connection, b"" at its end; None if nothing has."""
-    poll = select.poll()
-    poll.register(connection, select.POLLIN)
-    try:
-        return connection.recv(len(GOOD_BYE)) if poll.poll(0) else None
-    except OSError:  # The network has cut it; that says nothing about the process.
-        return GOOD_BYE
 
 
 def _list(numbers: list[int], count: int) -> str:

@@ -141,11 +141,11 @@ def test_strangers_and_those_who_left_do_not_count():
     address = f"127.0.0.1:{free_port()}"
     ends = []
     main = threading.Thread(
-        target=lambda: ends.append(rendezvous.meet(Identity(address, 2, 0), {})), daemon=True
+        target=lambda: ends.append(rendezvous.meet(Identity(address, 3, 0), {})), daemon=True
     )
     main.start()
     to = "127.0.0.1", int(address.split(":")[1])
-    hello = b'{"id": 1, "count": 2, "name": "--process_id", "place": "a", "facts": {}}\n'
+    hello = b'{"id": 1, "count": 3, "name": "--process_id", "place": "a", "facts": {}}\n'
     for sent in (b"", b"GET / HTTP/1.1\r\n\r\n", b"[]\n", b"{}\n", b'{"id": "x"}\n', hello):
         while True:
             try:
@@ -155,9 +155,13 @@ def test_strangers_and_those_who_left_do_not_count():
             except ConnectionRefusedError:
                 continue
     assert main.is_alive()
-    rendezvous.meet(Identity(address, 2, 1), {})
-    main.join(60)
-    assert len(ends) == 1
+    last = threading.Thread(
+        target=lambda: ends.append(rendezvous.meet(Identity(address, 3, 2), {})), daemon=True
+    )
+    last.start()
+    ends.append(rendezvous.meet(Identity(address, 3, 1), {}))
+    main.join(60), last.join(60)
+    assert len(ends) == 3
 
 
 def test_who_ends_without_a_good_bye_is_lost():
