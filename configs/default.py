@@ -122,7 +122,8 @@ def get_config() -> ConfigDict:
     c.optimizer.name = "adamw"  # "adamw", "lion", "sgd", or "muon" (AdamW for non-matrices).
     c.optimizer.learning_rate = 1e-3  # The peak of the schedule.
     c.optimizer.schedule = "cosine"  # After warm-up: "cosine", "linear", "wsd" or "constant".
-    c.optimizer.warmup_steps = 100  # Steps of linear warm-up from 0 to learning_rate.
+    # Steps of linear warm-up: step t, from 0, has (t + 1) / (warmup_steps + 1) of learning_rate.
+    c.optimizer.warmup_steps = 100
     c.optimizer.final_fraction = 0.1  # Last learning rate / peak (not used by "constant").
     c.optimizer.decay_fraction = 0.2  # "wsd": fraction of all steps for the decay at the end.
     c.optimizer.weight_decay = 0.1  # Decoupled; for matrices, not for biases or norm scales.
