@@ -223,7 +223,7 @@ def check_memory(setup: Setup) -> None:
     it takes no time, however large the model. The second is exact for the state and the batch.
     """
     model, sizes = setup.model.config, setup.sizes
-    layer = 2 * model.embed_dim**2 + 2 * model.embed_dim * model.mlp_dim
+    layer = 2 * model.embed_dim * (model.num_heads * model.head_dim + model.mlp_dim)
     parameters = 8 * (model.vocab_size * model.embed_dim + model.num_layers * layer)
     batch = 4 * model.seq_len * (sizes.micro * model.embed_dim + 3 * sizes.per_device)
     room = device_memory()

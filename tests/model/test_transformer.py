@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from jaxdp.configs import shakespeare_char_cpu, shakespeare_char_tuned
+from jaxdp.model.flops import flops_per_token
 from jaxdp.model.layers import Dropout
 from jaxdp.model.transformer import (
     ModelConfig,
     Transformer,
-    flops_per_token,
     num_parameters,
     parameter_shapes,
 )
