@@ -101,13 +101,16 @@ def get_config() -> ConfigDict:
     c.model.positions = "learned"  # "learned" or "rotary".
     c.model.rotary_base = 10_000.0  # Base of the wavelengths of rotary positions ("rope_theta").
     # Llama 3.1's scaling of rotary positions ("rope_scaling" of type "llama3"): wavelengths longer
-    # than rotary_context / rotary_low become rotary_factor times as long, those shorter than
-    # rotary_context / rotary_high stay, those in between are interpolated. Factor 1: no scaling.
+    # than rotary_context / rotary_low become so many times as long. 1: no scaling.
     c.model.rotary_factor = 1.0
-    c.model.rotary_low = 1.0
+    c.model.rotary_low = 1.0  # See rotary_factor ("low_freq_factor").
+    # Wavelengths shorter than rotary_context / rotary_high stay, if others are scaled; those in
+    # between are interpolated ("high_freq_factor").
     c.model.rotary_high = 4.0
+    # Context before the scaling, in tokens ("original_max_position_embeddings").
     c.model.rotary_context = 8192
-    c.model.rotary_skip = 0  # Every so many layers one has no positions (SmolLM3: 4); 0: none.
+    # Each layer whose number, from 1, is a multiple of this has no positions (SmolLM3: 4); 0: none.
+    c.model.rotary_skip = 0
     c.model.norm = "layernorm"  # "layernorm" or "rmsnorm".
     # "pre": normalise the input of attention and MLP, as in GPT-2. "post": normalise the residual
     # sums after them, as in BERT.

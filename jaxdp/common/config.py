@@ -151,7 +151,7 @@ def _check_rotary(model: ConfigDict) -> None:
             f"model.{key}={model[key]} has no meaning with model.positions={model.positions!r}: "
             "use 'rotary'"
         )
-    if model.rotary_low >= model.rotary_high:
+    if model.rotary_factor != 1 and model.rotary_low >= model.rotary_high:
         raise ConfigError(
             f"model.rotary_low={model.rotary_low} is not below model.rotary_high="
             f"{model.rotary_high}: choose a smaller value; Llama 3 has 1 and 4"

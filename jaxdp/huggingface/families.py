@@ -127,8 +127,8 @@ def from_json(values: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     name = values.get("model_type")
     if name not in FAMILIES:
         experts = any("expert" in key for key in values)
-        kind = "a mixture of experts (MoE), which is not supported; it" if experts else "it"
-        raise ConfigError(f"model_type={shown(name)}: {kind} is none of {', '.join(FAMILIES)}")
+        kind = ", a mixture of experts (MoE)," if experts else ""
+        raise ConfigError(f"model_type={shown(name)}{kind} is none of {', '.join(FAMILIES)}")
     family = FAMILIES[name]
     values = {**family.defaults, **values}
     _check_settings(family, values)
@@ -155,8 +155,8 @@ def _check_settings(family: Family, values: Mapping[str, Any]) -> None:
     if "quantization_config" in values:
         kind = dict(values["quantization_config"]).get("quant_method", "unknown method")
         raise ConfigError(
-            f"quantization_config={shown(kind, as_text=str)}: its weights are quantised, and only "
-            f"float32, float16 and bfloat16 are read"
+            f"quantization_config={shown(kind)}: its weights are quantised, and only those in "
+            "float32, float16 and bfloat16 are read"
         )
     for key, value in family.fixed.items():
         if values.get(key, value) != value:
@@ -191,7 +191,7 @@ def _rotary(values: dict[str, Any]) -> dict[str, Any]:
     share = rope.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0))
     if kind not in ("default", "llama3") or share != 1.0:
         raise ConfigError(
-            f"rope_parameters={shown(rope)} is not supported, only 'default' and 'llama3'"
+            f"rope_parameters={shown(rope)} is not supported, only the types default and llama3"
         )
     if "rope_theta" in rope:
         values["rope_theta"] = rope["rope_theta"]

@@ -149,6 +149,26 @@ def open_folder(spec: str) -> Folder:
     return Folder(spec, path, name, fields, values.get("pad_token_id", 1))
 
 
+def model_keys(spec: str) -> dict[str, Any]:
+    """Returns the keys of a config, {"model.KEY": value}, for the model of a folder or a name.
+
+    Also "objective" and "seq_len", the longest context of the model.
+
+    Args:
+      spec: "hf:FOLDER" or "hf:NAME", as for config.init_from.
+
+    Raises:
+      ConfigError: see `open_folder`.
+    """
+    fields = dict(open_folder(spec).fields)
+    del fields["vocab_size"]  # The tokenizer decides it.
+    first = {
+        "objective": "causal" if fields.pop("causal") else "masked",
+        "seq_len": fields.pop("seq_len"),
+    }
+    return first | {f"model.{key}": value for key, value in fields.items()}
+
+
 @functools.cache
 def _downloaded(name: str) -> Path:
     """Returns the local folder of a name on the hub; cached, as a start asks several times."""
@@ -231,7 +251,7 @@ class _Tensors:
             raise self._folder.unusable(f"{name} has the shape {found}, not {shape}")
 
     def _check_wrapper(self, name: str) -> None:
-        """Refuses names with a prefix, as torch.compile's _orig_mod. or data parallelism's module."""
+        """Refuses names with a prefix, such as torch.compile's _orig_mod."""
         for _, key in self._all.values():
             if key.endswith(f".{name}"):
                 prefix = key.removesuffix(name)
