@@ -52,6 +52,11 @@ class Folder:
     fields: Mapping[str, Any]
     pad_id: int | None
 
+    @property
+    def vocab_size(self) -> int:
+        """The number of rows of the embedding; tokenizers may have fewer tokens."""
+        return self.fields["vocab_size"]
+
     def check(self, model: ModelConfig, vocab_size: bool = True) -> None:
         """Checks that a model has the folder's architecture; its context may be shorter.
 
@@ -70,7 +75,7 @@ class Folder:
                 differing.append(_difference(field, ours, theirs))
         if differing:
             raise ConfigError(f"init_from={self.spec!r} is another model: {', '.join(differing)}")
-        theirs = self.fields["vocab_size"]
+        theirs = self.vocab_size
         if not vocab_size:
             return
         if model.vocab_size != theirs:

@@ -220,7 +220,7 @@ def check_init(
     if not config.init_from or integrity.steps(folder_of(workdir)):
         return
     folder = load.open_folder(config.init_from)
-    rows = folder.fields["vocab_size"]
+    rows = folder.vocab_size
     if vocab_size is not None and vocab_size < rows:
         if ModelConfig.from_config(config, vocab_size).vocab_size != rows:
             config.model.vocab_multiple = rows

@@ -10,8 +10,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxdp.common.errors import ConfigError
+from jaxdp.configs import finetune
 from jaxdp.huggingface import load
 from jaxdp.huggingface.families import FAMILIES
+from jaxdp.model.transformer import ModelConfig
+from jaxdp.run import preflight
+from jaxdp.step.setup import validate
 from support.models import (
     MODELS,
     initialised,
@@ -120,7 +124,24 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ConfigError, match=r"can't be used \(SafetensorError: "):
         load.read(spec, model)
-    path.unlink()
+    prefixed = {f"_orig_mod.{name}": array for name, array in weights.items()}
+    save_file(prefixed, path)
+    with pytest.raises(ConfigError, match=rf"{wte} is called _orig_mod\..*: a wrapper .*take _ori"):
+        load.read(spec, model)
+    path.rename(tmp_path / "model-00001-of-00002.safetensors")
+    with pytest.raises(
+        ConfigError, match=r"index\.json is missing, which says what is in model-00"
+    ):
+        load.read(spec, model)
+    files = {wte: "model-00001-of-00002.safetensors", "x": "model-00002-of-00002.safetensors"}
+    (tmp_path / load.INDEX).write_text(json.dumps({"weight_map": files}))
+    missing = (
+        r"model-00002-of-00002\.safetensors is missing, one of 2 files .*: download or copy it"
+    )
+    with pytest.raises(ConfigError, match=missing):
+        load.read(spec, model)
+    for name in ("model-00001-of-00002.safetensors", load.INDEX):
+        (tmp_path / name).unlink()
     (tmp_path / "pytorch_model.bin").touch()
     with pytest.raises(ConfigError, match=r"model\.safetensors is missing; other formats than"):
         load.read(spec, model)
@@ -129,6 +150,42 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
         ConfigError, match=r"can't be used \(it has no config.json\): give a folder"
     ):
         load.open_folder(spec)
+
+
+def test_rows_beyond_the_tokenizers_are_kept_and_their_number_is_said(tmp_path):
+    spec, _ = saved("qwen3", tmp_path)
+    config = finetune.get_config(spec.removeprefix("hf:"))
+    said = []
+    preflight.check_init(config, tmp_path, 9, said.append)
+    assert ModelConfig.from_config(config, 9).vocab_size == 11
+    assert said == [
+        f"The weights of {spec} have 11 rows in their vocabulary, 2 more than the tokenizer has "
+        "tokens: they are kept, and no text that is generated has them."
+    ]
+    # A run that resumes takes the number from its config.json.
+    again = finetune.get_config(spec.removeprefix("hf:"))
+    preflight.take_vocabulary(again, config)
+    preflight.check_same_run(again, config)
+    preflight.check_init(config, tmp_path, 11, said.append)
+    assert len(said) == 1
+    with pytest.raises(ConfigError, match=r"a vocabulary of 11 tokens, and .* use tokenizer="):
+        preflight.check_init(config, tmp_path, 12, said.append)
+
+
+@pytest.mark.parametrize("title", ["qwen2", "llama, scaled rotary, wide heads", "bert"])
+def test_the_config_for_fine_tuning_has_the_models_keys(title, tmp_path):
+    _, params = initialised(MODELS[title])
+    config = finetune.get_config(str(written(title, params, tmp_path)))
+    config.data.path = "FILE.txt"
+    validate(config)
+    expected = dataclasses.replace(MODELS[title], dropout=0.0)
+    assert ModelConfig.from_config(config, MODELS[title].vocab_size) == expected
+    assert config.tokenizer == config.init_from == f"hf:{tmp_path}"
+
+
+def test_the_config_for_fine_tuning_needs_a_name():
+    with pytest.raises(ConfigError, match=r"write --config=configs/finetune\.py:NAME"):
+        finetune.get_config()
 
 
 @pytest.fixture

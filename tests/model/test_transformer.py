@@ -147,6 +147,7 @@ def test_gpt2_has_124_million_parameters():
         num_layers=12,
         num_heads=12,
         num_kv_heads=12,
+        head_dim=64,
         embed_dim=768,
         mlp_dim=3072,
         bias=True,

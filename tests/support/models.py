@@ -1,6 +1,7 @@
 """Small models of every kind."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -70,6 +71,7 @@ VARIANTS = {
 INPUTS = jnp.array([[1, 2, 3, 4, 5, 6, 7, 8], [8, 1, 6, 10, 2, 3, 0, 9]])
 
 
+@functools.cache
 def initialised(config):
     model = Transformer(config)
 
