@@ -25,7 +25,7 @@ def blocks(title):
 
 
 def test_a_run_is_exported_opened_and_fine_tuned(short, tmp_path):
-    short.tokenizer = "byte"
+    short.tokenizer, short.seq_len = "byte", 32
     train(short, tmp_path / "runs" / "mine")
     (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
     (tmp_path / "FILE.txt").write_text(TEXT)
