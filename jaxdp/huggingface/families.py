@@ -7,6 +7,7 @@ from jaxdp.common.errors import ConfigError, shown
 from jaxdp.huggingface.causal import ARCEE, GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3
 from jaxdp.huggingface.family import ACTIVATIONS, Family
 from jaxdp.huggingface.masked import BERT, ROBERTA
+from jaxdp.model.rotary import rotated_layers
 from jaxdp.model.transformer import ModelConfig
 
 # By "model_type" of config.json.
@@ -96,7 +97,7 @@ def to_json(model: ModelConfig, name: str, pad_id: int | None) -> dict[str, Any]
         scaling = {key: getattr(model, field) for field, key in SCALING.items()}
         found["rope_scaling"] = {"rope_type": "llama3", **scaling}
     if family.skipping:
-        found[family.skipping] = _rotated(model.num_layers, model.rotary_skip)
+        found[family.skipping] = rotated_layers(model.num_layers, model.rotary_skip)
     return {
         "architectures": [family.architecture],
         "model_type": name,
@@ -204,18 +205,13 @@ def _rotary(values: dict[str, Any]) -> dict[str, Any]:
     return {field: rope[key] for field, key in SCALING.items()}
 
 
-def _rotated(num_layers: int, skip: int) -> list[int]:
-    """Returns 1 for each layer with rotary positions, 0 for each without; skip: rotary_skip."""
-    return [int(not skip or i % skip > 0) for i in range(1, num_layers + 1)]
-
-
 def _skip(values: Mapping[str, Any], key: str, num_layers: int) -> int:
     """Returns the rotary_skip that gives the layers listed in a config.json."""
     listed = values.get(key)
     if listed is None:  # transformers' default.
-        listed = _rotated(num_layers, values.get("no_rope_layer_interval", 4))
+        listed = rotated_layers(num_layers, values.get("no_rope_layer_interval", 4))
     listed = listed[:num_layers]
     skip = listed.index(0) + 1 if 0 in listed else 0
-    if listed != _rotated(num_layers, skip):
+    if listed != rotated_layers(num_layers, skip):
         raise ConfigError(f"{key}={shown(listed)} is not supported, only zeros at equal distances")
     return skip

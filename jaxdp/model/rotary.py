@@ -58,3 +58,13 @@ def rotate(x: jax.Array, positions: jax.Array, rotary: Rotary) -> jax.Array:
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)
+
+
+def rotated_layers(num_layers: int, skip: int) -> list[int]:
+    """Returns 1 for each layer with rotary positions, 0 for each without.
+
+    Examples:
+      >>> rotated_layers(5, skip=4), rotated_layers(3, skip=0)
+      ([1, 1, 1, 0, 1], [1, 1, 1])
+    """
+    return [int(not skip or i % skip > 0) for i in range(1, num_layers + 1)]

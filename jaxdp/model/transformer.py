@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from jaxdp.model.attention import attend
 from jaxdp.model.layers import Dense, Dropout, activation
 from jaxdp.model.norms import Norm
-from jaxdp.model.rotary import Rotary, rotate
+from jaxdp.model.rotary import Rotary, rotate, rotated_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,8 +87,7 @@ class Transformer(nn.Module):
     """A transformer with a language-model head: by default GPT-2 (Radford et al. 2019).
 
     Options make it Llama (Touvron et al. 2023): rotary positions, RMSNorm, SwiGLU, grouped-query
-    attention, an untied head; with biases of query, key and value only, Qwen2; with norms of query
-    and key, Qwen3. Others make it BERT (Devlin et al. 2019): norms after residual sums
+    attention, an untied head; or Qwen2, Qwen3, SmolLM3. Others make it BERT (Devlin et al. 2019): norms after residual sums
     and after the embeddings, exact GELU, a dense layer before the head.
     """
 
@@ -167,12 +166,10 @@ class Transformer(nn.Module):
         if c.remat:
             # Inside a scan, the loop already keeps XLA from removing the recomputation (CSE).
             block = nn.remat(Block, static_argnums=(4,), prevent_cse=not c.scan_layers)
-        layers = range(1, c.num_layers + 1)
-        rotated = [int(i % c.rotary_skip > 0) for i in layers] if c.rotary_skip else None
+        flags = rotated_layers(c.num_layers, c.rotary_skip) if c.rotary_skip else None
         if not c.scan_layers:
-            for i in range(c.num_layers):
-                layer = block(c, name=f"layer_{i}")
-                x = layer(x, rows, positions, decode, segments, rotated and rotated[i])
+            for i, flag in enumerate(flags or [None] * c.num_layers):
+                x = block(c, name=f"layer_{i}")(x, rows, positions, decode, segments, flag)
             return x
 
         def body(layer, carry, rotated):
@@ -184,7 +181,7 @@ class Transformer(nn.Module):
             split_rngs={"params": True, "dropout": True},
             length=c.num_layers,
         )
-        return scan(block(c, name="layers"), x, rotated and jnp.array(rotated))[0]
+        return scan(block(c, name="layers"), x, flags and jnp.array(flags))[0]
 
 
 class Block(nn.Module):
@@ -194,10 +191,9 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x, rows, positions, decode, segments, rotated=None):
-        """Maps [B, L, D] to [B, L, D].
+        """Maps [B, L, D] to [B, L, D]; other arguments: see `Transformer.hidden`.
 
         rotated: 0 in a layer without rotary positions, else 1 or None. A rotation by 0 is exact.
-        Other arguments: see `Transformer.hidden`.
         """
         c = self.config
         attention, mlp = Attention(c, name="attention"), MLP(c, name="mlp")
