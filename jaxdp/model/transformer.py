@@ -86,9 +86,9 @@ INIT_STDDEV = 0.02
 class Transformer(nn.Module):
     """A transformer with a language-model head: by default GPT-2 (Radford et al. 2019).
 
-    Options make it Llama (Touvron et al. 2023): rotary positions, RMSNorm, SwiGLU, grouped-query
-    attention, an untied head; or Qwen2, Qwen3, SmolLM3. Others make it BERT (Devlin et al. 2019): norms after residual sums
-    and after the embeddings, exact GELU, a dense layer before the head.
+    Options make it Llama (Touvron et al. 2023), Qwen or SmolLM3: rotary positions, RMSNorm, SwiGLU,
+    grouped-query attention, an untied head. Others make it BERT (Devlin et al. 2019): norms after
+    residual sums and after the embeddings, exact GELU, a dense layer before the head.
     """
 
     config: ModelConfig
