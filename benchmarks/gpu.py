@@ -153,7 +153,7 @@ def introduction() -> str:
 {name}, driver {driver}, {os.cpu_count()} CPU cores; Python {platform.python_version()}, \
 {", ".join(versions)}; {datetime.date.today():%d %B %Y}, commit {commit()}.
 
-MFU is against the GPU's dense bfloat16 peak, as jaxdp.model.transformer.flops_per_token counts.
+MFU is against the GPU's dense bfloat16 peak, as jaxdp.model.flops.flops_per_token counts.
 Contestants of a table train in turns; a time is the median over turns, a ratio the median of the
 ratios within a turn. Tokens are drawn by Zipf's law."""
 

@@ -38,11 +38,11 @@ from turns import Contestant, OutOfMemory
 from jaxdp.common import cli
 from jaxdp.configs import shakespeare_char
 from jaxdp.model import layers, norms
+from jaxdp.model.flops import flops_per_token
 from jaxdp.model.target import Target
 from jaxdp.model.transformer import (
     ModelConfig,
     Transformer,
-    flops_per_token,
     num_parameters,
     parameter_shapes,
 )

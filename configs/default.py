@@ -93,12 +93,24 @@ def get_config() -> ConfigDict:
     c.objective = "causal"  # "causal": predict the next token; "masked": BERT's masked LM.
     c.model = ConfigDict()
     c.model.num_layers = 4  # Blocks of attention and MLP.
-    c.model.num_heads = 4  # Attention heads; a divisor of embed_dim.
+    c.model.num_heads = 4  # Attention heads; a divisor of embed_dim, unless head_dim is given.
     c.model.num_kv_heads = 0  # Key/value heads (grouped-query attention); 0: num_heads.
+    c.model.head_dim = 0  # Width of a head; 0: embed_dim / num_heads.
     c.model.embed_dim = 128  # Model width D.
     c.model.mlp_dim = 0  # Hidden width of the feed-forward layer; 0: 4 * embed_dim.
     c.model.positions = "learned"  # "learned" or "rotary".
     c.model.rotary_base = 10_000.0  # Base of the wavelengths of rotary positions ("rope_theta").
+    # Llama 3.1's scaling of rotary positions ("rope_scaling" of type "llama3"): wavelengths longer
+    # than rotary_context / rotary_low become so many times as long. 1: no scaling.
+    c.model.rotary_factor = 1.0
+    c.model.rotary_low = 1.0  # See rotary_factor ("low_freq_factor").
+    # Wavelengths shorter than rotary_context / rotary_high stay, if others are scaled; those in
+    # between are interpolated ("high_freq_factor").
+    c.model.rotary_high = 4.0
+    # Context before the scaling, in tokens ("original_max_position_embeddings").
+    c.model.rotary_context = 8192
+    # Each layer whose number, from 1, is a multiple of this has no positions (SmolLM3: 4); 0: none.
+    c.model.rotary_skip = 0
     c.model.norm = "layernorm"  # "layernorm" or "rmsnorm".
     # "pre": normalise the input of attention and MLP, as in GPT-2. "post": normalise the residual
     # sums after them, as in BERT.
@@ -108,7 +120,9 @@ def get_config() -> ConfigDict:
     c.model.activation = "gelu"
     c.model.head_transform = False  # Add BERT's dense layer, GELU and norm before the output layer.
     c.model.tied_head = True  # The output layer shares the embedding's weights.
+    c.model.qk_norm = False  # Normalise queries and keys over the width of each head (Qwen3).
     c.model.bias = False  # Add biases to linear layers and layer norms.
+    c.model.qkv_bias = False  # Add biases to query, key and value only (Qwen2).
     c.model.dropout = 0.0  # Dropout rate, on embeddings and on each residual branch.
     c.model.dtype = "float32"  # "float32" or "bfloat16" for computation; parameters are float32.
     # Recompute activations in the backward pass: less memory, more time. (On CPUs with JAX 0.10 it
@@ -122,7 +136,8 @@ def get_config() -> ConfigDict:
     c.optimizer.name = "adamw"  # "adamw", "lion", "sgd", or "muon" (AdamW for non-matrices).
     c.optimizer.learning_rate = 1e-3  # The peak of the schedule.
     c.optimizer.schedule = "cosine"  # After warm-up: "cosine", "linear", "wsd" or "constant".
-    c.optimizer.warmup_steps = 100  # Steps of linear warm-up from 0 to learning_rate.
+    # Steps of linear warm-up: step t, from 0, has (t + 1) / (warmup_steps + 1) of learning_rate.
+    c.optimizer.warmup_steps = 100
     c.optimizer.final_fraction = 0.1  # Last learning rate / peak (not used by "constant").
     c.optimizer.decay_fraction = 0.2  # "wsd": fraction of all steps for the decay at the end.
     c.optimizer.weight_decay = 0.1  # Decoupled; for matrices, not for biases or norm scales.

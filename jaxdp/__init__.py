@@ -6,6 +6,7 @@ Functions for notebooks and programs. Each is imported on first use, because JAX
     evaluate_model(workdir)            evaluates a checkpoint on the validation split
     generate_text(workdir, prompts)    continues prompts
     export_model(workdir, output)      writes a folder that Hugging Face's transformers opens
+    model_keys(spec)                   the config's keys for a model of Hugging Face's
     plan_run(config)                   predicts the memory and time of a run
     read_metrics(workdir)              reads the logged metrics, a dictionary per step
 
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jaxdp.common.errors import ConfigError, RunError
     from jaxdp.estimate.plan import plan as plan_run
+    from jaxdp.huggingface.load import model_keys
     from jaxdp.huggingface.save import export as export_model
     from jaxdp.run.evaluation import evaluate_checkpoint as evaluate_model
     from jaxdp.run.loop import train as train_model
@@ -32,6 +34,7 @@ _FUNCTIONS = {
     "evaluate_model": "jaxdp.run.evaluation.evaluate_checkpoint",
     "generate_text": "jaxdp.workdir.generation.generate",
     "export_model": "jaxdp.huggingface.save.export",
+    "model_keys": "jaxdp.huggingface.load.model_keys",
     "plan_run": "jaxdp.estimate.plan.plan",
     "read_metrics": "jaxdp.workdir.metrics.read_jsonl",
     "ConfigError": "jaxdp.common.errors.ConfigError",
@@ -44,6 +47,7 @@ __all__ = [
     "evaluate_model",
     "export_model",
     "generate_text",
+    "model_keys",
     "plan_run",
     "read_metrics",
     "train_model",

@@ -1,6 +1,6 @@
 """Writes a trained model as a folder that transformers opens.
 
-    jaxdp export --workdir=DIR --output=FOLDER [--step=newest|best|N]
+    jaxdp export --workdir=DIR --output=FOLDER [--step=newest|best|N] [--dtype=bfloat16]
 
 `python -m jaxdp.export` is the same. Hugging Face's transformers opens the folder with
 AutoTokenizer.from_pretrained("FOLDER") and AutoModelForCausalLM.from_pretrained("FOLDER"), or for
@@ -15,11 +15,13 @@ import sys
 from absl import flags
 
 from jaxdp.common import cli, paths
-from jaxdp.common.errors import ConfigError
+from jaxdp.common.choices import CHOICES
+from jaxdp.common.errors import ConfigError, shown
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.")
 OUTPUT = flags.DEFINE_string("output", None, "Folder to make; must not exist yet.")
 STEP = flags.DEFINE_string("step", "newest", "Checkpoint: newest, best, or a number of steps.")
+DTYPE = flags.DEFINE_string("dtype", "float32", "Of the weights: float32, or bfloat16 (half size).")
 flags.DEFINE_alias("out", "output")
 
 
@@ -32,13 +34,17 @@ def main() -> int:
     cli.check_step(STEP)
     workdir = paths.local("--workdir", WORKDIR.value)
     output = paths.local("--output", OUTPUT.value)
+    if DTYPE.value not in CHOICES["model.dtype"]:
+        raise ConfigError(
+            f"--dtype={shown(DTYPE.value)} is unknown: give {' or '.join(CHOICES['model.dtype'])}"
+        )
     # Imported here, so that --help and mistakes in flags don't wait seconds for JAX.
     from jaxdp.huggingface.save import export
     from jaxdp.run import preflight
 
     cli.prepare_jax()
     preflight.check_devices()
-    step = export(workdir, output, STEP.value, cli.warn)
+    step = export(workdir, output, STEP.value, cli.warn, DTYPE.value)
     print(f"{output}: the model after step {step:,}")
     return 0
 

@@ -139,6 +139,9 @@ def _parse_flags() -> list[str]:
         reason = (
             traceback.strip().splitlines()[-1] if traceback else f"{type(error).__name__}: {said}"
         )
+        own = f"{ConfigError.__module__}.{ConfigError.__name__}: "
+        if reason.startswith(own):  # A get_config() that knows what is wrong.
+            raise ConfigError(reason.removeprefix(own)) from None
         reason = reason.replace(NO_FUNCTION, "it has no get_config()")
         given = "".join(f"={shown(value)}" for value in config_file.given(sys.argv[1:]))
         raise ConfigError(

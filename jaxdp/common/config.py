@@ -119,20 +119,42 @@ def check_model(config: ConfigDict) -> None:
             f"loss_chunks={config.loss_chunks} does not divide seq_len={config.seq_len}: choose a "
             "divisor, or 1"
         )
-    if model.embed_dim % model.num_heads:
+    if model.embed_dim % model.num_heads and not model.head_dim:
         raise ConfigError(
             f"model.embed_dim={model.embed_dim} is not divisible by model.num_heads="
-            f"{model.num_heads}: make it a multiple"
+            f"{model.num_heads}: make it a multiple, or set model.head_dim"
         )
     if model.num_kv_heads and model.num_heads % model.num_kv_heads:
         raise ConfigError(
             f"model.num_kv_heads={model.num_kv_heads} does not divide model.num_heads="
             f"{model.num_heads}: choose a divisor, or 0 for all"
         )
-    if model.positions == "rotary" and model.embed_dim // model.num_heads % 2:
+    if model.bias and model.qkv_bias:
         raise ConfigError(
-            f"model.positions='rotary' needs an even head width, not embed_dim / num_heads = "
-            f"{model.embed_dim // model.num_heads}: change model.embed_dim or model.num_heads"
+            "model.qkv_bias=True has no meaning with model.bias=True, which adds these biases too: "
+            "set one of them to False"
+        )
+    _check_rotary(model)
+
+
+def _check_rotary(model: ConfigDict) -> None:
+    width = model.head_dim or model.embed_dim // model.num_heads
+    if model.positions == "rotary" and width % 2:
+        fix = "make it even" if model.head_dim else "change model.embed_dim or model.num_heads"
+        found = "model.head_dim" if model.head_dim else "embed_dim / num_heads"
+        raise ConfigError(
+            f"model.positions='rotary' needs an even head width, not {found} = {width}: {fix}"
+        )
+    if model.positions != "rotary" and (model.rotary_factor != 1 or model.rotary_skip):
+        key = "rotary_skip" if model.rotary_skip else "rotary_factor"
+        raise ConfigError(
+            f"model.{key}={model[key]} has no meaning with model.positions={model.positions!r}: "
+            "use 'rotary'"
+        )
+    if model.rotary_factor != 1 and model.rotary_low >= model.rotary_high:
+        raise ConfigError(
+            f"model.rotary_low={model.rotary_low} is not below model.rotary_high="
+            f"{model.rotary_high}: choose a smaller value; Llama 3 has 1 and 4"
         )
 
 

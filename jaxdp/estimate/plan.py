@@ -19,6 +19,7 @@ from jaxdp.estimate import assumptions, compiled, memory, scaling, tables
 from jaxdp.estimate.assumptions import MFU, Assumptions
 from jaxdp.estimate.compiled import Compiled
 from jaxdp.estimate.schedule import Schedule, covered_share
+from jaxdp.huggingface import load
 from jaxdp.step.setup import Setup, make_setup, validate
 from jaxdp.sync.methods import METHODS
 
@@ -95,6 +96,7 @@ def plan(
     Raises:
       ConfigError: the config is wrong, or can't be planned on this host.
     """
+    config = config.copy_and_resolve_references()
     vocab = vocabulary(config, vocab_size, report)
     count = devices or (1 if gpu else jax.local_device_count())
     setup = make_setup(config, vocab, count, process_count=hosts, mask_id=0)
@@ -177,10 +179,16 @@ def largest_batch(
 def vocabulary(config: ConfigDict, given: int | None, report: Callable[[str], None]) -> int:
     """Returns the vocabulary size, from the config alone if possible; validates the config.
 
+    With init_from it is that of the weights, which a run keeps: model.vocab_multiple becomes 1.
+
     Raises:
-      ConfigError: the config is wrong, or the tokenizer is needed and can't be opened.
+      ConfigError: the config is wrong, or the tokenizer or the weights are needed and can't be
+        opened.
     """
     configs.check_values(config)
+    if config.init_from and not given:
+        validate(config)
+        given, config.model.vocab_multiple = load.open_folder(config.init_from).vocab_size, 1
     size = re.fullmatch(r"train:bpe:(\d{3,7})", config.tokenizer)
     if size:
         given = given or int(size[1])

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from jaxdp.common.config import with_value
+from jaxdp.model.flops import flops_per_token
 from jaxdp.model.transformer import (
     ModelConfig,
     Transformer,
-    flops_per_token,
     num_parameters,
     parameter_shapes,
 )

@@ -1,243 +1,34 @@
-"""The model families of Hugging Face's transformers that `Transformer` can be.
+"""The model families of transformers that `Transformer` can be, and their config.json."""
 
-Each is a table that pairs keys of config.json and names of modules with our names.
-"""
-
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from jaxdp.common.errors import ConfigError, shown
+from jaxdp.huggingface.causal import ARCEE, GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3
+from jaxdp.huggingface.family import ACTIVATIONS, Family
+from jaxdp.huggingface.masked import BERT, ROBERTA
+from jaxdp.model.rotary import rotated_layers
 from jaxdp.model.transformer import ModelConfig
 
-# Their names of `model.activation`: the first is written, all are read.
-ACTIVATIONS = {
-    "gelu": ("gelu_new", "gelu_pytorch_tanh"),
-    "gelu_exact": ("gelu",),
-    "swiglu": ("silu", "swish"),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """A model family, as a table.
-
-    Attributes:
-      architecture: the family's class in transformers.
-      allowed: fields of `ModelConfig` that the family restricts, with the values it allows.
-      keys: field of `ModelConfig` -> key of config.json. Of the fields in neither `allowed` nor
-        `keys`, `num_kv_heads` equals `num_heads` and `bias` is true.
-      dropout: keys of config.json that hold `ModelConfig.dropout`.
-      no_dropout: keys of config.json for kinds of dropout that `Transformer` lacks.
-      fixed: keys of config.json with the only supported value, which is also their default.
-      defaults: defaults of other keys of config.json.
-      base: the first part of most tensors' names; some folders leave it out.
-      modules: their module name -> our path, outside of layers.
-      layer: their module name -> our paths, within a layer; several of ours are concatenated.
-      layers: their name of a layer, with {} for its number.
-      head_bias: name of the output bias; "" if there is none.
-      token_types: name of the table of segment embeddings; "" if there is none.
-    """
-
-    architecture: str
-    allowed: Mapping[str, tuple]
-    keys: Mapping[str, str]
-    dropout: tuple[str, ...]
-    no_dropout: tuple[str, ...]
-    fixed: Mapping[str, Any]
-    defaults: Mapping[str, Any]
-    base: str
-    modules: Mapping[str, str]
-    layer: Mapping[str, tuple[str, ...]]
-    layers: str
-    head_bias: str = ""
-    token_types: str = ""
-
-
-_QUERY_KEY_VALUE = tuple(f"attention/{name}" for name in ("query", "key", "value"))
-_WIDTHS = {
-    "vocab_size": "vocab_size",
-    "num_layers": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-    "embed_dim": "hidden_size",
-    "mlp_dim": "intermediate_size",
-    "activation": "hidden_act",
-}
-
-GPT2 = Family(
-    architecture="GPT2LMHeadModel",
-    allowed={
-        "causal": (True,),
-        "positions": ("learned",),
-        "norm": ("layernorm",),
-        "norm_position": ("pre",),
-        "head_transform": (False,),
-        "activation": ("gelu", "gelu_exact"),
-    },
-    keys={
-        "vocab_size": "vocab_size",
-        "tied_head": "tie_word_embeddings",
-        "seq_len": "n_positions",
-        "num_layers": "n_layer",
-        "num_heads": "n_head",
-        "embed_dim": "n_embd",
-        "mlp_dim": "n_inner",
-        "norm_epsilon": "layer_norm_epsilon",
-        "activation": "activation_function",
-    },
-    dropout=("embd_pdrop", "resid_pdrop"),
-    no_dropout=("attn_pdrop",),
-    fixed={
-        "scale_attn_weights": True,
-        "scale_attn_by_inverse_layer_idx": False,
-        "add_cross_attention": False,
-    },
-    defaults={
-        "activation_function": "gelu_new",
-        "layer_norm_epsilon": 1e-5,
-        "tie_word_embeddings": True,
-    },
-    base="transformer",
-    modules={
-        "transformer.wte": "embed",
-        "transformer.wpe": "position_embed",
-        "transformer.ln_f": "final_norm",
-        "lm_head": "head",
-    },
-    layers="transformer.h.{}",
-    layer={
-        "ln_1": ("attention_norm",),
-        "attn.c_attn": _QUERY_KEY_VALUE,
-        "attn.c_proj": ("attention/out",),
-        "ln_2": ("mlp_norm",),
-        "mlp.c_fc": ("mlp/up",),
-        "mlp.c_proj": ("mlp/down",),
-    },
-)
-
-LLAMA = Family(
-    architecture="LlamaForCausalLM",
-    allowed={
-        "causal": (True,),
-        "positions": ("rotary",),
-        "norm": ("rmsnorm",),
-        "norm_position": ("pre",),
-        "head_transform": (False,),
-        "activation": ("swiglu",),
-    },
-    keys=_WIDTHS
-    | {
-        "tied_head": "tie_word_embeddings",
-        "seq_len": "max_position_embeddings",
-        "num_kv_heads": "num_key_value_heads",
-        "norm_epsilon": "rms_norm_eps",
-        "bias": "attention_bias",
-        "rotary_base": "rope_theta",
-    },
-    dropout=(),
-    no_dropout=("attention_dropout",),
-    fixed={},
-    defaults={
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-6,
-        "attention_bias": False,
-        "rope_theta": 10_000.0,
-        "tie_word_embeddings": False,
-    },
-    base="model",
-    modules={
-        "model.embed_tokens": "embed",
-        "model.norm": "final_norm",
-        "lm_head": "head",
-    },
-    layers="model.layers.{}",
-    layer={
-        "input_layernorm": ("attention_norm",),
-        "self_attn.q_proj": ("attention/query",),
-        "self_attn.k_proj": ("attention/key",),
-        "self_attn.v_proj": ("attention/value",),
-        "self_attn.o_proj": ("attention/out",),
-        "post_attention_layernorm": ("mlp_norm",),
-        "mlp.gate_proj": ("mlp/gate",),
-        "mlp.up_proj": ("mlp/up",),
-        "mlp.down_proj": ("mlp/down",),
-    },
-)
-
-# Llama with an MLP without gate.
-ARCEE = dataclasses.replace(
-    LLAMA,
-    architecture="ArceeForCausalLM",
-    allowed={**LLAMA.allowed, "activation": ("gelu", "gelu_exact")},
-    defaults={**LLAMA.defaults, "hidden_act": "relu2", "rms_norm_eps": 1e-5},
-    layer={name: ours for name, ours in LLAMA.layer.items() if "gate" not in name},
-)
-
-BERT = Family(
-    architecture="BertForMaskedLM",
-    allowed={
-        "causal": (False,),
-        "positions": ("learned",),
-        "norm": ("layernorm",),
-        "norm_position": ("post",),
-        "head_transform": (True,),
-        "tied_head": (True,),
-        "activation": ("gelu_exact", "gelu"),
-    },
-    keys=_WIDTHS | {"seq_len": "max_position_embeddings", "norm_epsilon": "layer_norm_eps"},
-    dropout=("hidden_dropout_prob",),
-    no_dropout=("attention_probs_dropout_prob",),
-    fixed={
-        "is_decoder": False,
-        "add_cross_attention": False,
-        "position_embedding_type": "absolute",
-        "tie_word_embeddings": True,
-    },
-    defaults={"hidden_act": "gelu", "layer_norm_eps": 1e-12},
-    base="bert",
-    modules={
-        "bert.embeddings.word_embeddings": "embed",
-        "bert.embeddings.position_embeddings": "position_embed",
-        "bert.embeddings.LayerNorm": "embed_norm",
-        "cls.predictions.transform.dense": "head_transform",
-        "cls.predictions.transform.LayerNorm": "head_norm",
-    },
-    head_bias="cls.predictions.bias",
-    token_types="bert.embeddings.token_type_embeddings.weight",
-    layers="bert.encoder.layer.{}",
-    layer={
-        "attention.self.query": ("attention/query",),
-        "attention.self.key": ("attention/key",),
-        "attention.self.value": ("attention/value",),
-        "attention.output.dense": ("attention/out",),
-        "attention.output.LayerNorm": ("attention_norm",),
-        "intermediate.dense": ("mlp/up",),
-        "output.dense": ("mlp/down",),
-        "output.LayerNorm": ("mlp_norm",),
-    },
-)
-
-# BERT with positions counted from the padding token's id + 1, and other names for the head.
-ROBERTA = dataclasses.replace(
-    BERT,
-    architecture="RobertaForMaskedLM",
-    base="roberta",
-    modules={
-        **{
-            name.replace("bert", "roberta", 1): ours
-            for name, ours in BERT.modules.items()
-            if name.startswith("bert.")
-        },
-        "lm_head.dense": "head_transform",
-        "lm_head.layer_norm": "head_norm",
-    },
-    head_bias="lm_head.bias",
-    token_types="roberta.embeddings.token_type_embeddings.weight",
-    layers="roberta.encoder.layer.{}",
-)
-
 # By "model_type" of config.json.
-FAMILIES = {"gpt2": GPT2, "llama": LLAMA, "arcee": ARCEE, "bert": BERT, "roberta": ROBERTA}
+FAMILIES = {
+    "gpt2": GPT2,
+    "llama": LLAMA,
+    "mistral": MISTRAL,
+    "qwen2": QWEN2,
+    "qwen3": QWEN3,
+    "smollm3": SMOLLM3,
+    "arcee": ARCEE,
+    "bert": BERT,
+    "roberta": ROBERTA,
+}
+# Keys of "rope_parameters" of the type "llama3".
+SCALING = {
+    "rotary_factor": "factor",
+    "rotary_low": "low_freq_factor",
+    "rotary_high": "high_freq_factor",
+    "rotary_context": "original_max_position_embeddings",
+}
 
 
 def family_of(model: ModelConfig) -> str:
@@ -246,16 +37,13 @@ def family_of(model: ModelConfig) -> str:
     Raises:
       ConfigError: there is none; names a key to change.
     """
-    if not model.causal:
-        name = "bert"
-    elif model.positions == "learned":
-        name = "gpt2"
-    else:
-        name = "llama" if model.activation == "swiglu" else "arcee"
+    name = _nearest(model)
     family = FAMILIES[name]
     needed = dict(family.allowed)
     if "num_kv_heads" not in family.keys:
         needed["num_kv_heads"] = (model.num_heads,)
+    if "head_dim" not in family.keys:
+        needed["head_dim"] = (model.embed_dim // model.num_heads,)
     for field, values in needed.items():
         value = getattr(model, field)
         if value not in values:
@@ -263,7 +51,30 @@ def family_of(model: ModelConfig) -> str:
                 f"model.{field}={value!r} makes a model that transformers doesn't have: for the "
                 f"nearest, {family.architecture}, train with {' or '.join(map(repr, values))}"
             )
+    if model.embed_dim % model.num_heads and name not in ("mistral", "qwen2", "qwen3", "smollm3"):
+        raise ConfigError(
+            f"model.embed_dim={model.embed_dim} makes a model that transformers doesn't have: for "
+            f"the nearest, {family.architecture}, train with a multiple of model.num_heads="
+            f"{model.num_heads}"
+        )
     return name
+
+
+def _nearest(model: ModelConfig) -> str:
+    if not model.causal:
+        return "bert"
+    if model.positions == "learned":
+        return "gpt2"
+    if model.activation != "swiglu":
+        return "arcee"
+    if model.rotary_skip:
+        return "smollm3"
+    if model.qk_norm:
+        return "qwen3"
+    if model.qkv_bias:
+        return "qwen2"
+    # The same model without biases, but transformers' Llama refuses widths that don't divide.
+    return "mistral" if model.embed_dim % model.num_heads and not model.bias else "llama"
 
 
 def to_json(model: ModelConfig, name: str, pad_id: int | None) -> dict[str, Any]:
@@ -282,6 +93,11 @@ def to_json(model: ModelConfig, name: str, pad_id: int | None) -> dict[str, Any]
     found |= dict.fromkeys(family.no_dropout, 0.0)
     if "bias" in family.keys:
         found["mlp_bias"] = model.bias
+    if model.rotary_factor != 1:
+        scaling = {key: getattr(model, field) for field, key in SCALING.items()}
+        found["rope_scaling"] = {"rope_type": "llama3", **scaling}
+    if family.skipping:
+        found[family.skipping] = rotated_layers(model.num_layers, model.rotary_skip)
     return {
         "architectures": [family.architecture],
         "model_type": name,
@@ -311,31 +127,52 @@ def from_json(values: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """
     name = values.get("model_type")
     if name not in FAMILIES:
-        raise ConfigError(f"model_type={shown(name)} is none of {', '.join(FAMILIES)}")
+        experts = any("expert" in key for key in values)
+        kind = ", a mixture of experts (MoE)," if experts else ""
+        raise ConfigError(f"model_type={shown(name)}{kind} is none of {', '.join(FAMILIES)}")
     family = FAMILIES[name]
-    values = dict(values)
-    _flatten_rope(values)
-    for key, value in family.fixed.items():
-        if values.get(key, value) != value:
-            raise ConfigError(f"{key}={shown(values[key])} is not supported, only {value!r}")
-    for key, default in family.defaults.items():
-        values.setdefault(key, default)
-    fields: dict[str, Any] = {"bias": True}
+    values = {**family.defaults, **values}
+    _check_settings(family, values)
+    fields: dict[str, Any] = {"bias": True, "rotary_skip": 0}
     fields |= {field: allowed[0] for field, allowed in family.allowed.items()}
+    if "rotary_base" in family.keys:
+        fields |= _rotary(values)
     for field, key in family.keys.items():
-        if key not in values and field not in ("num_kv_heads", "mlp_dim"):
+        if key not in values and field not in ("num_kv_heads", "mlp_dim", "head_dim"):
             raise ConfigError(f"{key} is missing")
         fields[field] = values.get(key)
     fields["activation"] = _activation(family, fields["activation"])
     fields["num_kv_heads"] = fields.get("num_kv_heads") or fields["num_heads"]
+    fields["head_dim"] = fields.get("head_dim") or fields["embed_dim"] // fields["num_heads"]
     fields["mlp_dim"] = fields["mlp_dim"] or 4 * fields["embed_dim"]
     fields["seq_len"] -= offset(name, values.get("pad_token_id", 1))
-    if values.get("mlp_bias", fields["bias"]) != fields["bias"]:
-        raise ConfigError(f"mlp_bias={values['mlp_bias']} is not supported without attention_bias")
-    width = fields["embed_dim"] // fields["num_heads"]
-    if (values.get("head_dim") or width) != width:
-        raise ConfigError(f"head_dim={values['head_dim']} is not supported, only {width}")
+    if family.skipping:
+        fields["rotary_skip"] = _skip(values, family.skipping, fields["num_layers"])
     return name, fields
+
+
+def _check_settings(family: Family, values: Mapping[str, Any]) -> None:
+    """Refuses settings of a config.json, with the family's defaults, that aren't computed here."""
+    if "quantization_config" in values:
+        kind = dict(values["quantization_config"]).get("quant_method", "unknown method")
+        raise ConfigError(
+            f"quantization_config={shown(kind)}: its weights are quantised, and only those in "
+            "float32, float16 and bfloat16 are read"
+        )
+    for key, value in family.fixed.items():
+        if values.get(key, value) != value:
+            raise ConfigError(f"{key}={shown(values[key])} is not supported, only {value!r}")
+    kinds = set(values.get("layer_types") or []) - {"full_attention"}
+    if kinds:
+        raise ConfigError(f"layer_types={shown(min(kinds))} is not supported, only full_attention")
+    if "bias" in family.keys:
+        key = family.keys["bias"]
+        attention, mlp = bool(values[key]), bool(values.get("mlp_bias", False))
+        if attention != mlp:
+            raise ConfigError(
+                f"{key}={attention} with mlp_bias={mlp} is not supported: either all linear "
+                "layers have biases, or none"
+            )
 
 
 def _activation(family: Family, theirs: Any) -> str:
@@ -346,14 +183,35 @@ def _activation(family: Family, theirs: Any) -> str:
     raise ConfigError(f"{key}={shown(theirs)} is not supported")
 
 
-def _flatten_rope(values: dict[str, Any]) -> None:
-    """Moves rope_theta to the top level, where transformers 4 writes it."""
+def _rotary(values: dict[str, Any]) -> dict[str, Any]:
+    """Returns the fields of scaled rotary positions; moves rope_theta to values' top level."""
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise TypeError("rope_parameters is not a JSON object")
     kind = rope.get("rope_type", rope.get("type", "default"))
     share = rope.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0))
-    if kind != "default" or share != 1.0:
-        raise ConfigError(f"rope_parameters={shown(rope)} is not supported, only 'default'")
+    if kind not in ("default", "llama3") or share != 1.0:
+        raise ConfigError(
+            f"rope_parameters={shown(rope)} is not supported, only the types default and llama3"
+        )
     if "rope_theta" in rope:
         values["rope_theta"] = rope["rope_theta"]
+    if kind == "default":
+        return {"rotary_factor": 1.0}
+    rope = {SCALING["rotary_context"]: values.get("max_position_embeddings"), **rope}
+    missing = [key for key in SCALING.values() if rope.get(key) is None]
+    if missing:
+        raise ConfigError(f"rope_parameters={shown(rope)} has no {missing[0]}")
+    return {field: rope[key] for field, key in SCALING.items()}
+
+
+def _skip(values: Mapping[str, Any], key: str, num_layers: int) -> int:
+    """Returns the rotary_skip that gives the layers listed in a config.json."""
+    listed = values.get(key)
+    if listed is None:  # transformers' default.
+        listed = rotated_layers(num_layers, values.get("no_rope_layer_interval", 4))
+    listed = listed[:num_layers]
+    skip = listed.index(0) + 1 if 0 in listed else 0
+    if listed != rotated_layers(num_layers, skip):
+        raise ConfigError(f"{key}={shown(listed)} is not supported, only zeros at equal distances")
+    return skip

@@ -52,6 +52,11 @@ class Folder:
     fields: Mapping[str, Any]
     pad_id: int | None
 
+    @property
+    def vocab_size(self) -> int:
+        """The number of rows of the embedding; tokenizers may have fewer tokens."""
+        return self.fields["vocab_size"]
+
     def check(self, model: ModelConfig, vocab_size: bool = True) -> None:
         """Checks that a model has the folder's architecture; its context may be shorter.
 
@@ -70,14 +75,13 @@ class Folder:
                 differing.append(_difference(field, ours, theirs))
         if differing:
             raise ConfigError(f"init_from={self.spec!r} is another model: {', '.join(differing)}")
-        theirs = self.fields["vocab_size"]
+        theirs = self.vocab_size
         if not vocab_size:
             return
         if model.vocab_size != theirs:
             raise ConfigError(
                 f"init_from={self.spec!r} has a vocabulary of {theirs} tokens, and tokenizer and "
-                f"model.vocab_multiple give {model.vocab_size}: use tokenizer={self.spec!r}, and a "
-                f"model.vocab_multiple that pads it to {theirs}"
+                f"model.vocab_multiple give {model.vocab_size}: use tokenizer={self.spec!r}"
             )
         self._open(model)
 
@@ -112,12 +116,11 @@ class Folder:
                 raise self.unusable(f"{name} does not belong to this model")
         return found
 
-    def unusable(self, reason: str) -> ConfigError:
+    def unusable(self, reason: str, way_out: str = "") -> ConfigError:
         """Returns the error for a folder that can't be used."""
-        return ConfigError(
-            f"init_from={self.spec!r} can't be used ({reason}): give a folder that "
-            f"transformers saved, of {', '.join(f.architecture for f in FAMILIES.values())}"
-        )
+        names = ", ".join(family.architecture for family in FAMILIES.values())
+        way_out = way_out or f"give a folder that transformers saved, of {names}"
+        return ConfigError(f"init_from={self.spec!r} can't be used ({reason}): {way_out}")
 
 
 def open_folder(spec: str) -> Folder:
@@ -151,6 +154,26 @@ def open_folder(spec: str) -> Folder:
     return Folder(spec, path, name, fields, values.get("pad_token_id", 1))
 
 
+def model_keys(spec: str) -> dict[str, Any]:
+    """Returns the keys of a config, {"model.KEY": value}, for the model of a folder or a name.
+
+    Also "objective" and "seq_len", the longest context of the model.
+
+    Args:
+      spec: "hf:FOLDER" or "hf:NAME", as for config.init_from.
+
+    Raises:
+      ConfigError: see `open_folder`.
+    """
+    fields = dict(open_folder(spec).fields)
+    del fields["vocab_size"]  # The tokenizer decides it.
+    first = {
+        "objective": "causal" if fields.pop("causal") else "masked",
+        "seq_len": fields.pop("seq_len"),
+    }
+    return first | {f"model.{key}": value for key, value in fields.items()}
+
+
 @functools.cache
 def _downloaded(name: str) -> Path:
     """Returns the local folder of a name on the hub; cached, as a start asks several times."""
@@ -175,22 +198,36 @@ class _Tensors:
     def _find(self) -> Iterator[tuple[str, tuple[Any, str]]]:
         """Yields the family's name of each tensor, and its file and its name in there."""
         index = self._folder.path / INDEX
+        names = {WEIGHTS}
         try:
             if index.exists():
                 names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            else:
-                names = {WEIGHTS}
+            self._check_there(names)
             for name in sorted(names):
                 file = safe_open(self._folder.path / name, framework="numpy")
                 for key in file.keys():  # noqa: SIM118  It isn't a dict.
                     yield self._known(key), (file, key)
-        except FileNotFoundError as error:
-            raise self._folder.unusable(
-                f"{Path(str(error.filename or WEIGHTS)).name} is missing; other formats than "
-                "safetensors are not read"
-            ) from None
+        except ConfigError:
+            raise
         except (SafetensorError, ValueError, KeyError, AttributeError, TypeError, OSError) as error:
             raise self._folder.unusable(first_line(error)) from None
+
+    def _check_there(self, names: set[str]) -> None:
+        """Refuses a folder without one of the files of its weights."""
+        path = self._folder.path
+        missing = sorted(name for name in names if not (path / name).exists())
+        if not missing:
+            return
+        shards, again = sorted(path.glob("model-*.safetensors")), "download or copy it again"
+        if missing != [WEIGHTS]:
+            reason = f"{missing[0]} is missing, one of {len(names)} files that {INDEX} lists"
+            raise self._folder.unusable(reason, again)
+        if shards:
+            reason = f"{INDEX} is missing, which says what is in {shards[0].name}"
+            raise self._folder.unusable(reason, again)
+        raise self._folder.unusable(
+            f"{WEIGHTS} is missing; other formats than safetensors are not read"
+        )
 
     def _known(self, name: str) -> str:
         """Returns the family's name of a tensor: base models omit its base, old BERTs say gamma."""
@@ -205,6 +242,7 @@ class _Tensors:
     def check(self, name: str, shape: tuple[int | None, ...]) -> None:
         """Raises ConfigError if a tensor is missing, or has another dtype or shape."""
         if name not in self._all:
+            self._check_wrapper(name)
             raise self._folder.unusable(f"{name} is missing")
         file, key = self._all[name]
         header = file.get_slice(key)
@@ -216,6 +254,17 @@ class _Tensors:
         fits = [n in (m, None) for n, m in zip(shape, found, strict=False)]
         if len(found) != len(shape) or not all(fits):
             raise self._folder.unusable(f"{name} has the shape {found}, not {shape}")
+
+    def _check_wrapper(self, name: str) -> None:
+        """Refuses names with a prefix, such as torch.compile's _orig_mod."""
+        for _, key in self._all.values():
+            if key.endswith(f".{name}"):
+                prefix = key.removesuffix(name)
+                raise self._folder.unusable(
+                    f"{name} is called {key}: a wrapper of the model, such as torch.compile's, was "
+                    "saved in place of the model",
+                    f"save the model inside the wrapper, or take {prefix} off all names",
+                )
 
     def read(self, name: str) -> np.ndarray:
         """Reads a tensor, as float32."""

@@ -39,6 +39,7 @@ def export(
     output: str | Path,
     which: str = "newest",
     report: Callable[[str], None] = print,
+    dtype: str = "float32",
 ) -> int:
     """Writes a checkpoint as a folder for transformers, completely or not at all.
 
@@ -47,6 +48,7 @@ def export(
       output: the folder to write; must not exist.
       which: "newest", "best" or a number of steps.
       report: called with a line of text on each damaged checkpoint.
+      dtype: of the weights, "float32" or "bfloat16".
 
     Returns:
       The step of the checkpoint.
@@ -63,7 +65,7 @@ def export(
     if family == "bert" and special.get("mask_token") == "<mask>" and pad_id is not None:
         family = "roberta"  # Only the tokenizer tells it from BERT.
     params, step = run.params(which, report)
-    texts = {
+    texts: dict[str, Any] = {
         "config.json": families.to_json(run.model.config, family, pad_id) | _ids(run, special),
         "tokenizer_config.json": tokenizer_config(run, special),
         "tokenizer.json": exported_tokenizer(run).to_str(pretty=True),
@@ -74,7 +76,8 @@ def export(
     if run.chat_template:
         texts[tokenizer.TEMPLATE] = run.chat_template
     weights = tensors.to_tensors(params, run.model.config, family, pad_id)
-    _write(output, weights, texts)
+    texts["config.json"]["dtype"] = dtype
+    _write(output, {name: array.astype(dtype) for name, array in weights.items()}, texts)
     return step
 
 

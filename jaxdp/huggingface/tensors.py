@@ -12,7 +12,8 @@ import numpy as np
 from flax import traverse_util
 
 from jaxdp.huggingface import families
-from jaxdp.huggingface.families import FAMILIES, Family
+from jaxdp.huggingface.families import FAMILIES
+from jaxdp.huggingface.family import Family
 from jaxdp.model.transformer import ModelConfig, Transformer, parameter_shapes
 
 # Our models have no segment embeddings, so both of BERT's are zero.
@@ -105,7 +106,7 @@ def shapes(model: ModelConfig, name: str, rows: int) -> dict[str, tuple[int | No
 
 def _flat_shapes(model: ModelConfig, name: str) -> dict[str, Any]:
     """Returns parameter shapes by path, unscanned, with biases unless the family may lack them."""
-    bias = model.bias or "bias" not in FAMILIES[name].keys
+    bias = model.bias or FAMILIES[name].has_biases
     full = dataclasses.replace(model, bias=bias, scan_layers=False)
     return traverse_util.flatten_dict(parameter_shapes(Transformer(full)), sep="/")
 

@@ -1,4 +1,4 @@
-"""Scaled dot-product attention and rotary positions.
+"""Scaled dot-product attention.
 
 Shapes: B batch, L length, S length of keys, H heads, G key/value heads, K head width, R rows.
 """
@@ -158,23 +158,3 @@ def _sum(terms):
     for term in reversed(rest):
         total = total.at[:, :, : term.shape[2]].add(term)
     return total
-
-
-def rotate(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
-    """Applies rotary position embedding (Su et al. 2021), rotating halves as Llama does.
-
-    Args:
-      x: [B, L, H, K], K even.
-      positions: [B, L] int32.
-      base: base of the wavelengths; the longest is nearly 2 pi * base. 10,000 in the paper.
-
-    Returns:
-      [B, L, H, K] in the dtype of x; the angles are computed in float32.
-    """
-    half = x.shape[-1] // 2
-    frequencies = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
-    sin, cos = jnp.sin(angles), jnp.cos(angles)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)

@@ -1,4 +1,4 @@
-"""Layer norm (Ba et al. 2016) and RMS norm (Zhang and Sennrich 2019) beside a residual stream.
+"""Layer norm (Ba et al. 2016) and RMS norm (Zhang and Sennrich 2019).
 
 On NVIDIA GPUs both passes are kernels written in Pallas. What XLA makes of a norm there reads its
 input several times, and a norm does nothing but read and write.
@@ -41,7 +41,7 @@ class Norm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Normalises x [B, L, D] over D.
+        """Normalises x [..., D] over D.
 
         Returns:
           x itself, and the normalised x in `dtype`. What else is done with x should use this x:
@@ -75,7 +75,7 @@ def fused(centred, epsilon, dtype, x, scale, bias, interpret=False):
       centred: see `Norm`.
       epsilon: see `Norm`.
       dtype: see `Norm`.
-      x: [B, L, D] whose shape has a `tiling`.
+      x: [..., D] whose shape has a `tiling`.
       scale: [D] float32.
       bias: [D] float32, or None.
       interpret: whether to run the kernels as JAX operations, on any device.

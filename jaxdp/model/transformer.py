@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from jaxdp.model.attention import attend, rotate
+from jaxdp.model.attention import attend
 from jaxdp.model.layers import Dense, Dropout, activation
 from jaxdp.model.norms import Norm
+from jaxdp.model.rotary import Rotary, rotate, rotated_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,17 +29,25 @@ class ModelConfig:
     num_layers: int
     num_heads: int
     num_kv_heads: int
+    head_dim: int
     embed_dim: int
     mlp_dim: int
     positions: str
     rotary_base: float
+    rotary_factor: float
+    rotary_low: float
+    rotary_high: float
+    rotary_context: int
+    rotary_skip: int
     norm: str
     norm_position: str
     norm_epsilon: float
     activation: str
     head_transform: bool
     tied_head: bool
+    qk_norm: bool
     bias: bool
+    qkv_bias: bool
     dropout: float
     dtype: Any
     remat: bool
@@ -56,10 +65,18 @@ class ModelConfig:
                 "seq_len": config.seq_len,
                 "causal": config.objective == "causal",
                 "num_kv_heads": config.model.num_kv_heads or config.model.num_heads,
+                "head_dim": config.model.head_dim
+                or config.model.embed_dim // config.model.num_heads,
                 "mlp_dim": config.model.mlp_dim or 4 * config.model.embed_dim,
                 "dtype": jnp.dtype(config.model.dtype),
             }
         )
+
+    @property
+    def rotary(self) -> Rotary:
+        """The rotary positions."""
+        scaling = self.rotary_low, self.rotary_high, self.rotary_context
+        return Rotary(self.rotary_base, self.rotary_factor, *scaling)
 
 
 # GPT-2's initialisation: 0.02, and less for layers that write to the residual stream.
@@ -69,9 +86,9 @@ INIT_STDDEV = 0.02
 class Transformer(nn.Module):
     """A transformer with a language-model head: by default GPT-2 (Radford et al. 2019).
 
-    Options make it Llama (Touvron et al. 2023): rotary positions, RMSNorm, SwiGLU, grouped-query
-    attention, an untied head. Others make it BERT (Devlin et al. 2019): norms after residual sums
-    and after the embeddings, exact GELU, a dense layer before the head.
+    Options make it Llama (Touvron et al. 2023), Qwen or SmolLM3: rotary positions, RMSNorm, SwiGLU,
+    grouped-query attention, an untied head. Others make it BERT (Devlin et al. 2019): norms after
+    residual sums and after the embeddings, exact GELU, a dense layer before the head.
     """
 
     config: ModelConfig
@@ -149,13 +166,14 @@ class Transformer(nn.Module):
         if c.remat:
             # Inside a scan, the loop already keeps XLA from removing the recomputation (CSE).
             block = nn.remat(Block, static_argnums=(4,), prevent_cse=not c.scan_layers)
+        flags = rotated_layers(c.num_layers, c.rotary_skip) if c.rotary_skip else None
         if not c.scan_layers:
-            for i in range(c.num_layers):
-                x = block(c, name=f"layer_{i}")(x, rows, positions, decode, segments)
+            for i, flag in enumerate(flags or [None] * c.num_layers):
+                x = block(c, name=f"layer_{i}")(x, rows, positions, decode, segments, flag)
             return x
 
-        def body(layer, carry, _):
-            return layer(carry, rows, positions, decode, segments), None
+        def body(layer, carry, rotated):
+            return layer(carry, rows, positions, decode, segments, rotated), None
 
         scan = nn.scan(
             body,
@@ -163,7 +181,7 @@ class Transformer(nn.Module):
             split_rngs={"params": True, "dropout": True},
             length=c.num_layers,
         )
-        return scan(block(c, name="layers"), x, None)[0]
+        return scan(block(c, name="layers"), x, flags and jnp.array(flags))[0]
 
 
 class Block(nn.Module):
@@ -172,8 +190,11 @@ class Block(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x, rows, positions, decode, segments):
-        """Maps [B, L, D] to [B, L, D]; other arguments: see `Transformer.hidden`."""
+    def __call__(self, x, rows, positions, decode, segments, rotated=None):
+        """Maps [B, L, D] to [B, L, D]; other arguments: see `Transformer.hidden`.
+
+        rotated: 0 in a layer without rotary positions, else 1 or None. A rotation by 0 is exact.
+        """
         c = self.config
         attention, mlp = Attention(c, name="attention"), MLP(c, name="mlp")
         norms = _norm(c, "attention_norm"), _norm(c, "mlp_norm")
@@ -183,10 +204,10 @@ class Block(nn.Module):
 
         if c.norm_position == "pre":
             x, y = norms[0](x)
-            x += drop(attention(y, positions, decode, segments))
+            x += drop(attention(y, positions, decode, segments, rotated))
             x, y = norms[1](x)
             return x + drop(mlp(y))
-        x = norms[0](x + drop(attention(x, positions, decode, segments)))[1]
+        x = norms[0](x + drop(attention(x, positions, decode, segments, rotated)))[1]
         return norms[1](x + drop(mlp(x)))[1]
 
 
@@ -196,15 +217,18 @@ class Attention(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x, positions, decode, segments):
-        """Maps [B, L, D] to [B, L, D]; other arguments: see `Transformer.hidden`."""
+    def __call__(self, x, positions, decode, segments, rotated):
+        """Maps [B, L, D] to [B, L, D]; rotated: see `Block`; others: see `Transformer.hidden`."""
         c = self.config
-        head_dim = c.embed_dim // c.num_heads
-        query = _dense(c, (c.num_heads, head_dim), "query")(x)
-        key = _dense(c, (c.num_kv_heads, head_dim), "key")(x)
-        value = _dense(c, (c.num_kv_heads, head_dim), "value")(x)
+        bias = c.bias or c.qkv_bias
+        query = _dense(c, (c.num_heads, c.head_dim), "query", bias)(x)
+        key = _dense(c, (c.num_kv_heads, c.head_dim), "key", bias)(x)
+        value = _dense(c, (c.num_kv_heads, c.head_dim), "value", bias)(x)
+        if c.qk_norm:
+            query, key = _norm(c, "query_norm")(query)[1], _norm(c, "key_norm")(key)[1]
         if c.positions == "rotary":
-            query, key = (rotate(x, positions, c.rotary_base) for x in (query, key))
+            angles = positions if rotated is None else positions * rotated
+            query, key = (rotate(x, angles, c.rotary) for x in (query, key))
         if decode:
             key, value = self._cached(key, value, positions)
             out = attend(query, key, value, jnp.arange(c.seq_len) <= positions[:, :, None])
@@ -257,19 +281,6 @@ def num_parameters(params) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-def flops_per_token(config: ModelConfig, parameters: int) -> int:
-    """Counts the floating-point operations of forward and backward pass per token.
-
-    6 per parameter in matrix products, and 12 * layers * context * width for attention, as if all
-    tokens attended to all (PaLM, Chowdhery et al. 2022, appendix B).
-    """
-    if config.positions == "learned":
-        parameters -= config.seq_len * config.embed_dim
-    if not config.tied_head:
-        parameters -= config.vocab_size * config.embed_dim  # A lookup multiplies nothing.
-    return 6 * parameters + 12 * config.num_layers * config.embed_dim * config.seq_len
-
-
 def _init():
     return nn.initializers.normal(INIT_STDDEV)
 
@@ -278,10 +289,9 @@ def _residual_init(c: ModelConfig):
     return nn.initializers.normal(INIT_STDDEV / (2 * c.num_layers) ** 0.5)
 
 
-def _dense(c: ModelConfig, features, name=None, bias=True, kernel_init=None, contracted=1):
-    return Dense(
-        (*features,), c.bias and bias, c.dtype, kernel_init or _init(), contracted, name=name
-    )
+def _dense(c: ModelConfig, features, name=None, bias=None, kernel_init=None, contracted=1):
+    bias = c.bias if bias is None else bias
+    return Dense((*features,), bias, c.dtype, kernel_init or _init(), contracted, name=name)
 
 
 def _norm(c: ModelConfig, name=None):

@@ -201,19 +201,44 @@ def _check_permissions(workdir: Path) -> None:
             )
 
 
-def check_init(config: ConfigDict, workdir: Path, vocab_size: int | None = None) -> None:
+def check_init(
+    config: ConfigDict,
+    workdir: Path,
+    vocab_size: int | None = None,
+    say: Callable[[str], None] = print,
+) -> None:
     """Refuses initial weights (init_from) that are missing or belong to another model.
 
     Once a run has a checkpoint, it doesn't need them, and they aren't checked.
 
     Args:
-      config: the config of the run.
+      config: the config of the run; model.vocab_multiple is set to what the weights need, in place.
       workdir: the folder of the run.
       vocab_size: the tokenizer's vocabulary size, if it is known already.
+      say: called with a line of text if the weights have more rows than the tokenizer has tokens.
     """
-    if config.init_from and not integrity.steps(folder_of(workdir)):
-        model = ModelConfig.from_config(config, vocab_size or 1)
-        load.open_folder(config.init_from).check(model, vocab_size is not None)
+    if not config.init_from or integrity.steps(folder_of(workdir)):
+        return
+    folder = load.open_folder(config.init_from)
+    rows = folder.vocab_size
+    if vocab_size is not None and vocab_size < rows:
+        if ModelConfig.from_config(config, vocab_size).vocab_size != rows:
+            config.model.vocab_multiple = rows
+        say(
+            f"The weights of {config.init_from} have {rows:,} rows in their vocabulary, "
+            f"{rows - vocab_size:,} more than the tokenizer has tokens: they are kept, and no text "
+            "that is generated has them."
+        )
+    folder.check(ModelConfig.from_config(config, vocab_size or 1), vocab_size is not None)
+
+
+def take_vocabulary(config: ConfigDict, saved: ConfigDict) -> None:
+    """Takes model.vocab_multiple from the config.json of a run that began with init_from's weights.
+
+    `check_init` has set it there.
+    """
+    if config.init_from and config.init_from == saved.init_from:
+        config.model.vocab_multiple = saved.model.vocab_multiple
 
 
 def check_memory(setup: Setup) -> None:
@@ -223,7 +248,7 @@ def check_memory(setup: Setup) -> None:
     it takes no time, however large the model. The second is exact for the state and the batch.
     """
     model, sizes = setup.model.config, setup.sizes
-    layer = 2 * model.embed_dim**2 + 2 * model.embed_dim * model.mlp_dim
+    layer = 2 * model.embed_dim * (model.num_heads * model.head_dim + model.mlp_dim)
     parameters = 8 * (model.vocab_size * model.embed_dim + model.num_layers * layer)
     batch = 4 * model.seq_len * (sizes.micro * model.embed_dim + 3 * sizes.per_device)
     room = device_memory()

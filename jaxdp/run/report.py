@@ -17,8 +17,9 @@ from jaxdp.data.batch import token_keys
 from jaxdp.data.feed import Feed
 from jaxdp.data.sequences import Examples
 from jaxdp.model import attention
+from jaxdp.model.flops import flops_per_token
 from jaxdp.model.target import target
-from jaxdp.model.transformer import flops_per_token, num_parameters, parameter_shapes
+from jaxdp.model.transformer import num_parameters, parameter_shapes
 from jaxdp.run.early_stopping import EarlyStopping
 from jaxdp.run.evaluation import Evaluation
 from jaxdp.step.program import Program
@@ -43,7 +44,7 @@ def header(setup: Setup, workdir: Path, device_kind: str) -> dict[str, str]:
         "": f"(per host {sizes.per_host}, per device {sizes.per_device}, micro {sizes.micro})",
         "parameters": f"{quantity(parameters)}, computed with in {_arithmetic(config.model.dtype)}"
         + (f"; evaluated: their EMA, decay {config.ema.decay:g}" if config.ema.decay else ""),
-        "attention": f"by {_kernel(config)}",
+        "attention": f"by {_kernel(config, setup.model.config.head_dim)}",
         "data": f"{config.data.path}, {quantity(len(cache.train))} training and "
         f"{quantity(len(cache.validation))} validation tokens",
         "vocabulary": f"{cache.vocab_size:,} tokens ({config.tokenizer})",
@@ -94,11 +95,10 @@ def _eval_sets(feeds: Mapping[str, Feed]) -> dict[str, str]:
     }
 
 
-def _kernel(config: ConfigDict) -> str:
+def _kernel(config: ConfigDict, width: int) -> str:
     """Returns the name of the kernel that computes attention in training."""
     masked = "segments" in token_keys(config.objective, config.data.packing)
-    model = config.model
-    found = attention.kernel(model.dtype, model.embed_dim // model.num_heads, masked)
+    found = attention.kernel(config.model.dtype, width, masked)
     return {
         "cudnn": "cuDNN's fused kernel",
         "packed": "jaxdp's fused kernel for separate documents",

@@ -23,7 +23,8 @@ from jaxdp.data.batch import Batch
 from jaxdp.data.pipeline import Position
 from jaxdp.estimate.memory import check_fits
 from jaxdp.huggingface import load
-from jaxdp.model.transformer import flops_per_token, num_parameters, parameter_shapes
+from jaxdp.model.flops import flops_per_token
+from jaxdp.model.transformer import num_parameters, parameter_shapes
 from jaxdp.parallel import processes
 from jaxdp.parallel.replicas import Replicas, device_memory, prefetch
 from jaxdp.run import consistency, preflight, report, resuming, sampled

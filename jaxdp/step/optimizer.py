@@ -8,20 +8,21 @@ from jaxdp.step.muon import muon
 
 
 def get_schedule(config: ConfigDict) -> optax.Schedule:
-    """Returns step -> learning rate: a linear warm-up from 0, then optimizer.schedule.
+    """Returns step -> learning rate: a linear warm-up, then optimizer.schedule.
 
-    "wsd" is warm-up, stable, decay (Hu et al. 2024): constant, then a linear decay over the last
-    decay_fraction of all steps.
+    Steps count from 0. Step t of a warm-up of W steps has (t + 1) / (W + 1) of the peak, step W has
+    the peak, and the last step has final_fraction of it. "wsd" is warm-up, stable, decay (Hu et al.
+    2024): constant, then a linear decay over the last decay_fraction of all steps.
 
     Examples:
       >>> from jaxdp.configs import default
       >>> schedule = get_schedule(default.get_config())
-      >>> [round(float(schedule(step)), 6) for step in (0, 50, 100, 1000)]
-      [0.0, 0.0005, 0.001, 0.0001]
+      >>> [round(float(schedule(step)), 6) for step in (0, 50, 100, 999)]
+      [1e-05, 0.000505, 0.001, 0.0001]
     """
     c, steps = config.optimizer, config.num_train_steps
     peak, final = c.learning_rate, c.learning_rate * c.final_fraction
-    rest = max(steps - c.warmup_steps, 1)
+    rest = max(steps - 1 - c.warmup_steps, 1)
     if c.schedule == "cosine":
         after = optax.cosine_decay_schedule(peak, rest, c.final_fraction)
     elif c.schedule == "linear":
@@ -33,7 +34,7 @@ def get_schedule(config: ConfigDict) -> optax.Schedule:
         after = optax.constant_schedule(peak)
     if c.warmup_steps == 0:
         return after
-    warmup = optax.linear_schedule(0.0, peak, c.warmup_steps)
+    warmup = optax.linear_schedule(peak / (c.warmup_steps + 1), peak, c.warmup_steps)
     return optax.join_schedules([warmup, after], [c.warmup_steps])
 
 

@@ -10,6 +10,7 @@ from jaxdp.common.errors import ConfigError
 from jaxdp.configs import gpt2_124m
 from jaxdp.estimate import compiled, gpus
 from jaxdp.estimate.schedule import Schedule, covered_share
+from jaxdp.model.norms import Norm
 from jaxdp.model.target import target
 
 VOCAB = 8192
@@ -76,6 +77,24 @@ def test_gradients_are_summed_while_the_backward_pass_runs(step):
     assert {x.kind for x in transfers} == {"all-reduce"}
     # The last 30 MB have nothing to hide behind: a third of all here, 6% of GPT-2 124M's.
     assert covered_share(transfers) > 0.6
+
+
+@needs_compiler
+@pytest.mark.parametrize("width", [64, 128])
+def test_norms_of_heads_are_kernels(width):
+    """As wide as heads are, for queries and keys (model.qk_norm)."""
+    norm = Norm(centred=False, bias=False, epsilon=1e-6, dtype=jnp.bfloat16)
+
+    def loss(scale, x):
+        return norm.apply({"params": {"scale": scale}}, x)[1].astype(jnp.float32).sum()
+
+    shapes = [
+        jax.ShapeDtypeStruct((width,), jnp.float32),
+        jax.ShapeDtypeStruct((2, 256, 3, width), jnp.bfloat16),
+    ]
+    machine = compiled.absent_machine("h100", 1)
+    text = compiled.compile_function(jax.grad(loss, (0, 1)), *shapes, machine=machine).text
+    assert "norm_backward" in text
 
 
 @needs_compiler

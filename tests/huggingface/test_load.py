@@ -10,8 +10,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxdp.common.errors import ConfigError
+from jaxdp.configs import finetune
 from jaxdp.huggingface import load
 from jaxdp.huggingface.families import FAMILIES
+from jaxdp.model.transformer import ModelConfig
+from jaxdp.run import preflight
+from jaxdp.step.setup import validate
 from support.models import (
     MODELS,
     initialised,
@@ -27,7 +31,7 @@ def test_there_and_back_is_the_same_to_the_bit(title, tmp_path):
     _, params = initialised(MODELS[title])
     folder = load.open_folder(f"hf:{written(title, params, tmp_path)}")
     assert folder.name == name_of(title)
-    always = "bias" not in FAMILIES[folder.name].keys
+    always = FAMILIES[folder.name].has_biases
     model = dataclasses.replace(MODELS[title], bias=MODELS[title].bias or always)
     folder.check(model)
     again = folder.read(model)
@@ -72,13 +76,21 @@ def test_all_keys_that_differ_are_named_with_what_the_folder_has(tmp_path):
         ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights=False is not supported"),
         ("gpt2", {"n_head": None}, "TypeError"),
         ("gpt2", {"n_head": 0}, "ZeroDivisionError"),
-        ("llama", {"mlp_bias": True}, "mlp_bias=True is not supported without attention_bias"),
-        ("llama", {"head_dim": 8}, "head_dim=8 is not supported, only 4"),
+        ("gpt2", {"model_type": "mixtral", "num_local_experts": 8}, "'mixtral', a mixture of exp"),
+        ("gpt2", {"quantization_config": {"quant_method": "gptq"}}, "'gptq': its weights are quan"),
+        ("llama", {"mlp_bias": True}, "attention_bias=False with mlp_bias=True is not supported"),
+        ("llama", {"attention_bias": True}, "attention_bias=True with mlp_bias=False is not supp"),
         (
             "llama",
-            {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "rope_theta": 5e5}},
-            "rope_parameters=.*llama3.* is not supported, only 'default'",
+            {"rope_parameters": {"rope_type": "yarn", "factor": 8.0, "rope_theta": 5e5}},
+            "rope_parameters=.*yarn.* is not supported, only the types default and llama3",
         ),
+        ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "has no low_freq_fact"),
+        ("mistral", {"sliding_window": 4096}, "sliding_window=4096 is not supported, only None"),
+        ("qwen2", {"use_sliding_window": True}, "use_sliding_window=True is not supported"),
+        ("qwen3", {"layer_types": ["sliding_attention"] * 2}, "'sliding_attention' is not supp"),
+        ("qwen3", {"attention_bias": True}, "attention_bias=True is not supported, only False"),
+        ("smollm3", {"no_rope_layers": [0, 1]}, r"no_rope_layers=\[0, 1\] is not supported, only"),
         ("bert", {"is_decoder": True}, "is_decoder=True is not supported, only False"),
         ("bert", {"tie_word_embeddings": False}, "tie_word_embeddings=False is not supported"),
     ],
@@ -112,7 +124,24 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ConfigError, match=r"can't be used \(SafetensorError: "):
         load.read(spec, model)
-    path.unlink()
+    prefixed = {f"_orig_mod.{name}": array for name, array in weights.items()}
+    save_file(prefixed, path)
+    with pytest.raises(ConfigError, match=rf"{wte} is called _orig_mod\..*: a wrapper .*take _ori"):
+        load.read(spec, model)
+    path.rename(tmp_path / "model-00001-of-00002.safetensors")
+    with pytest.raises(
+        ConfigError, match=r"index\.json is missing, which says what is in model-00"
+    ):
+        load.read(spec, model)
+    files = {wte: "model-00001-of-00002.safetensors", "x": "model-00002-of-00002.safetensors"}
+    (tmp_path / load.INDEX).write_text(json.dumps({"weight_map": files}))
+    missing = (
+        r"model-00002-of-00002\.safetensors is missing, one of 2 files .*: download or copy it"
+    )
+    with pytest.raises(ConfigError, match=missing):
+        load.read(spec, model)
+    for name in ("model-00001-of-00002.safetensors", load.INDEX):
+        (tmp_path / name).unlink()
     (tmp_path / "pytorch_model.bin").touch()
     with pytest.raises(ConfigError, match=r"model\.safetensors is missing; other formats than"):
         load.read(spec, model)
@@ -121,6 +150,42 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
         ConfigError, match=r"can't be used \(it has no config.json\): give a folder"
     ):
         load.open_folder(spec)
+
+
+def test_rows_beyond_the_tokenizers_are_kept_and_their_number_is_said(tmp_path):
+    spec, _ = saved("qwen3", tmp_path)
+    config = finetune.get_config(spec.removeprefix("hf:"))
+    said = []
+    preflight.check_init(config, tmp_path, 9, said.append)
+    assert ModelConfig.from_config(config, 9).vocab_size == 11
+    assert said == [
+        f"The weights of {spec} have 11 rows in their vocabulary, 2 more than the tokenizer has "
+        "tokens: they are kept, and no text that is generated has them."
+    ]
+    # A run that resumes takes the number from its config.json.
+    again = finetune.get_config(spec.removeprefix("hf:"))
+    preflight.take_vocabulary(again, config)
+    preflight.check_same_run(again, config)
+    preflight.check_init(config, tmp_path, 11, said.append)
+    assert len(said) == 1
+    with pytest.raises(ConfigError, match=r"a vocabulary of 11 tokens, and .* use tokenizer="):
+        preflight.check_init(config, tmp_path, 12, said.append)
+
+
+@pytest.mark.parametrize("title", ["qwen2", "llama, scaled rotary, wide heads", "bert"])
+def test_the_config_for_fine_tuning_has_the_models_keys(title, tmp_path):
+    _, params = initialised(MODELS[title])
+    config = finetune.get_config(str(written(title, params, tmp_path)))
+    config.data.path = "FILE.txt"
+    validate(config)
+    expected = dataclasses.replace(MODELS[title], dropout=0.0)
+    assert ModelConfig.from_config(config, MODELS[title].vocab_size) == expected
+    assert config.tokenizer == config.init_from == f"hf:{tmp_path}"
+
+
+def test_the_config_for_fine_tuning_needs_a_name():
+    with pytest.raises(ConfigError, match=r"write --config=configs/finetune\.py:NAME"):
+        finetune.get_config()
 
 
 @pytest.fixture

@@ -120,6 +120,17 @@ def test_an_exported_tokenizer_puts_first_what_training_has_put_first(
     assert "bos_token" not in save.token_roles(run)
 
 
+def test_weights_in_bfloat16_are_those_in_float32_rounded(workdir, tmp_path):
+    exact, _ = opened(workdir, tmp_path)
+    save.export(workdir, tmp_path / "half", dtype="bfloat16")
+    before, after = (load_file(x / "model.safetensors") for x in (exact, tmp_path / "half"))
+    assert before.keys() == after.keys()
+    for name, array in before.items():
+        assert after[name].dtype == "bfloat16"
+        assert (after[name] == array.astype("bfloat16")).all()
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
 def test_a_folder_that_is_there_is_left_alone(workdir, tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(ConfigError, match=r"--output='.*out' exists already: give another"):
@@ -169,6 +180,6 @@ def test_the_command(workdir, tmp_path, command, fresh_command):
         "tokenizer.json",
         "tokenizer_config.json",
     }
-    for wrong in ((), ("--step=-1", "--out=x"), (f"--out={out}",)):
+    for wrong in ((), ("--step=-1", "--out=x"), ("--dtype=int8", "--out=x"), (f"--out={out}",)):
         process = command("export", f"--workdir={workdir}", *wrong, check=2)
         assert process.stderr.startswith("jaxdp: --") and process.stderr.count("\n") == 1

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxdp.model.attention import attend, kernel, rotate
+from jaxdp.model.attention import attend, kernel
+from jaxdp.model.rotary import Rotary, rotate
 from jaxdp.model.target import Target, compiling_for
 
 
@@ -130,7 +131,9 @@ def test_rotary_scores_depend_on_distance_only():
 
     def score(i, j):
         positions = jnp.array([[i]]), jnp.array([[j]])
-        return jnp.sum(rotate(query, positions[0], 1e4) * rotate(key, positions[1], 1e4))
+        return jnp.sum(
+            rotate(query, positions[0], Rotary(1e4)) * rotate(key, positions[1], Rotary(1e4))
+        )
 
     np.testing.assert_allclose(score(5, 2), score(105, 102), rtol=1e-4)
     assert not np.isclose(score(5, 2), score(5, 3), rtol=1e-2)

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from jaxdp.configs import shakespeare_char_cpu, shakespeare_char_tuned
+from jaxdp.model.flops import flops_per_token
 from jaxdp.model.layers import Dropout
 from jaxdp.model.transformer import (
     ModelConfig,
     Transformer,
-    flops_per_token,
     num_parameters,
     parameter_shapes,
 )
@@ -147,6 +147,7 @@ def test_gpt2_has_124_million_parameters():
         num_layers=12,
         num_heads=12,
         num_kv_heads=12,
+        head_dim=64,
         embed_dim=768,
         mlp_dim=3072,
         bias=True,

@@ -24,25 +24,25 @@ def names(tree):
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [
-        # Steps 0, 5, 10 (end of the warm-up), 55, 100 (the end).
-        ("cosine", [0, 0.5, 1, 0.55, 0.1]),
-        ("linear", [0, 0.5, 1, 0.55, 0.1]),
-        ("wsd", [0, 0.5, 1, 1, 0.1]),
-        ("constant", [0, 0.5, 1, 1, 1]),
+        # Steps 0, 4, 9 (the warm-up's last), 10, 55 (half way from there), 100 (the last).
+        ("cosine", [1 / 11, 5 / 11, 10 / 11, 1, 0.55, 0.1]),
+        ("linear", [1 / 11, 5 / 11, 10 / 11, 1, 0.55, 0.1]),
+        ("wsd", [1 / 11, 5 / 11, 10 / 11, 1, 1, 0.1]),
+        ("constant", [1 / 11, 5 / 11, 10 / 11, 1, 1, 1]),
     ],
 )
 def test_schedules(config, schedule, expected):
-    config.num_train_steps = 100
+    config.num_train_steps = 101
     config.optimizer.update({"warmup_steps": 10, "schedule": schedule, "learning_rate": 1.0})
-    rates = [float(get_schedule(config)(step)) for step in (0, 5, 10, 55, 100)]
+    rates = [float(get_schedule(config)(step)) for step in (0, 4, 9, 10, 55, 100)]
     np.testing.assert_allclose(rates, expected, rtol=1e-5)
 
 
 def test_wsd_decays_over_the_last_fraction(config):
     config.num_train_steps = 100
     config.optimizer.update({"warmup_steps": 10, "schedule": "wsd", "learning_rate": 1.0})
-    rates = [float(get_schedule(config)(step)) for step in (80, 81, 90)]
-    np.testing.assert_allclose(rates, [1, 1 - 0.9 / 20, 0.55], rtol=1e-5)
+    rates = [float(get_schedule(config)(step)) for step in (79, 80, 89, 99)]
+    np.testing.assert_allclose(rates, [1, 1 - 0.9 / 20, 0.55, 0.1], rtol=1e-5)
 
 
 def test_without_warmup_the_first_rate_is_the_highest(config):

@@ -1,6 +1,7 @@
 """Small models of every kind."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -21,17 +22,25 @@ SMALL = ModelConfig(
     num_layers=2,
     num_heads=4,
     num_kv_heads=4,
+    head_dim=4,
     embed_dim=16,
     mlp_dim=32,
     positions="learned",
     rotary_base=10_000.0,
+    rotary_factor=1.0,
+    rotary_low=1.0,
+    rotary_high=4.0,
+    rotary_context=8192,
+    rotary_skip=0,
     norm="layernorm",
     norm_position="pre",
     norm_epsilon=1e-5,
     activation="gelu",
     head_transform=False,
     tied_head=True,
+    qk_norm=False,
     bias=False,
+    qkv_bias=False,
     dropout=0.0,
     dtype=jnp.dtype("float32"),
     remat=False,
@@ -54,10 +63,15 @@ VARIANTS = {
     ),
     "scanned": dataclasses.replace(SMALL, scan_layers=True),
     "scanned llama, remat": dataclasses.replace(LLAMA, scan_layers=True, remat=True),
+    "qwen3": dataclasses.replace(LLAMA, qk_norm=True, qkv_bias=True, head_dim=8),
+    "scanned smollm3, remat": dataclasses.replace(
+        LLAMA, rotary_skip=2, rotary_factor=4.0, rotary_context=16, scan_layers=True, remat=True
+    ),
 }
 INPUTS = jnp.array([[1, 2, 3, 4, 5, 6, 7, 8], [8, 1, 6, 10, 2, 3, 0, 9]])
 
 
+@functools.cache
 def initialised(config):
     model = Transformer(config)
 
@@ -105,6 +119,13 @@ MODELS = {
         LLAMA, tied_head=True, bias=True, rotary_base=5e5
     ),
     "llama, scanned": dataclasses.replace(LLAMA, scan_layers=True),
+    "llama, scaled rotary, wide heads": dataclasses.replace(
+        LLAMA, rotary_factor=8.0, rotary_low=0.5, rotary_high=2.0, rotary_context=32, head_dim=12
+    ),
+    "mistral": dataclasses.replace(LLAMA, embed_dim=18, head_dim=8),
+    "qwen2": dataclasses.replace(LLAMA, qkv_bias=True, norm_epsilon=1e-6, tied_head=True),
+    "qwen3": dataclasses.replace(LLAMA, qk_norm=True, head_dim=8, rotary_base=1e6),
+    "smollm3": dataclasses.replace(LLAMA, rotary_skip=2, tied_head=True),
     "arcee": dataclasses.replace(LLAMA, activation="gelu"),
     "bert": BERT,
     "bert, tanh gelu, no biases": dataclasses.replace(BERT, activation="gelu", bias=False),

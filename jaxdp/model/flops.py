@@ -1,0 +1,17 @@
+"""Floating-point operations of a model."""
+
+from jaxdp.model.transformer import ModelConfig
+
+
+def flops_per_token(config: ModelConfig, parameters: int) -> int:
+    """Counts the floating-point operations of forward and backward pass per token.
+
+    6 per parameter in matrix products, and 12 * layers * context * (heads * head width) for
+    attention, as if all tokens attended to all (PaLM, Chowdhery et al. 2022, appendix B).
+    """
+    if config.positions == "learned":
+        parameters -= config.seq_len * config.embed_dim
+    if not config.tied_head:
+        parameters -= config.vocab_size * config.embed_dim  # A lookup multiplies nothing.
+    width = config.num_heads * config.head_dim
+    return 6 * parameters + 12 * config.num_layers * width * config.seq_len
