@@ -156,7 +156,7 @@ def traced(keys: dict[str, Any], batch: int, folder: Path) -> tuple[str, float]:
     drawn = batches(config, vocab())
 
     def placed():
-        return replicas.shard_steps([with_process(next(drawn), stop=False, busy=0.0)])
+        return replicas.shard_steps([with_process(next(drawn), busy=0.0)])
 
     step, given = pmapped(setup, replicas, state), [placed() for _ in range(STEPS)]
     compiled = step.lower(state, given[0]).compile()

@@ -38,7 +38,7 @@ def run(folder: str, names: list[str]) -> None:
     config.optimizer.warmup_steps = 2
     replicas, setup = Replicas(jax.local_devices()[:1]), make_setup(config, vocab(), 1)
     program, given = Program(setup, replicas), batches(config, vocab())
-    hosts = [[with_process(next(given), stop=False, busy=0.0)] for _ in range(ALL)]
+    hosts = [[with_process(next(given), busy=0.0)] for _ in range(ALL)]
     for name in names:
         first, state = 0, create_state(setup, replicas)
         with Checkpoints(Path(folder), config, replicas, setup.method) as checkpoints:

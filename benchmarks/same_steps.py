@@ -125,7 +125,7 @@ def main() -> int:
         subprocess.run(train, cwd=NANOGPT.value, stdout=sys.stderr, check=True)
         theirs = np.load(Path(folder) / "losses.npy")
         params = as_ours(dict(np.load(Path(folder) / "weights.npz")), config)
-    rest = {name: np.zeros(config.global_batch_size, np.float32) for name in ("stop", "busy")}
+    rest = {name: np.zeros(config.global_batch_size, np.float32) for name in ("busy",)}
     rest["weights"] = np.ones((config.global_batch_size, config.seq_len), np.float32)
     batches = [
         rest | {name: x[step].astype(np.int32) for name, x in whole.items()}

@@ -27,7 +27,7 @@ def trainer(
     """
     setup = make_setup(config, vocab_size, replicas.device_count)
     program, state = Program(setup, replicas), create_state(setup, replicas)
-    hosts = ([with_process(batch, stop=False, busy=0.0)] for batch in batches)
+    hosts = ([with_process(batch, busy=0.0)] for batch in batches)
     rounds, done = prefetch(hosts, replicas.shard_steps), 0
 
     def step() -> Any:

@@ -92,8 +92,7 @@ class Timed:
         self._steps = config.sync.every
         batches = Feed(config, cache).train(0)
         batches = [
-            with_process(batch, stop=False, busy=0.0)
-            for batch in itertools.islice(batches, self._steps)
+            with_process(batch, busy=0.0) for batch in itertools.islice(batches, self._steps)
         ]
         length = self._program.round_length(0)
         put = self._replicas.shard_steps

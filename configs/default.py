@@ -30,8 +30,8 @@ def get_config() -> ConfigDict:
     # Logged as eval/NAME/loss. Early stopping and the choice of the best checkpoint ignore it.
     c.eval_sets = ""
     # A process exits with an error, so that a scheduler can restart it, after this many seconds
-    # without progress, or 10 times the longest wait so far if that is more. Compiling and saving
-    # may take 10 times hang_seconds. 0: never.
+    # without progress, or 10 times the longest that the same activity has taken if that is more.
+    # Compiling, saving, and an activity's first time may take 10 times hang_seconds. 0: never.
     c.hang_seconds = 300
 
     # The data.

@@ -4,7 +4,7 @@ import difflib
 import runpy
 import sys
 
-from jaxdp.common import usage
+from jaxdp.common import streams, usage
 from jaxdp.common.errors import WRONG_INPUT
 
 
@@ -13,11 +13,12 @@ def main() -> int:
 
     The list of commands imports neither them nor JAX, so it is printed at once.
     """
+    streams.protect()
     name, *rest = sys.argv[1:] or ["--help"]
     if name in usage.HELP:
-        usage.show(usage.listing())
+        print(usage.listing())
     elif name == "--version":
-        usage.show(usage.VERSION)
+        print(usage.VERSION)
     elif name in usage.COMMANDS:
         sys.argv[1:] = rest
         runpy.run_module(f"jaxdp.{name}", run_name="__main__", alter_sys=True)

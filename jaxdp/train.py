@@ -4,25 +4,26 @@
 
 `python -m jaxdp.train` is the same. It trains on all devices of this machine, or of all machines
 of a cluster (docs/clusters.md). One process drives all of a machine's devices; --processes=auto
-starts one for each GPU. On Ctrl-C or SIGTERM it saves a checkpoint and stops; run it again with the
-same workdir to resume.
+starts one for each GPU. On Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP it saves a checkpoint and stops after
+the step under way; run it again with the same workdir to resume.
 
-Exit status: 0 finished; 2 the config or the input is wrong; 75 stopped on request (SIGTERM or
-SIGINT) with everything saved, run again to resume; anything else is a fault.
+Exit status: 0 finished; 2 the config or the input is wrong; 75 stopped on request (by a signal)
+with everything saved, run again to resume; anything else is a fault.
 """
 
 import sys
-import threading
 from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from jaxdp.common import cli, paths
-from jaxdp.common.errors import STOPPED, ConfigError
+from jaxdp.common import cli, paths, stopping
+from jaxdp.common.errors import STOPPED, ConfigError, Stopped
+from jaxdp.common.stopping import StopRequest
 from jaxdp.parallel import launcher
 from jaxdp.parallel.identity import Identity, identify
 
+JOINING = 10.0  # Seconds that a process which is asked to stop still waits for the others.
 CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config().")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for everything that the run writes.")
 PROCESSES = flags.DEFINE_string(
@@ -46,6 +47,8 @@ PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, fr
 def main() -> int:
     """Trains with the config and workdir of the flags; returns the exit status."""
     launcher.end_with_launcher()
+    request = StopRequest(say=_say)
+    listener = stopping.Listener(request)
     config = cli.config_of_flag(CONFIG)
     if not WORKDIR.value:
         raise ConfigError("--workdir is missing: give a new folder, or that of a run to resume")
@@ -53,12 +56,23 @@ def main() -> int:
     identity = identify(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     gpus = launcher.visible_gpus() if PROCESSES.value != "1" else 0
     count = launcher.process_count(PROCESSES.value, gpus)
-    if count > 1:
-        return _start(config, count, gpus, identity)
-    return _train(config, workdir, identity)
+    if count == 1:
+        return _train(config, workdir, identity, request)
+    listener.close()  # From now on the launcher listens.
+    return _start(config, count, gpus, identity)
 
 
-def _train(config: ConfigDict, workdir: Path, identity: Identity | None) -> int:
+def _say(line: str) -> None:
+    """Prints a notice, in process 0 of several."""
+    # Without the function, the module has not been imported yet: this may be another thread.
+    number = getattr(sys.modules.get("jaxdp.parallel.processes"), "number", None)
+    if number is None or number() == 0:
+        cli.warn(line)
+
+
+def _train(
+    config: ConfigDict, workdir: Path, identity: Identity | None, request: StopRequest
+) -> int:
     """Trains in this process, with the others of the run, if there are any."""
     # Imported here, so that --help and mistakes in flags don't wait seconds for JAX.
     from jaxdp.parallel import cpu, gpu, processes
@@ -66,15 +80,18 @@ def _train(config: ConfigDict, workdir: Path, identity: Identity | None) -> int:
     from jaxdp.step.setup import same_on_two_devices, validate
 
     cli.prepare_jax()
-    links = processes.connect(identity)
+    with request.ends_within(JOINING, STOPPED):
+        links = processes.connect(identity)
     with processes.ending_together(links):
         validate(config)
         cpu.prepare(config, two_devices=same_on_two_devices(config))
         gpu.prepare(config)
         preflight.check_devices()
-        stop = threading.Event()
-        cli.on_stop_signal(stop.set)
-        result = loop.train_valid(config, workdir, stop_requested=stop.is_set)
+        try:
+            result = loop.train_valid(config, workdir, request)
+        except Stopped:
+            _say("stopped as asked, before the training began; run again to go on")
+            return STOPPED
     return 0 if result.finished else STOPPED
 
 

@@ -22,7 +22,7 @@ set -uo pipefail
 stopped=75 # The exit status of a run that was stopped on request, with everything saved.
 
 # SLURM signals this shell 120 s before the time is up, and the shell signals the tasks. It sends
-# SIGINT: on preemption SLURM may have sent SIGTERM to the tasks already, and a second one would end
+# SIGINT: on preemption SLURM may have sent SIGTERM to the tasks already, and a second one could end
 # them at once, while a first SIGINT does not. (SIGTERM to srun itself would kill the tasks.)
 trap 'trap "" TERM; scancel --signal=INT "$SLURM_JOB_ID"' TERM
 

@@ -1,14 +1,12 @@
-"""Functions that the commands share: flags, errors, signals, and JAX's settings."""
+"""Functions that the commands share: flags, errors, and JAX's settings."""
 
 import contextlib
-import glob
 import importlib.util
 import inspect
 import itertools
 import math
 import os
 import re
-import signal
 import sys
 import tempfile
 import traceback
@@ -18,11 +16,12 @@ from pathlib import Path
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from jaxdp.common import config_file, paths, usage
+from jaxdp.common import config_file, nvidia, paths, streams, usage
 from jaxdp.common.config import check_known
 from jaxdp.common.errors import WRONG_INPUT, ConfigError, RunError, shown
 
 FAULT = 1
+INTERRUPTED = 130  # By Ctrl-C, as shells have it: 128 + SIGINT.
 REPEATED = "; repeat this option to specify a list of values"  # absl adds it to a flag's help.
 NO_FUNCTION = "AttributeError: module 'config_config' has no attribute 'get_config'"
 
@@ -45,6 +44,7 @@ def run(
     Returns:
       The exit status.
     """
+    streams.protect()
     logging.set_verbosity(logging.WARNING)
     try:
         if _shows_help(main, check_arguments):
@@ -60,6 +60,9 @@ def run(
     except (ConfigError, RunError) as error:
         print(f"jaxdp: {' '.join(str(error).split())}", file=sys.stderr)
         return WRONG_INPUT if isinstance(error, ConfigError) else FAULT
+    except KeyboardInterrupt:
+        print("jaxdp: interrupted", file=sys.stderr)
+        return INTERRUPTED
     except Exception:
         traceback.print_exc()
         return FAULT
@@ -72,7 +75,7 @@ def _shows_help(
     end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     asked = set(sys.argv[1:end])
     if "--version" in asked:
-        usage.show(usage.VERSION)
+        print(usage.VERSION)
         return True
     if not asked & set(usage.HELP):
         return False
@@ -85,7 +88,7 @@ def _shows_help(
     rows = {name: [row for flag in modules[name] for row in _rows(flag)] for name in modules}
     own = [row for name in names for row in rows.pop(name, [])]
     others = list(itertools.chain(*rows.values())) if "--helpfull" in asked else []
-    usage.show(usage.help_for(Path(inspect.getfile(main)), own, others))
+    print(usage.help_for(Path(inspect.getfile(main)), own, others))
     return True
 
 
@@ -211,23 +214,6 @@ def prepare_jax() -> None:
 
 def _only_plugin() -> bool:
     """Returns whether JAX has a plugin for NVIDIA GPUs, and this machine has no accelerator."""
-    plugins = importlib.util.find_spec("jax_plugins")
-    folders = plugins.submodule_search_locations or [] if plugins else []
-    installed = any(glob.glob(f"{folder}/xla_cuda*") for folder in folders)
     # JAX looks for these files, too; Linux on Windows has the second one.
-    devices = glob.glob("/dev/nvidia[0-9]*") or os.path.exists("/dev/dxg")
-    return installed and not devices and importlib.util.find_spec("libtpu") is None
-
-
-def on_stop_signal(callback: Callable[[], None]) -> None:
-    """Installs a callback for the first SIGTERM or SIGINT; a second one ends the process."""
-
-    def handle(number, frame):
-        del frame
-        signal.signal(number, signal.SIG_DFL)
-        callback()
-
-    signal.signal(signal.SIGTERM, handle)
-    signal.signal(signal.SIGINT, handle)
-    # Blocked if jaxdp.parallel.launcher has started this process; what came meanwhile comes now.
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGINT))
+    devices = nvidia.device_files() or os.path.exists("/dev/dxg")
+    return bool(nvidia.plugins()) and not devices and importlib.util.find_spec("libtpu") is None

@@ -15,6 +15,10 @@ class RunError(RuntimeError):
     """A run can't go on, through no mistake of the user's; the message says why in one line."""
 
 
+class Stopped(KeyboardInterrupt):
+    """A run was asked to stop before it trained; libraries let it pass, as they do with Ctrl-C."""
+
+
 def check_text(key: str, text: str) -> None:
     """Raises ConfigError for a text that is not valid Unicode, or contains a NUL character."""
     if not text.isascii() and text != text.encode(errors="ignore").decode():

@@ -10,12 +10,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from jaxdp.common import streams
+
 
 class Display:
     """Prints to stdout: with colour and a progress bar on a terminal, else as plain lines."""
 
     def __init__(self, quiet: bool = False):
         """Makes a display, which prints nothing if `quiet`, as in all processes but the first."""
+        streams.protect()  # Here, too, for programs that call jaxdp's functions.
         # In a notebook rich would turn every line into an HTML block, with gaps between them.
         notebook = Console().is_jupyter
         self._console = Console(
@@ -33,7 +36,7 @@ class Display:
         self._print(Text(text, style=style))
 
     def _print(self, text: Any) -> None:
-        # If stdout goes to a full disk, the log has gaps, but the run goes on.
+        # What others have put in place of stdout may fail, too; the run goes on.
         with contextlib.suppress(OSError):
             self._console.print(text)
 

@@ -7,7 +7,6 @@ It is read from the source, so that the list of commands imports none of them.
 import ast
 import os
 import shutil
-import signal
 import textwrap
 from pathlib import Path
 
@@ -18,12 +17,6 @@ COMMANDS = ("train", "evaluate", "generate", "export", "plan", "plot")
 HELP = ("--help", "-h", "--helpfull")
 KEY = "--config.KEY=VALUE"
 VERSION = f"jaxdp {__version__}"
-
-
-def show(text: str) -> None:
-    """Prints a text; ends this process without a word if its reader has gone, such as `head`."""
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    print(text)
 
 
 def described(source: Path) -> tuple[str, str, str]:

@@ -16,9 +16,8 @@ Batch = dict[str, Any]
 TOKENS: dict[str, type] = {"inputs": np.int32, "targets": np.int32, "weights": np.float32}
 # In batches that keep documents apart, [P, L]: the document of a token, and its position there.
 DOCUMENTS: dict[str, type] = {"segments": np.int32, "positions": np.int32}
-# In training batches, [P]: whether this process was asked to stop, and how many seconds it spent
-# on its last step.
-PROCESS: dict[str, type] = {"stop": np.float32, "busy": np.float32}
+# In training batches, [P]: how many seconds this process spent on its last step.
+PROCESS: dict[str, type] = {"busy": np.float32}
 # In evaluation batches, [P]: the number of the batch, which seeds the masks of masked LM.
 NUMBER: dict[str, type] = {"number": np.int32}
 
@@ -73,10 +72,9 @@ def _shapes(
     }
 
 
-def with_process(batch: Batch, *, stop: bool, busy: float) -> Batch:
-    """Returns a training batch with this process's state added, for the others; see `PROCESS`."""
-    values = {"stop": stop, "busy": busy}
-    return batch | _filled(PROCESS, values, len(batch["inputs"]))
+def with_process(batch: Batch, busy: float) -> Batch:
+    """Returns a training batch with this process's figures added, for the others; see `PROCESS`."""
+    return batch | _filled(PROCESS, {"busy": busy}, len(batch["inputs"]))
 
 
 def with_number(batch: Batch, number: int) -> Batch:

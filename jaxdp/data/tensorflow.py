@@ -10,32 +10,27 @@ import tempfile
 from collections.abc import Iterator
 
 from jaxdp.common.errors import ConfigError
+from jaxdp.common.streams import hidden
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 if not os.path.isabs(os.path.expanduser("~")):  # TensorFlow's Keras would make a folder called ~.
     os.environ.setdefault("KERAS_HOME", os.path.join(tempfile.gettempdir(), ".keras"))
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Hides what C++ writes to stderr, unless the block fails.
-
-    TensorFlow prints lines about CPUs and missing GPUs that no log level silences. What Python
-    writes to stderr, such as an error in another thread, is still shown.
-    """
-    sys.stderr.flush()
-    with os.fdopen(os.dup(2), "w", buffering=1) as terminal, tempfile.TemporaryFile() as said:
-        seen = terminal if sys.stderr is sys.__stderr__ else sys.stderr
-        os.dup2(said.fileno(), 2)
-        try:
-            with contextlib.redirect_stderr(seen):
-                yield
-        except BaseException:
-            said.seek(0)
-            os.write(terminal.fileno(), said.read())
-            raise
-        finally:
-            os.dup2(terminal.fileno(), 2)
+# What TensorFlow's C++ says at every start, about CPUs and missing GPUs; no log level silences it.
+GREETINGS = (
+    "before absl::InitializeLog() is called",
+    "oneDNN custom operations are on",
+    "Could not find cuda drivers",
+    "failed call to cuInit",
+    "This TensorFlow binary is optimized",
+    "To enable the following instructions:",
+    "Attempting to register factory for plugin",
+    "computation placer already registered",
+    "TF-TRT Warning",
+    "Cannot dlopen some GPU libraries",
+    "Skipping registering GPU devices",
+)
 
 
 @contextlib.contextmanager
@@ -82,7 +77,7 @@ def hide_accelerators() -> None:
 
 
 _keep_symbols_local()
-with _quiet(), _no_keras():
+with hidden(GREETINGS), _no_keras():
     import tensorflow as tf
 
     hide_accelerators()

@@ -1,11 +1,12 @@
 """Sets up fast training on CPUs before JAX starts: the number of devices, and malloc."""
 
 import ctypes
-import glob
 import os
 
 import jax
 from ml_collections import ConfigDict
+
+from jaxdp.common import nvidia
 
 # Parameters of mallopt, from glibc's malloc.h.
 TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8
@@ -25,7 +26,7 @@ def prepare(config: ConfigDict, *, two_devices: bool) -> None:
         be_two_devices()
     set_by_user = any(name.startswith("MALLOC_") for name in os.environ)
     set_by_user = set_by_user or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
-    if not (glob.glob("/dev/nvidia[0-9]*") or set_by_user):
+    if not (nvidia.device_files() or set_by_user):
         _keep_memory(activation_bytes(config))
 
 

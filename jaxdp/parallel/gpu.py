@@ -1,12 +1,13 @@
 """Sets up XLA for NVIDIA GPUs before JAX starts."""
 
-import glob
 import importlib.util
 import mmap
 import os
 from pathlib import Path
 
 from ml_collections import ConfigDict
+
+from jaxdp.common import nvidia
 
 # By name: the value that is better than XLA's default for a training step (benchmarks/RESULTS.md).
 FLAGS = {
@@ -27,7 +28,7 @@ def prepare(config: ConfigDict) -> None:
     Args:
       config: a valid config; without xla_flags nothing is added.
     """
-    if glob.glob("/dev/nvidia[0-9]*"):
+    if nvidia.device_files():
         flags = [f"--{name}={value}" for name, value in wanted(config).items()]
         os.environ["XLA_FLAGS"] = " ".join([*os.environ.get("XLA_FLAGS", "").split(), *flags])
 
@@ -47,13 +48,11 @@ def _is_known(flag: str) -> bool:
 
 def xla_libraries() -> list[Path]:
     """Returns the libraries that contain XLA: jaxlib's, and JAX's CUDA plugins."""
-    roots = [("jaxlib", "libjax_common.so"), ("jax_plugins", "xla_cuda*/xla_cuda_plugin.so")]
-    found: list[Path] = []
-    for package, pattern in roots:
-        spec = importlib.util.find_spec(package)
-        for folder in (spec.submodule_search_locations or []) if spec else []:
-            found += Path(folder).glob(pattern)
-    return found
+    spec = importlib.util.find_spec("jaxlib")
+    folders = (spec.submodule_search_locations or []) if spec else []
+    files = [Path(folder) / "libjax_common.so" for folder in folders]
+    files += [folder / "xla_cuda_plugin.so" for folder in nvidia.plugins()]
+    return [file for file in files if file.exists()]
 
 
 def _contains(file: Path, text: bytes) -> bool:

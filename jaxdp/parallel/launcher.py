@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import IO
 
 from jaxdp.common.errors import STOPPED, WRONG_INPUT, ConfigError, shown
+from jaxdp.common.stopping import SIGNALS, Received, heard
 
 GRACE = 10.0  # Seconds in which the others may end by themselves after one has failed.
 TICK = 0.05  # Seconds between two looks at the processes.
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
-OTHER = {signal.SIGTERM: signal.SIGINT, signal.SIGINT: signal.SIGTERM}
 LAUNCHER = "JAXDP_LAUNCHER"  # The variable that tells a process the number of its launcher.
 PR_SET_PDEATHSIG = 1  # From Linux's prctl.h.
 
@@ -154,15 +153,17 @@ def run(children: Sequence[Child], grace: float = GRACE) -> int:
     The first is the main one: it has this process's stdin, stdout and stderr. Of the others only
     stderr is shown, line by line after their number.
 
-    The first SIGTERM or SIGINT is passed on, a second one kills them. If one fails, the others
-    would wait for it for ever: they are killed after `grace` seconds.
+    The first of `SIGNALS` is passed on; a second SIGTERM or SIGINT, more than a second after the
+    first, kills them. If one fails, the others would wait for it for ever: they are killed after
+    `grace` seconds.
 
     Returns:
       0 if all have finished; STOPPED if all have finished or stopped on request; else the exit
       status of the first that failed, or 128 + N if signal N has ended it, or all of them.
     """
-    received: list[int] = []
-    before = {n: signal.signal(n, lambda n, _: received.append(n)) for n in SIGNALS}
+    received = Received()
+    before = {n: signal.signal(n, lambda n, _: received.add(n)) for n in heard()}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     processes: list[subprocess.Popen] = []
     try:
         _start(children, processes)
@@ -176,8 +177,8 @@ def run(children: Sequence[Child], grace: float = GRACE) -> int:
     for printer in printers:
         printer.join(1)  # No longer: what a process has started may still hold its stderr.
     codes = [process.returncode for process in processes]
-    if len(received) > 1:
-        return 128 + received[1]
+    if received.again:
+        return 128 + received.again
     if not failed:
         return max(codes)
     for printer in printers:
@@ -189,7 +190,7 @@ def run(children: Sequence[Child], grace: float = GRACE) -> int:
 
 def _start(children: Sequence[Child], processes: list[subprocess.Popen]) -> None:
     """Starts processes and appends them to a list."""
-    # They are born with the signals blocked, until they can save: see cli.on_stop_signal.
+    # They are born with the signals blocked, until they can hear them: see stopping.Listener.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     cores = os.sched_getaffinity(0)
     try:
@@ -209,7 +210,7 @@ def _start(children: Sequence[Child], processes: list[subprocess.Popen]) -> None
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def _wait(processes: list[subprocess.Popen], received: list[int], grace: float) -> list[int]:
+def _wait(processes: list[subprocess.Popen], received: Received, grace: float) -> list[int]:
     """Waits for the end of all; returns the numbers of those that failed, the first one first."""
     failed: list[int] = []
     deadline, passed_on = math.inf, False
@@ -222,13 +223,14 @@ def _wait(processes: list[subprocess.Popen], received: list[int], grace: float) 
         now = time.monotonic()
         if failed:
             deadline = min(deadline, now + grace)
-        if received and not passed_on:
+        if received.first and not passed_on:
             # Ctrl-C and schedulers may send the signal to the whole group of processes. A second
-            # one of the same kind would end them at once, the first of the other kind does not.
+            # one of the same kind could end them at once, the first of another kind does not.
+            other = signal.SIGTERM if received.first == signal.SIGINT else signal.SIGINT
             for process in processes:
-                process.send_signal(OTHER[signal.Signals(received[0])])
+                process.send_signal(other)
             passed_on = True
-        if len(received) > 1 or now > deadline:
+        if received.again or now > deadline:
             for process in processes:
                 process.kill()
         time.sleep(TICK)

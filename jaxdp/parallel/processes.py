@@ -1,7 +1,6 @@
 """The processes of a run: how they connect, communicate, wait and end, by `jax.distributed`."""
 
 import contextlib
-import glob
 import hashlib
 import itertools
 import json
@@ -20,12 +19,14 @@ from jax._src import distributed  # Its client has no public name; Orbax uses it
 from jax.experimental import multihost_utils
 
 import jaxdp
+from jaxdp.common import nvidia
 from jaxdp.common.errors import WRONG_INPUT, ConfigError, RunError
 from jaxdp.common.files import first_line
 from jaxdp.parallel import rendezvous
 from jaxdp.parallel.identity import Identity, host_and_port
 
 PROXIES = {"grpc_proxy", "https_proxy", "http_proxy"}  # What gRPC reads.
+LONG = 7 * 24 * 3600  # Seconds; as long as one process may tokenise while others wait.
 LOOK = 0.5  # Seconds between two looks for a failure of another process.
 FAILED = "jaxdp/failed"  # What the first process that fails tells the others.
 _calls = itertools.count()  # Numbers the calls of `gather` and `from_main`.
@@ -50,6 +51,8 @@ def connect(identity: Identity | None) -> rendezvous.Links:
     if os.environ.keys() & PROXIES:  # gRPC would look for process 0 at the proxy.
         host, _ = host_and_port(identity.address, identity.where)
         os.environ.update(no_grpc_proxy=host)
+    # JAX would catch SIGTERM itself, in place of common/stopping.py.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             identity.address,
@@ -83,8 +86,13 @@ def _platform() -> str:
     """Returns the kind of devices that JAX will look for, without looking."""
     first = (jax.config.values["jax_platforms"] or "").split(",")[0]
     if not first:
-        first = "cuda" if glob.glob("/dev/nvidia[0-9]*") else "cpu"
+        first = "cuda" if nvidia.device_files() else "cpu"
     return "cuda" if first == "gpu" else first
+
+
+def number() -> int:
+    """Returns the number of this process, 0 until it is connected; doesn't start JAX's devices."""
+    return distributed.global_state.process_id
 
 
 def is_main() -> bool:
@@ -209,6 +217,33 @@ def published() -> dict[int, str]:
     """Returns each process's last text from `tell`; waits until process 0, their store, answers."""
     found = _client().key_value_dir_get("jaxdp/told/")
     return {int(key.rsplit("/", 1)[1]): text for key, text in found}
+
+
+def set_once(key: str, text: str) -> None:
+    """Sets a key of JAX's key-value store; raises JaxRuntimeError if a process has set it."""
+    _client().key_value_set(key, text)
+
+
+def get(key: str, seconds: float) -> str | None:
+    """Returns the text of a key once a process has set it; None if none does in this time."""
+    try:
+        return _client().blocking_key_value_get(key, round(1000 * seconds))
+    except jax.errors.JaxRuntimeError as error:
+        if "DEADLINE_EXCEEDED" not in str(error):
+            raise
+        return None
+
+
+def meet(name: str) -> None:
+    """Waits until all processes have called this with the same name; no device takes part."""
+    _client().wait_at_barrier(name, 1000 * LONG)
+
+
+def exchange(name: str, text: str) -> list[str]:
+    """Returns the texts that the processes have given for a name, once all have."""
+    _client().key_value_set(f"{name}/{jax.process_index()}", text)
+    meet(name)
+    return [text for _, text in _client().key_value_dir_get(f"{name}/")]
 
 
 def _client() -> Any:

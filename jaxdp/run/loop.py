@@ -11,11 +11,14 @@ from ml_collections import ConfigDict
 
 from jaxdp.common import config as configs
 from jaxdp.common import paths
+from jaxdp.common.errors import Stopped
+from jaxdp.common.stopping import StopRequest
 from jaxdp.common.terminal import Display
 from jaxdp.data import eval_sets
 from jaxdp.data.cache import open_cache
 from jaxdp.data.feed import Feed
 from jaxdp.parallel import processes
+from jaxdp.parallel.agreement import Agreement
 from jaxdp.parallel.replicas import Replicas
 from jaxdp.run import consistency, preflight, report, resuming
 from jaxdp.run.evaluation import Evaluations
@@ -42,26 +45,49 @@ def train(
       config: a config with the keys of configs/default.py.
       workdir: folder for config.json, metrics.jsonl, tensorboard/, checkpoints/, tokenizer.json.
       devices: the devices to train on; all by default.
-      stop_requested: called before each batch; if true in any process, all of them save and return.
+      stop_requested: called before each round of training and each batch of an evaluation; if true
+        in any process, all of them save and return.
 
     Raises:
       ConfigError: the config, the data or the workdir can't be used; nothing was changed.
+      Stopped: asked to stop before the run began.
     """
     validate(config)
     workdir = paths.local("--workdir", workdir)
-    return train_valid(config, workdir, devices=devices, stop_requested=stop_requested)
+    return train_valid(config, workdir, StopRequest(stop_requested), devices=devices)
 
 
 def train_valid(
     config: ConfigDict,
     workdir: str | Path,
+    request: StopRequest,
     *,
     devices: Sequence[jax.Device] | None = None,
-    stop_requested: Callable[[], bool] = lambda: False,
 ) -> Result:
-    """Trains like `train`, with a config that `validate` has accepted."""
+    """Trains like `train`, with a config that `validate` has accepted, until requested to stop."""
     workdir, replicas, display = Path(workdir), Replicas(devices), Display(not processes.is_main())
-    setup = _prepare(config.copy_and_resolve_references(), workdir, replicas, display.line)
+
+    def say(line: str) -> None:
+        request.check()
+        display.line(line)
+
+    with Agreement(request) as agreement:
+        setup = None
+        with contextlib.suppress(Stopped), request.interruptible():
+            setup = _prepare(config.copy_and_resolve_references(), workdir, replicas, say)
+        agreement.start_together(setup is not None)
+        assert setup is not None
+        consistency.check(setup, workdir)
+        request.when = "after this step"
+        result = _train_prepared(setup, workdir, replicas, display, agreement)
+    return result or train_valid(config, workdir, request, devices=devices)
+
+
+def _train_prepared(
+    setup: Setup, workdir: Path, replicas: Replicas, display: Display, agreement: Agreement
+) -> Result | None:
+    """Trains with a setup; returns None if its place in the data turns out to be another one."""
+    config = setup.config
     watchdog = Watchdog(config.hang_seconds)
     threading.Thread(target=_import_tensorflow).start()
     with preflight.locked(workdir, display.line), processes.explaining_lost_peers(), watchdog:
@@ -73,14 +99,13 @@ def train_valid(
                 abstract_state(setup), setup.method, setup.method.islands(setup.device_count)
             ),
         )
-        with Run(setup, workdir, replicas, display, watchdog, stop_requested) as run:
+        with Run(setup, workdir, replicas, display, watchdog, agreement) as run:
             start, state = run.restore()
             if run.origin == setup.feed.origin:
                 return _train(run, start, state)
-            del state
     # The newest checkpoint is damaged, and lies elsewhere by now: the run's length was computed
     # from its place in the data.
-    return train_valid(config, workdir, devices=devices, stop_requested=stop_requested)
+    return None
 
 
 def _prepare(
@@ -116,7 +141,6 @@ def _prepare(
     resolve_steps(config, feed, say)
     setup = setup_of_feeds(feeds, replicas.device_count, jax.process_count())
     preflight.check_memory(setup)
-    consistency.check(setup, workdir)
     return setup
 
 
@@ -143,35 +167,49 @@ def train_steps(run: Run, state: State, start: int) -> Result:
 
     A step is saved before it is evaluated, so that an evaluation that dies loses nothing. If a run
     ends between the two, it evaluates that step first when it resumes. A run that is asked to stop
-    leaves the evaluation to the resumed run.
+    dispatches no more rounds, and leaves an evaluation to the resumed run.
     """
     evaluations: Evaluations = run.evaluate(start, state) if run.unevaluated else {}
     rounds, done = run.rounds(start), start
-    while not (run.stop or run.over(done)):
+    while not (run.over(done) or run.asked_to_stop()):
         before, evaluations = done, {}
         new = run.compile(done, state)
         batch = run.fetch(rounds, done)
+        if run.asked_to_stop():  # What is dispatched can't be taken back.
+            break
         done, state = run.train(done, state, batch, new)
 
         evaluating, saving = run.due(done)
-        if run.judge.trouble is None and (run.stop or evaluating or saving):
+        if run.judge.trouble is None and (evaluating or saving):
             run.read_figures()
         if run.judge.trouble:
             done, state = roll_back(run, state)
             rounds = run.rounds(done)
             evaluating, saving = run.due(done)
-        ended = run.stop or run.over(done)
+        ended = run.over(done)
 
         run.check_replicas(before, done, state, always=ended or saving or evaluating)
         # After a skipped update the parameters may be bad: they don't replace good ones.
-        saved = ended or (saving and run.judge.in_a_row == 0)
-        if saved:
+        if ended or (saving and run.judge.in_a_row == 0):
             run.save(done, state, evaluating)
-        if evaluating and not run.stop:
+        if evaluating:
             evaluations = run.evaluate(done, state)
-        if run.stopping.over and not saved:
+        if run.stopping.over and run.saved != done:
             run.save(done, state, evaluating=False)
+    if run.stopped:
+        done, state = _stop(run, done, state)
     return Result(done, run.over(done) and not run.unevaluated, evaluations, state)
+
+
+def _stop(run: Run, done: int, state: State) -> tuple[int, State]:
+    """Saves the state after `done` steps for the next start, unless that has been done."""
+    run.read_figures()
+    if run.judge.trouble:
+        done, state = roll_back(run, state)
+    if run.saved != done:
+        run.check_replicas(done, done, state, always=True)
+        run.save(done, state, evaluating=run.due(done)[0] and run.evaluated != done)
+    return done, state
 
 
 def _import_tensorflow() -> None:

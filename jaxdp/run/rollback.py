@@ -43,6 +43,7 @@ def roll_back(run: Run, state: State) -> tuple[int, State]:
     step, extra, state = found or (0, {}, run.first_state())
     run.load_evaluations(step, extra)  # Later ones are dropped.
     run.judge.roll_back()
+    run.saved = None  # What is to be saved of trouble.step is another state.
     run.display.line(
         f"step {trouble.step}: {trouble.reason}. Back to the parameters of step {step}; the "
         f"data of the steps since is skipped (roll-back {run.judge.rollbacks} of at most "

@@ -7,14 +7,14 @@ import contextlib
 import functools
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from jaxdp.common.config import save
-from jaxdp.common.errors import ConfigError, RunError
+from jaxdp.common.errors import ConfigError, RunError, Stopped
 from jaxdp.common.files import way_out, write_atomically
 from jaxdp.common.terminal import Display
 from jaxdp.data import batch as batches
@@ -26,6 +26,7 @@ from jaxdp.huggingface import load
 from jaxdp.model.flops import flops_per_token
 from jaxdp.model.transformer import num_parameters, parameter_shapes
 from jaxdp.parallel import processes
+from jaxdp.parallel.agreement import Agreement
 from jaxdp.parallel.replicas import Replicas, device_memory, prefetch
 from jaxdp.run import consistency, preflight, report, resuming, sampled
 from jaxdp.run.divergence import Divergence
@@ -48,7 +49,9 @@ class Run:
     """A run in progress, for the length of a `with` block.
 
     Attributes:
-      stop: whether any process was asked to stop, according to the metrics fetched so far.
+      stopped: whether all processes stop here, because one of them was asked to.
+      saved: the step whose state was last saved, or restored.
+      evaluated: the step that was last evaluated; None before.
       unevaluated: whether the newest checkpoint was saved before its evaluation, which is to come.
       origin: the position in the data at which the restored checkpoint was saved.
     """
@@ -60,7 +63,7 @@ class Run:
         replicas: Replicas,
         display: Display,
         watchdog: Watchdog,
-        stop_requested: Callable[[], bool],
+        agreement: Agreement,
     ):
         """Creates the parts of the run; compiles and writes nothing yet."""
         self.setup, self.config, self.workdir = setup, setup.config, workdir
@@ -68,10 +71,12 @@ class Run:
         self.program = Program(setup, replicas)
         self.judge, self.stopping = Divergence(setup.config), EarlyStopping(setup.config)
         self.profile = Profile(setup.config, workdir, display.line)
-        self.stop = self.unevaluated = False
+        self.stopped = self.unevaluated = False
+        self.saved: int | None = 0  # The state of step 0 needn't be saved.
+        self.evaluated: int | None = None
         self.origin, self._changes = Position(), ""
         self._line: dict[str, Any] | None = None  # What was logged of an unevaluated step.
-        self._stop_requested = stop_requested
+        self._agreement = agreement
         self._p_eval_step = pmapped_evaluation(setup, replicas)
         self._tokenizer_digest = tokenizer.digest(setup.feed.cache.tokenizer)
         self._replica_check = ReplicaCheck(replicas)
@@ -112,6 +117,7 @@ class Run:
         step, extra, state = found
         self.origin = resuming.position_of(self.workdir, self.config, step, extra)
         self._changes = resuming.changes(self.workdir, self.config, self.origin, extra)
+        self.saved = step
         self.judge.load(extra["divergence"])
         self._loss.load(extra.get("loss", {}))
         self.unevaluated = self.load_evaluations(step, extra)
@@ -184,6 +190,11 @@ class Run:
         if template := self.setup.feed.cache.chat_template:
             write_atomically(self.workdir / tokenizer.TEMPLATE, template)
 
+    def asked_to_stop(self) -> bool:
+        """Returns whether all processes stop here; all have to call this at the same points."""
+        self.stopped = self.stopped or self._agreement.reached()
+        return self.stopped
+
     # A round of optimizer steps.
 
     def rounds(self, start: int) -> Iterator[Any]:
@@ -191,14 +202,12 @@ class Run:
         return prefetch(self._host_rounds(start), self.replicas.shard_steps)
 
     def _host_rounds(self, start: int) -> Iterator[list[Batch]]:
-        """Yields each round's batches; they carry this process's stop request and busy time."""
+        """Yields each round's batches; they carry this process's busy time."""
         feed, done = self.setup.feed.train(start), start
         while done < self.config.num_train_steps:
             steps = self.program.round_length(done)
-            tell = functools.partial(
-                batches.with_process, stop=self._stop_requested(), busy=self._busy
-            )
-            yield [tell(batch) for batch in itertools.islice(feed, steps)]
+            busy = self._busy
+            yield [batches.with_process(x, busy) for x in itertools.islice(feed, steps)]
             done += steps
 
     def compile(self, done: int, state: State) -> bool:
@@ -269,7 +278,7 @@ class Run:
 
     def read(self, before: int, metrics: dict[str, jax.Array], waited: float) -> None:
         """Fetches and logs the metrics of a round; see `StepLog.add`."""
-        self.stop = self._log.add(before, metrics, waited) or self.stop
+        self._log.add(before, metrics, waited)
 
     def forget_figures(self) -> None:
         """Drops the metrics since the last logged step, for a roll-back."""
@@ -296,11 +305,24 @@ class Run:
         return done >= self.config.num_train_steps or self.stopping.over
 
     def evaluate(self, done: int, state: State) -> Evaluations:
-        """Evaluates on the validation split and each of eval_sets, and logs the results."""
+        """Evaluates on the validation split and each of eval_sets, and logs the results.
+
+        If the run is asked to stop meanwhile, it ends before the next batch, and returns nothing.
+        """
         before = time.perf_counter()
-        watch = functools.partial(self.watchdog.each, doing="evaluating", done=done)
+
+        def watch(items: Iterable[Batch]) -> Iterator[Batch]:
+            for item in self.watchdog.each(items, "evaluating", done):
+                if self.asked_to_stop():
+                    raise Stopped
+                yield item
+
         params = self.program.eval_params(state)
-        found = evaluate_all(self._p_eval_step, params, self.setup.feeds, self.replicas, watch)
+        try:
+            found = evaluate_all(self._p_eval_step, params, self.setup.feeds, self.replicas, watch)
+        except Stopped:
+            return {}
+        self.evaluated = done
         self._writer.write(done, figures(found))
         for name, evaluation in found.items():
             self.display.line(report.evaluated(done, evaluation, name), "bold")
@@ -360,6 +382,7 @@ class Run:
             with contextlib.suppress(ConfigError, OSError):  # Then the checkpoint fails, too.
                 self.workdir.mkdir(parents=True, exist_ok=True)
                 self._describe()
+        self.saved = done
         self.checkpoints.save(done, state, extra)
 
     # The end.

@@ -35,16 +35,13 @@ class StepLog:
         self.throughput, self.loss = throughput, loss
         self.drift: float | None = None
 
-    def add(self, before: int, on_devices: dict[str, jax.Array], waited: float) -> bool:
+    def add(self, before: int, on_devices: dict[str, jax.Array], waited: float) -> None:
         """Waits for the metrics of a round, checks them, and logs the steps that are due.
 
         Args:
           before: steps done before the round.
           on_devices: metrics of `train_step`, not fetched yet.
           waited: seconds that the round waited for its batch.
-
-        Returns:
-          Whether any process was asked to stop.
         """
         metrics, config = jax.device_get(on_devices), self._setup.config
         steps = len(metrics["loss"])
@@ -62,7 +59,6 @@ class StepLog:
         if "drift" in metrics:
             self.drift = float(metrics["drift"][-1])
         self._display.step(before + steps)
-        return bool(metrics["stop"].max() > 0)
 
     def _look_for_trouble(self, done: int, metrics: dict[str, Any]) -> None:
         """Reports skipped updates, and checks whether the run diverges."""

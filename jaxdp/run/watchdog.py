@@ -12,13 +12,14 @@ from typing import NamedTuple, TypeVar
 
 import jax
 
+from jaxdp.common.streams import Readers
 from jaxdp.parallel import processes
 
 T = TypeVar("T")
 
 TICK = 0.5  # Seconds between two looks at the clock.
-FACTOR = 10  # Progress may take this many times longer than the longest so far.
-SLOW = 10  # Compiling and writing may take this many times config.hang_seconds.
+FACTOR = 10  # An activity may take this many times longer than it has taken so far.
+SLOW = 10  # What is slow, or done for the first time, may take this many times hang_seconds.
 
 
 class Beat(NamedTuple):
@@ -42,10 +43,15 @@ class Beat(NamedTuple):
 class Watchdog:
     """Ends the process when no progress has been reported for too long.
 
-    Too long is `seconds`, or FACTOR times the longest time between two reports so far, if that is
-    longer. Compiling and writing may take SLOW times `seconds`. A thread counts the time in ticks,
-    so that none passes while the process is stopped (Ctrl-Z) or the machine sleeps. (JAX keeps its
-    own time: where there are several processes, stopping one for 100 s ends the run.)
+    Too long is `seconds`, or FACTOR times the longest that the same activity has taken so far, if
+    that is longer. What is slow, such as compiling and writing, and what is done for the first time
+    may take SLOW times `seconds`. A thread counts the time in ticks, so that none passes while the
+    process is stopped (Ctrl-Z), the machine sleeps, or nobody takes what is printed (Ctrl-S).
+    (JAX keeps its own time: where there are several processes, stopping one for 100 s ends the
+    run.)
+
+    An activity is compared with itself, the first time too: a round of 500 local steps that takes
+    longer than `seconds` takes as long the next time, but compiling says nothing about training.
 
     Each process tells the others where it is, through JAX's key-value store.
     """
@@ -53,9 +59,9 @@ class Watchdog:
     def __init__(self, seconds: float):
         """Prepares; watching starts with `with`, and never if `seconds` is 0."""
         self._seconds = seconds
-        self._clock = self._longest = self._answered = 0.0
+        self._clock = self._answered = 0.0
         self._beat = Beat(0, "starting", 0, 0.0, slow=True)
-        self._known: set[str] = set()
+        self._longest: dict[str, float] = {}  # By activity.
         self._heard: dict[int, tuple[str, float]] = {}  # By process: last message, and when.
         self._every = min(5.0, max(seconds / 10, TICK))  # Seconds between messages to the others.
         self._ended = threading.Event()
@@ -70,29 +76,31 @@ class Watchdog:
         Args:
           doing: the activity that begins now; it counts as slow the first time.
           done: steps done until now.
-          slow: whether it may take long; its time then doesn't count as the longest so far.
+          slow: whether it may take long.
         """
         last, now = self._beat, self._clock
-        if not last.slow:
-            self._longest = max(self._longest, now - last.at)
-        slow = slow or doing not in self._known
-        self._known.add(doing)
+        slow = slow or doing not in self._longest
+        self._longest.setdefault(doing, 0.0)
+        before = self._longest.get(last.doing, 0.0)
+        self._longest[last.doing] = max(before, now - last.at)
         self._beat = Beat(last.number + 1, doing, done, now, slow)
 
     def each(self, items: Iterable[T], doing: str, done: int) -> Iterator[T]:
         """Yields the items, with a beat before each; the first time, all of them count as slow."""
-        slow = doing not in self._known
+        slow = doing not in self._longest
         for item in items:
             self.beat(doing, done, slow)
             yield item
 
     def tick(self) -> None:
         """Advances the clock by TICK seconds; ends the process if progress is overdue."""
+        if Readers.waiting:
+            return
         self._clock += TICK
         beat = self._beat
         waited = self._clock - beat.at
         if waited > self._limit(beat):
-            longest = max(self._longest, TICK)
+            longest = max(self._longest.get(beat.doing, 0.0), TICK)
             end(
                 f"no progress for {waited:.0f} s (the longest before took {longest:g} s): "
                 f"{beat.doing} after step {beat.done}{self._who_lags()}; run again to go on from "
@@ -100,7 +108,7 @@ class Watchdog:
             )
 
     def _limit(self, beat: Beat) -> float:
-        limit = max(self._seconds, FACTOR * self._longest)
+        limit = max(self._seconds, FACTOR * self._longest.get(beat.doing, 0.0))
         return max(limit, SLOW * self._seconds) if beat.slow else limit
 
     def _who_lags(self) -> str:

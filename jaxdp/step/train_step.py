@@ -55,9 +55,8 @@ def train_step(
     Args:
       state: equal on all devices, except for `state.per_device_fields`.
       batch: this device's inputs and targets [steps, b, L] int32, weights [steps, b, L] float32;
-        segments and positions [steps, b, L] int32 where documents are kept apart; stop and busy
-        [steps, b] float32: whether this process was asked to stop, and for how many seconds it
-        was busy with its last step.
+        segments and positions [steps, b, L] int32 where documents are kept apart; busy [steps, b]
+        float32: for how many seconds this process was busy with its last step.
       method: the sync method.
       schedule: step -> learning rate, for the metrics only.
       objective: the loss to differentiate.
@@ -65,17 +64,16 @@ def train_step(
 
     Returns:
       The new state, and float32 metrics of each step. [steps]: loss (nats per token), grad_norm
-      (before clipping; a mean over devices where each has its own), learning_rate, stop (more than
-      0 if any process was asked to stop), skipped (0 where the update was made; more where loss or
-      gradient were not finite, so that parameters and moments stayed unchanged), and drift where
-      replicas train alone. [steps, N], by device: tokens (without padding) and busy.
+      (before clipping; a mean over devices where each has its own), learning_rate, skipped (0 where
+      the update was made; more where loss or gradient were not finite, so that parameters and
+      moments stayed unchanged), and drift where replicas train alone. [steps, N], by device: tokens
+      (without padding) and busy.
     """
 
     def step(state, batch):
         (loss, weight), sums = objective.gradient_sums(state, batch, method.accumulate)
         figures = {
             "loss": loss,
-            "stop": batch["stop"].max(),
             "tokens": reductions.per_device(weight, AXIS),
             "busy": reductions.per_device(batch["busy"].max(), AXIS),
         }

@@ -52,6 +52,12 @@ def test_what_a_run_has_logged_is_what_is_drawn(tmp_path, config):
     assert len(rate.lines) == 1
 
 
+def test_the_command_as_a_user_starts_it(tmp_path, fresh_command):
+    workdir, picture = log(tmp_path / "run", {"step": 1, "train/loss": 2.0}), tmp_path / "a.png"
+    out = fresh_command("plot", workdir, f"--output={picture}").stdout
+    assert out == f"{picture}\n" and picture.read_bytes().startswith(b"\x89PNG")
+
+
 def test_the_last_value_of_a_step_counts(tmp_path):
     workdir = log(
         tmp_path,

@@ -1,17 +1,23 @@
 """`python -m jaxdp.train` as a user starts it."""
 
 import json
+import os
 import signal
+import time
 
 import pytest
 
 from jaxdp.workdir.metrics import read_jsonl
-from support.processes import Run
+from support.forks import Process
+from support.processes import Run, environment_of
 from support.runs import CLOCKED, TIMES, figures, flags
+from support.texts import REPOSITORY
 
 
-def test_a_run_and_all_it_leaves(config, tmp_path, command, fresh_command):
-    workdir = tmp_path / "run"
+def test_a_run_and_all_it_leaves(config, tmp_path, command, fresh_command, monkeypatch):
+    """Also where stdout can't encode a character, as on clusters with an old locale."""
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    workdir = tmp_path / "größe"
     config.num_train_steps, config.sample.num_tokens = 60, 8
     out = fresh_command("train", *flags(config, workdir, eval_every=30), devices=2).stdout
     for text in (
@@ -23,6 +29,7 @@ def test_a_run_and_all_it_leaves(config, tmp_path, command, fresh_command):
         "gradient_mean, 1 all-reduce per step",
         "Compiled: 1 all-reduce",
         "of the devices' time in collectives",
+        f"{tmp_path}/gr??e",
         "Sample",
         "Finished",
     ):
@@ -46,17 +53,60 @@ def test_a_run_and_all_it_leaves(config, tmp_path, command, fresh_command):
     assert text.startswith("1 is") and "\n2 is" in text
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_exits_with_75(config, tmp_path, command, number):
-    config.num_train_steps = 20_000
-    run = Run(*flags(config, tmp_path, eval_every=10_000), devices=2)
+def test_a_signal_saves_and_exits_with_75(config, tmp_path, command):
+    config.update({"num_train_steps": 20_000, "eval_every": 10_000})
+    config.checkpoint.every = 10_000
+    run = Run(*flags(config, tmp_path), devices=2)
     assert run.until_printed("\nstep "), run.printed
-    run.process.send_signal(number)
+    for _ in range(3):  # As from a terminal, from a shell, and from a scheduler.
+        run.process.send_signal(signal.SIGTERM)
     assert run.ended() == 75, run.printed
+    assert run.printed.count("jaxdp: stopping after this step (SIGTERM)\n") == 1
     assert "Stopped as asked; run again to go on" in run.printed
-    [step] = [int(p.name) for p in (tmp_path / "checkpoints").iterdir()][-1:]
-    command("train", *flags(config, tmp_path, num_train_steps=step + 2, eval_every=10_000))
+    [step] = [int(p.name) for p in (tmp_path / "checkpoints").iterdir()]
+    command("train", *flags(config, tmp_path, num_train_steps=step + 2))
     assert [r["step"] for r in read_jsonl(tmp_path)] == list(range(1, step + 3))
+
+
+def test_ctrl_c_with_a_pipe_into_a_program_that_ends_at_once(config, tmp_path):
+    """As `| tee` does: the run writes to a pipe that nobody reads, and saves all the same."""
+    config.update({"num_train_steps": 20_000, "eval_every": 10_000})
+    config.checkpoint.every = 10_000
+    read, write = os.pipe()
+    os.close(read)
+    environ, said = environment_of(2), (tmp_path / "stderr").open("w+")
+    arguments = ("jaxdp.train", *flags(config, tmp_path / "run"))
+    with said, os.fdopen(write, "w") as out:
+        process = Process(*arguments, cwd=REPOSITORY, env=environ, stdout=out, stderr=said)
+        until((tmp_path / "run" / "metrics.jsonl").exists, process)
+        process.send_signal(signal.SIGINT)
+        status = process.wait(60)
+        said.seek(0)
+        [line] = [x for x in said.read().splitlines() if "no NVIDIA GPU" not in x]
+    assert status == 75 and line == "jaxdp: stopping after this step (SIGINT)"
+    [step] = [int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert [r["step"] for r in read_jsonl(tmp_path / "run")] == list(range(1, step + 1))
+
+
+def until(condition, process, seconds=120):
+    deadline = time.time() + seconds
+    while not condition():
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.01)
+
+
+def test_a_signal_while_a_corpus_is_tokenised_ends_the_run_at_once(config, tmp_path):
+    """Here a tokenizer is being trained, where Rust's code would let Python handle nothing."""
+    fifo = tmp_path / "text.txt"
+    fifo.write_text("a b c d " * 3_000_000)
+    config.data.path, config.tokenizer = str(fifo), "train:bpe:20000"
+    config.data.cache_dir = str(tmp_path / "cache")
+    run = Run(*flags(config, tmp_path / "run"), devices=2)
+    assert run.until_printed("Training a tokenizer")
+    run.process.send_signal(signal.SIGUSR1)
+    assert run.ended() == 75, run.printed
+    assert "stopped as asked, before the training began" in run.printed
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,15 @@ def test_an_error_with_a_message_for_the_user_is_one_line(monkeypatch, capsys, e
     assert capsys.readouterr().err == "jaxdp: x=1 is wrong: use 2\n"
 
 
+def test_ctrl_c_is_no_fault(monkeypatch, capsys):
+    def main():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["jaxdp"])
+    assert cli.run(main) == 130
+    assert capsys.readouterr().err == "jaxdp: interrupted\n"
+
+
 def test_any_other_error_is_a_traceback(monkeypatch, capsys):
     def main():
         raise ZeroDivisionError

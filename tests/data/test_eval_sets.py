@@ -103,7 +103,7 @@ def test_they_are_logged_and_shown_and_change_nothing_else(config, train, tmp_pa
 
 
 def test_a_run_may_go_on_with_other_sets(config, train, tmp_path):
-    assert not train(tmp_path / "run", stop_requested=after(2)).finished
+    assert not train(tmp_path / "run", stop_requested=after(6)).finished
     config.eval_sets = config.eval_sets.replace("hard=", "other=")
     assert train(tmp_path / "run").finished
     assert list(losses(tmp_path / "run", "eval/other/loss"))[-1] == 6

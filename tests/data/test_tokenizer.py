@@ -1,5 +1,7 @@
 import itertools
 import json
+import signal
+import threading
 
 import numpy as np
 import pytest
@@ -393,3 +395,20 @@ def test_a_hub_that_is_out_of_reach_is_one_line_with_the_way_out(said, monkeypat
     assert "\n" not in str(error.value)
     assert "tokenizer='hf:gpt2'" in str(error.value)
     assert "tokenizer.json" in str(error.value)
+
+
+def test_training_a_tokenizer_can_be_interrupted():
+    """At any moment: Rust's code, here waiting for text, has not ended when the signal arrives."""
+    go, ended = threading.Event(), threading.Event()
+
+    def texts(with_validation):
+        yield "a text"
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        assert go.wait(60)
+        ended.set()
+
+    with pytest.raises(KeyboardInterrupt):
+        get_tokenizer("train:bpe:300", "causal", texts)
+    assert not ended.is_set()
+    go.set()
+    assert ended.wait(60)

@@ -74,34 +74,36 @@ def fingerprints(workdir):
     return found
 
 
-def test_sigterm_to_one_process_stops_all_and_nothing_is_lost(config, tmp_path):
+def test_a_signal_to_one_process_stops_all_and_nothing_is_lost(config, tmp_path):
     """While compiling, evaluating and training: all save the same step and exit with 75."""
     config.update({"num_train_steps": 120, "log_every": 10, "eval_every": 40})
     config.checkpoint.every = 100
     config.model.dropout = 0.2
     # An evaluation begins when its step has been logged; its first batch has to be compiled.
     moments = {
-        "compiling": "Compiling",
-        "evaluating": "\nstep     40/",
-        "training": "\nstep     70/",
+        "compiling": ("Compiling", signal.SIGTERM),
+        "evaluating": ("\nstep     40/", signal.SIGUSR1),
+        "training": ("\nstep     70/", signal.SIGHUP),
     }
     newest = 0
-    for number, (moment, sign) in enumerate(moments.items()):
+    for number, (moment, (sign, sent)) in enumerate(moments.items()):
         with group(config, tmp_path / "parts") as runs:
             assert runs[0].until_printed(sign)
-            runs[(number + 1) % 2].process.send_signal(signal.SIGTERM)
+            runs[(number + 1) % 2].process.send_signal(sent)
             asked = time.time()
             statuses = [run.ended() for run in runs]
-            print(f"{moment}: {time.time() - asked:.1f} s from SIGTERM to the end")
+            print(f"{moment}: {time.time() - asked:.1f} s from the signal to the end")
         assert statuses == [75, 75], [run.printed for run in runs]
         assert "Stopped as asked" in runs[0].printed
         if newest:
             assert f"Going on after step {newest}." in runs[0].printed
-        before, newest = (
-            newest,
-            max(int(p.name) for p in (tmp_path / "parts/checkpoints").iterdir()),
-        )
-        assert newest > before
+        # Process 0 says it, whichever was asked.
+        assert runs[0].printed.count("jaxdp: stopping after this step (") == 1
+        assert "stopping" not in runs[1].printed
+        steps = [int(path.name) for path in (tmp_path / "parts/checkpoints").iterdir()]
+        before, newest = newest, max(steps, default=0)
+        # Where it was asked before the first step, there was nothing to save.
+        assert newest > before or moment == "compiling"
     assert newest < config.num_train_steps
     for place in ("parts", "whole"):
         with group(config, tmp_path / place) as runs:

@@ -3,10 +3,10 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from jaxdp.common import nvidia
 from jaxdp.configs import default
 from jaxdp.parallel import cpu
 from support.texts import REPOSITORY
@@ -49,7 +49,7 @@ def test_a_cpu_is_two_devices_unless_that_was_said_otherwise(changes, environ, d
     assert int(output(code, environ)) == devices
 
 
-@pytest.mark.skipif(bool(list(Path("/dev").glob("nvidia[0-9]*"))), reason="a GPU")
+@pytest.mark.skipif(bool(nvidia.device_files()), reason="a GPU")
 @pytest.mark.parametrize(
     ("seq_len", "environ", "kept"),
     [

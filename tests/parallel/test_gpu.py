@@ -1,8 +1,8 @@
-import glob
 import os
 
 import pytest
 
+from jaxdp.common import nvidia
 from jaxdp.configs import default
 from jaxdp.parallel import gpu
 
@@ -10,7 +10,7 @@ from jaxdp.parallel import gpu
 @pytest.fixture
 def has_gpu(monkeypatch):
     """Shows a device file as NVIDIA's driver makes it."""
-    monkeypatch.setattr(glob, "glob", lambda pattern: ["/dev/nvidia0"])
+    monkeypatch.setattr(nvidia, "device_files", lambda: ["/dev/nvidia0"])
 
 
 def flags_after(monkeypatch, given, config=None):
@@ -20,7 +20,7 @@ def flags_after(monkeypatch, given, config=None):
 
 
 def test_without_a_gpu_nothing_is_set(monkeypatch):
-    monkeypatch.setattr(glob, "glob", lambda pattern: [])
+    monkeypatch.setattr(nvidia, "device_files", lambda: [])
     assert flags_after(monkeypatch, "--xla_x=1") == ["--xla_x=1"]
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from jaxdp.common.errors import STOPPED, ConfigError
+from jaxdp.common.stopping import SAME
 from jaxdp.parallel import launcher
 from support.texts import REPOSITORY
 
@@ -30,19 +31,19 @@ print("launched on", sorted(os.sched_getaffinity(0)))
 sys.exit(status)
 """
 FOR_EVER = "import time; time.sleep(1000)"
-# As jaxdp.train: it can be told to stop from a moment on, and a second signal of a kind ends it.
+# As jaxdp.train: it can be told to stop from a moment on, and SIGTERM sent again ends it.
 TRAINING = """
 import os, sys, threading, time
-from jaxdp.common import cli
+from jaxdp.common.stopping import Listener, StopRequest
 from jaxdp.parallel import launcher
 launcher.end_with_launcher()
 print("started", os.getpid(), file=sys.stderr, flush=True)
 while not os.path.exists("ready"): time.sleep(0.01)
 stop = threading.Event()
-def asked():
+def asked(line):
     print("asked", file=sys.stderr, flush=True)
     stop.set()
-cli.on_stop_signal(asked)
+Listener(StopRequest(say=asked))
 print("ready", file=sys.stderr, flush=True)
 stop.wait()
 while not os.path.exists("saved"): time.sleep(0.01)
@@ -162,6 +163,8 @@ def training(start, tmp_path, *, ready):
     ("number", "to", "ready"),
     [
         (signal.SIGTERM, os.kill, True),
+        (signal.SIGHUP, os.killpg, True),
+        (signal.SIGUSR1, os.kill, False),
         (signal.SIGINT, os.killpg, True),
         (signal.SIGTERM, os.killpg, False),
         (signal.SIGINT, os.kill, False),
@@ -172,20 +175,22 @@ def test_a_signal_stops_all_and_they_can_save(start, tmp_path, number, to, ready
     process, children = training(start, tmp_path, ready=ready)
     to(process.pid, number)
     (tmp_path / "ready").touch()
-    each = 1 if to == os.kill else 2
-    until(lambda: (tmp_path / "err").read_text().count("asked") == 2 * each)
+    until(lambda: (tmp_path / "err").read_text().count("asked") == 2)
     (tmp_path / "saved").touch()
     assert process.wait(60) == STOPPED
     assert_ended(children)
 
 
-def test_a_second_signal_kills(start, tmp_path):
+def test_a_signal_that_is_sent_again_kills(start, tmp_path):
     """Also those that can't do anything any more."""
     process, children = training(start, tmp_path, ready=False)
-    process.terminate()
-    until(lambda: pending(process))
     process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 128 + signal.SIGINT
+    until(lambda: pending(process))
+    process.send_signal(signal.SIGHUP)  # Another is no impatience.
+    while process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        time.sleep(SAME / 4)
+    assert process.returncode == 128 + signal.SIGINT
     assert_ended(children)
 
 

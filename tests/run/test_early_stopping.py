@@ -78,7 +78,7 @@ def test_a_run_that_is_interrupted_stops_early_at_the_same_step(overfitting, tmp
     assert f"best: {losses[best]:.4f} at step {best}\n" in out and "stopped early" in out
     assert (tmp_path / "whole" / "checkpoints" / str(whole.step)).is_dir()
 
-    parts, interruptions = train_in_parts(config, tmp_path / "parts", devices, times=25)
+    parts, interruptions = train_in_parts(config, tmp_path / "parts", devices, times=60)
     assert interruptions and parts.step == whole.step
     assert figures(tmp_path / "whole") == figures(tmp_path / "parts")
     for a, b in zip(params_of(whole), params_of(parts), strict=True):

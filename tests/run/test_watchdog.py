@@ -7,6 +7,7 @@ import jax
 import pytest
 
 from jaxdp.common.errors import RunError
+from jaxdp.common.streams import Readers
 from jaxdp.data import pipeline
 from jaxdp.parallel import processes
 from jaxdp.run import loop, watchdog
@@ -40,28 +41,44 @@ def seconds_until_end(dog):
 
 
 @pytest.mark.usefixtures("end_raises")
-def test_the_limit_is_learnt_from_the_run():
+@pytest.mark.parametrize("first", [1, 15 * SLOW])
+def test_the_limit_is_learnt_from_the_first_round_on(first):
+    """A round of many local steps may take longer than the setting each time."""
     dog = Watchdog(20)
     dog.beat("training", 0)
-    pass_seconds(dog, 15 * SLOW)  # The first time compiles; nothing is learnt from it.
+    pass_seconds(dog, first)
     dog.beat("training", 1)
-    pass_seconds(dog, 1)
+    learnt = max(20, FACTOR * first)  # 10 x 1 s would be less than the setting.
+    assert seconds_until_end(dog) == learnt + TICK
     dog.beat("training", 2)
-    assert seconds_until_end(dog) == 20 + TICK  # 10 x 1 s would be less than the setting.
-    dog.beat("training", 3)
-    assert seconds_until_end(dog) == (20 + TICK) * FACTOR + TICK
+    assert seconds_until_end(dog) == (learnt + TICK) * FACTOR + TICK
 
 
 @pytest.mark.usefixtures("end_raises")
-def test_what_is_slow_has_a_limit_too_and_teaches_nothing():
+def test_an_activity_teaches_nothing_about_others():
+    """Compiling and saving may take long, and still a step that hangs is found soon."""
     dog = Watchdog(20)
     assert seconds_until_end(dog) == 20 * SLOW + TICK
     for step in range(2):
         dog.beat("saving", step, slow=True)
         pass_seconds(dog, 20 * SLOW)
-    dog.beat("training", 2)
-    dog.beat("training", 3)
+    for step in range(2, 5):
+        dog.beat("training", step)
+        pass_seconds(dog, 1)
+    dog.beat("training", 5)
     assert seconds_until_end(dog) == 20 + TICK
+    dog.beat("saving", 5, slow=True)
+    assert seconds_until_end(dog) == 20 * SLOW * FACTOR + TICK
+
+
+@pytest.mark.usefixtures("end_raises")
+def test_no_time_passes_while_nobody_takes_what_is_printed(monkeypatch):
+    """As after Ctrl-S in the terminal, or while ssh has lost its connection."""
+    dog = Watchdog(20)
+    with monkeypatch.context() as stuck:
+        stuck.setattr(Readers, "waiting", True)
+        pass_seconds(dog, 1000 * SLOW)
+    assert seconds_until_end(dog) == 20 * SLOW + TICK
 
 
 @pytest.mark.usefixtures("end_raises")

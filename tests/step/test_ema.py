@@ -114,7 +114,7 @@ def test_resuming_is_not_stopping_and_all_evaluate_it(config, tmp_path, method, 
     config.sync.method = method
     devices = jax.local_devices()[:devices]
     whole = loop.train(config, tmp_path / "whole", devices=devices)
-    parts = loop.train(config, tmp_path / "parts", devices=devices, stop_requested=after(2))
+    parts = loop.train(config, tmp_path / "parts", devices=devices, stop_requested=after(6))
     assert not parts.finished
     parts = loop.train(config, tmp_path / "parts", devices=devices)
     assert bits((whole.state.params, whole.state.ema)) == bits(
@@ -140,7 +140,7 @@ def test_slices_go_on_as_a_whole_and_on_other_devices(config, tmp_path):
         config,
         tmp_path,
         devices=jax.local_devices()[:4],
-        stop_requested=after(2),
+        stop_requested=after(6),
     )
     shapes = loop.train(config, tmp_path, devices=jax.local_devices()[:2]).state.params
     sharded = jax.device_get(load_params(tmp_path, shapes)[0])

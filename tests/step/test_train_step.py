@@ -68,17 +68,8 @@ def test_metrics(config):
     for step, values in enumerate(figures):
         np.testing.assert_allclose(values["learning_rate"], schedule(step), rtol=1e-6)
         assert (values["tokens"] == ROWS * LENGTH // 2).all() and len(values["tokens"]) == 2
-        assert values["stop"] == 0
     # An untrained model predicts nearly uniformly: its loss is log(20) = 2.996.
     np.testing.assert_allclose(figures[0]["loss"], np.log(VOCAB), atol=0.05)
-
-
-def test_one_device_asked_to_stop_is_seen_by_all(config):
-    batch = next(batches(1))
-    batch["stop"][ROWS - 1] = 1
-    program, replicas, state = start(config, 4)
-    _, metrics = program(0, state, replicas.shard_steps([batch]))
-    assert metrics["stop"] > 0
 
 
 def test_dropout_is_drawn_anew_in_each_step(config):

@@ -16,7 +16,7 @@ from absl import flags
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from jaxdp.common import cli
+from jaxdp.common import cli, stopping
 from jaxdp.common.choices import RANGES
 from jaxdp.common.config import flatten
 from jaxdp.common.errors import ConfigError
@@ -109,7 +109,7 @@ def run_command(kind: str, name: str, *argv: str) -> tuple[int, str]:
     with pytest.MonkeyPatch.context() as patch, only_flags_of(f"jaxdp.{name}") as module:
         patch.setattr(sys, "argv", [name, *argv])
         patch.setattr(cli, "prepare_jax", lambda: None)
-        patch.setattr(cli, "on_stop_signal", lambda callback: None)
+        patch.setattr(stopping, "Listener", lambda request: contextlib.ExitStack())
         check = None if name == "generate" else cli.check_overrides
         try:
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

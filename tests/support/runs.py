@@ -32,8 +32,12 @@ def checkpoints_of(workdir):
 
 
 def after(times):
-    """A `stop_requested` that says yes once it has been asked so many times."""
-    asked = iter(range(100))
+    """A `stop_requested` that says yes once it has been asked so many times.
+
+    It is asked once at the start, twice for each round, before it waits for its data and then, and
+    before each batch of an evaluation.
+    """
+    asked = itertools.count()
     return lambda: next(asked) >= times
 
 

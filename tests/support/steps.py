@@ -30,7 +30,6 @@ def batches(steps, uneven=True):
             "inputs": tokens[:, :-1],
             "targets": tokens[:, 1:],
             "weights": (np.arange(LENGTH) < lengths[:, None]).astype(np.float32),
-            "stop": np.zeros(ROWS, np.float32),
             "busy": np.zeros(ROWS, np.float32),
         }
 
