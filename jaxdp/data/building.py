@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
 from jaxdp.common.files import write_atomically
-from jaxdp.data import chat, layout, quality, special_tokens
+from jaxdp.data import chat, encoding, layout, quality, special_tokens
 from jaxdp.data import tokenizer as tokenizers
 from jaxdp.data.example import Example, texts
 from jaxdp.data.layout import INDEX, SPLITS, DamagedError
@@ -193,10 +193,10 @@ def encode(
             learnt = np.flatnonzero(marks & layout.LEARNT)
             yield int(learnt[0]) if len(learnt) else len(ids), ids, marks
     elif config.data.packing == "padded":
-        for prompt, text in tokenizers.encode_examples(tokenizer, examples, done, special=special):
+        for prompt, text in encoding.encode_examples(tokenizer, examples, done, special=special):
             yield len(prompt), np.concatenate([prompt, text]), None
     else:
-        for ids in tokenizers.encode_documents(tokenizer, examples, done, special=special):
+        for ids in encoding.encode_documents(tokenizer, examples, done, special=special):
             yield 0, ids, None
 
 

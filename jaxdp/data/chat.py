@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
 from jaxdp.common.errors import ConfigError, shown
-from jaxdp.data import special_tokens
+from jaxdp.data import encoding, special_tokens
 from jaxdp.data import tokenizer as tokenizers
 from jaxdp.data.example import Example
 from jaxdp.data.layout import BEGINS, LEARNT
@@ -94,7 +94,7 @@ class Template:
         """Returns the tokens at which an answer is over: the end of a document or of a turn."""
         asked, answered = self.render(PROBE[:1], True), self.render(PROBE, False)
         after = answered.removeprefix(asked).partition("b")[2]
-        [ids] = tokenizers.encode(self.tokenizer, [after], special=True)
+        [ids] = encoding.encode(self.tokenizer, [after], special=True)
         special = {self.tokenizer.token_to_id(n) for n in special_tokens.names(self.tokenizer)}
         end = special_tokens.end_id(self.tokenizer)
         return {int(i) for i in ids[:1] if int(i) in special} | (
@@ -132,7 +132,7 @@ def encode_chats(
     rest = itertools.islice(cut, done, None)
     while some := list(itertools.islice(rest, 500)):
         texts = [text for parts in some for text, _ in parts]
-        ids = iter(tokenizers.encode(template.tokenizer, texts, special=True))
+        ids = iter(encoding.encode(template.tokenizer, texts, special=True))
         for parts in some:
             found = [(next(ids), learnt) for _, learnt in parts]
             marks = [np.full(len(part), LEARNT * learnt, np.uint8) for part, learnt in found]

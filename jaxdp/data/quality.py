@@ -7,8 +7,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
-from jaxdp.data import special_tokens
-from jaxdp.data import tokenizer as tokenizers
+from jaxdp.data import encoding, special_tokens
 from jaxdp.data.example import texts
 from jaxdp.data.layout import SPLITS
 from jaxdp.data.records import is_json_lines
@@ -32,7 +31,7 @@ def look_at(
       The share of the characters that don't come back when the tokens are decoded, and warnings.
     """
     begun = "".join(text for source in sources for text in _beginning(source))
-    ids = tokenizers.encode(tokenizer, [begun], special=config.data.special_tokens)[0]
+    ids = encoding.encode(tokenizer, [begun], special=config.data.special_tokens)[0]
     back = Counter(tokenizer.decode(ids.tolist(), skip_special_tokens=False))
     lost = sum((Counter(begun) - back).values()) / max(len(begun), 1)
     notes = []

@@ -17,7 +17,7 @@ from jaxdp.common import config as configs
 from jaxdp.common.errors import ConfigError, RunError, shown
 from jaxdp.data import tokenizer
 from jaxdp.parallel import processes
-from jaxdp.run import preflight
+from jaxdp.run import workdir_access
 from jaxdp.step.setup import Setup
 
 # Each process may have a folder of its own for what it makes of the same data.
@@ -136,7 +136,7 @@ def _facts(setup: Setup) -> dict[str, Any]:
 @contextlib.contextmanager
 def _written(path: Path) -> Iterator[None]:
     """Makes a new workdir's folder, and a file in it for a moment."""
-    preflight.create_workdir(path.parent)
+    workdir_access.create_workdir(path.parent)
     try:
         path.touch()
         yield

@@ -20,7 +20,7 @@ from jaxdp.data.feed import Feed
 from jaxdp.data.sources import share_files
 from jaxdp.model.transformer import parameter_shapes
 from jaxdp.parallel.replicas import Replicas, prefetch
-from jaxdp.run import preflight
+from jaxdp.run import preflight, same_run
 from jaxdp.step.program import pmapped_evaluation
 from jaxdp.step.setup import batch_sizes, setup_of_feeds, validate
 from jaxdp.workdir import parameters
@@ -160,7 +160,7 @@ def evaluate_valid(
     say: Callable[[str], None] = print,
 ) -> tuple[int, Evaluations]:
     """Evaluates like `evaluate_checkpoint`, with a config that `completed` has made of `saved`."""
-    preflight.check_same_run(config, saved)
+    same_run.check(config, saved)
     now, before = configs.flatten(config.data, "data."), configs.flatten(saved)
     other = any(now[key] != before.get(key, now[key]) for key in now.keys() - {"data.cache_dir"})
     if other:

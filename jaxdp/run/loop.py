@@ -20,7 +20,7 @@ from jaxdp.data.feed import Feed
 from jaxdp.parallel import processes
 from jaxdp.parallel.agreement import Agreement
 from jaxdp.parallel.replicas import Replicas
-from jaxdp.run import consistency, preflight, report, resuming
+from jaxdp.run import consistency, preflight, report, resuming, same_run, workdir_access
 from jaxdp.run.evaluation import Evaluations
 from jaxdp.run.result import Result
 from jaxdp.run.rollback import roll_back
@@ -90,10 +90,10 @@ def _train_prepared(
     config = setup.config
     watchdog = Watchdog(config.hang_seconds)
     threading.Thread(target=_import_tensorflow).start()
-    with preflight.locked(workdir, display.line), processes.explaining_lost_peers(), watchdog:
+    with workdir_access.locked(workdir, display.line), processes.explaining_lost_peers(), watchdog:
         if config.wandb_project:
             processes.on_main(lambda: wandb_run.check(config))
-        preflight.check_disk(
+        workdir_access.check_disk(
             workdir,
             saved_shapes(
                 abstract_state(setup), setup.method, setup.method.islands(setup.device_count)
@@ -126,12 +126,12 @@ def _prepare(
     consistency.check_devices()
     counts = jax.process_count(), replicas.device_count
     batch_sizes(config, *counts)
-    preflight.check_workdir(workdir)
+    workdir_access.check_workdir(workdir)
     preflight.check_init(config, workdir)
     if (workdir / "config.json").exists():
         saved = configs.load(workdir / "config.json")
         preflight.take_vocabulary(config, saved)
-        preflight.check_same_run(config, saved)
+        same_run.check(config, saved)
     eval_sets.check(config)
     cache = open_cache(config, say)
     feed = Feed(config, cache, resuming.newest_position(workdir, config, say))

@@ -1,23 +1,16 @@
-"""Checks before anything is compiled, beyond the config: data, workdir, weights, memory, disk."""
+"""Checks before anything is compiled, beyond the config: data, weights, memory, devices."""
 
-import contextlib
 import logging
 import os
-import shutil
-import stat
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxdp.common import config as configs
-from jaxdp.common import files, locks
-from jaxdp.common.errors import ConfigError, check_text, shown
+from jaxdp.common.errors import ConfigError
 from jaxdp.common.terminal import in_bytes
 from jaxdp.data import eval_sets, special_tokens
 from jaxdp.data.cache import TokenCache
@@ -26,54 +19,11 @@ from jaxdp.data.layout import SPLITS
 from jaxdp.estimate import memory
 from jaxdp.huggingface import load
 from jaxdp.model.transformer import ModelConfig
-from jaxdp.parallel import processes
 from jaxdp.parallel.replicas import device_memory
-from jaxdp.run import profiling, sampled
+from jaxdp.run import sampled
 from jaxdp.step.setup import Setup
-from jaxdp.sync.compression import BITS
-from jaxdp.sync.method import Sync
-from jaxdp.sync.methods import METHODS
 from jaxdp.workdir import integrity
-from jaxdp.workdir.checkpoints import FOLDER, folder_of
-from jaxdp.workdir.metrics import JSONL
-
-
-def check_same_run(config: ConfigDict, saved: ConfigDict) -> None:
-    """Refuses to resume a run whose config.json (`saved`) differs in keys that must not change.
-
-    Raises:
-      ConfigError: names the keys that differ where they must not.
-    """
-    new, old = configs.flatten(config), configs.flatten(saved)
-    differing = [
-        f"{key}={new.get(key)!r} (was {shown(old.get(key))})"
-        for key in sorted(configs.identity(new | old))
-        if key not in configs.NOT_IDENTITY and new.get(key) != old.get(key)
-    ]
-    # What compressed sums have lost is in the state.
-    dtypes = [flat.get("sync.dtype", "float32") for flat in (new, old)]
-    compressed = [str(dtype) in BITS for dtype in dtypes]
-    if compressed[0] != compressed[1]:
-        differing.append(f"sync.dtype={dtypes[0]!r} (was {shown(dtypes[1])})")
-    # No other method can go on from the state of a method with an outer optimizer, or from what
-    # compressed sums have lost.
-    names = [flat.get("sync.method", "gradient_mean") for flat in (new, old)]
-    own = any(METHODS.get(str(name), Sync).has_outer for name in names)
-    if names[0] != names[1] and (own or all(compressed)):
-        differing.append(f"sync.method={names[0]!r} (was {shown(names[1])})")
-    # An EMA must cover a run from its beginning to its end.
-    decays = [flat.get("ema.decay", 0.0) for flat in (new, old)]
-    if bool(decays[0]) != bool(decays[1]):
-        differing.append(f"ema.decay={decays[0]!r} (was {shown(decays[1])})")
-    # Without momentum, SGD has no state.
-    rates = [flat.get("optimizer.b1", 0.9) for flat in (new, old)]
-    if new.get("optimizer.name") == "sgd" and bool(rates[0]) != bool(rates[1]):
-        differing.append(f"optimizer.b1={rates[0]!r} (was {shown(rates[1])})")
-    if differing:
-        raise ConfigError(
-            f"this workdir holds a different run: {', '.join(differing)}; "
-            "use the old values, or another --workdir"
-        )
+from jaxdp.workdir.checkpoints import folder_of
 
 
 def check_data(feed: Feed) -> None:
@@ -146,61 +96,6 @@ def check_tokens(feed: Feed, step: int, saved: dict) -> bool:
     return True
 
 
-def check_workdir(workdir: Path) -> None:
-    """Refuses a workdir with a file in place of a folder that the run writes, or vice versa.
-
-    And one in which something belongs to another user, so that this run couldn't write it.
-    """
-    check_text("--workdir", str(workdir))
-    kinds = dict.fromkeys(("checkpoints", "tensorboard", profiling.FOLDER), Path.is_dir)
-    kinds |= dict.fromkeys(("config.json", "tokenizer.json", JSONL, "lock"), Path.is_file)
-    try:
-        for name, fits in kinds.items():
-            path = workdir / name
-            if (path.exists() or path.is_symlink()) and not fits(path):
-                kind = "folder" if fits is Path.is_dir else "file"
-                raise ConfigError(
-                    f"{path} is not a {kind}, which a run needs: move it away, or use another "
-                    "--workdir"
-                )
-        _check_permissions(workdir)
-    except OSError as error:
-        raise ConfigError(
-            f"--workdir={shown(str(workdir))} can't be read ({error.strerror}): choose another "
-            "folder"
-        ) from None
-
-
-def _check_permissions(workdir: Path) -> None:
-    """Refuses a workdir with files that another user has left there, for example root."""
-    read, write, enter = os.R_OK, os.W_OK, os.X_OK
-    if not workdir.is_dir():
-        return  # `create_workdir` makes it.
-    me, status = os.geteuid(), workdir.stat()
-    # In a folder such as /tmp (sticky), only their owners may replace files.
-    sticky = status.st_mode & stat.S_ISVTX and me not in (0, status.st_uid)
-    wanted = {workdir: read | write | enter}
-    wanted |= {workdir / name: read for name in ("config.json", "tokenizer.json")}
-    wanted |= {workdir / name: read | write for name in ("lock", JSONL)}
-    folders = [workdir / name for name in (FOLDER, "tensorboard", profiling.FOLDER)]
-    wanted |= dict.fromkeys(folders, read | write | enter)
-    if os.access(workdir / FOLDER, read | enter, effective_ids=True):
-        # Old ones are to be removed.
-        steps = [path for path in integrity.steps(workdir / FOLDER) if path.is_dir()]
-        wanted |= dict.fromkeys(steps, read | write | enter)
-    for path, mode in wanted.items():
-        if not path.exists():
-            continue
-        owner = path.stat().st_uid
-        foreign = sticky and path != workdir and owner != me
-        if foreign or not os.access(path, mode, effective_ids=True):
-            way_out = "make it writable" if owner == me else "change its owner with chown -R"
-            raise ConfigError(
-                f"--workdir={workdir}: {path} belongs to user {owner}, and user {me} can't read "
-                f"and write it: {way_out}, or use another folder"
-            )
-
-
 def check_init(
     config: ConfigDict,
     workdir: Path,
@@ -268,17 +163,6 @@ def check_memory(setup: Setup) -> None:
         )
 
 
-def create_workdir(workdir: Path) -> None:
-    """Creates the workdir if it doesn't exist, and checks that it can be written."""
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=workdir).close()
-    except OSError as error:
-        raise ConfigError(
-            f"--workdir={workdir} can't be written ({error.strerror}): choose another folder"
-        ) from None
-
-
 def check_devices() -> None:
     """Refuses a platform in JAX_PLATFORMS that isn't available."""
     platforms = os.environ.get("JAX_PLATFORMS", "")
@@ -302,48 +186,3 @@ def check_devices() -> None:
         ) from error
     finally:
         logger.removeFilter(into_the_message)
-
-
-@contextlib.contextmanager
-def locked(workdir: Path, say: Callable[[str], None] = print) -> Iterator[None]:
-    """Locks a workdir against other runs; when a process dies, its lock is released.
-
-    Process 0 holds the lock for all processes of a run. `say` is called with a line of text if the
-    disk has no flock.
-    """
-    if not processes.is_main():
-        yield
-        return
-
-    def busy(lock: str) -> None:
-        dead = f"; if it has died on another machine, remove {lock}" if lock else ""
-        raise ConfigError(
-            f"--workdir={workdir} is in use by another run: wait until it has ended, or use "
-            f"another folder{dead}"
-        )
-
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(locks.held(workdir / "lock", busy, say))
-        except OSError as error:
-            raise ConfigError(
-                f"--workdir={workdir} can't be locked ({error.filename}: {error.strerror}): remove "
-                "that file, or use another folder"
-            ) from None
-        yield
-
-
-def check_disk(workdir: Path, state: Any) -> None:
-    """Refuses a disk without room for one more checkpoint beside the existing ones.
-
-    Args:
-      workdir: an existing folder.
-      state: the arrays that a checkpoint holds, or their shapes and dtypes.
-    """
-    needed = files.num_bytes(state)
-    free = shutil.disk_usage(workdir).free
-    if free < needed:
-        raise ConfigError(
-            f"--workdir={workdir} has {in_bytes(free)} free and a checkpoint takes "
-            f"{in_bytes(needed)}: make room, or use another folder"
-        )

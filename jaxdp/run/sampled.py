@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxdp.data import special_tokens, tokenizer
+from jaxdp.data import encoding, special_tokens
 from jaxdp.data.cache import TokenCache
 from jaxdp.model import sampling
 from jaxdp.step.setup import Setup
@@ -49,7 +49,7 @@ def prompt_tokens(config: ConfigDict, cache: TokenCache) -> np.ndarray:
       ConfigError: the prompt can't be tokenised.
     """
     special = config.data.special_tokens
-    [ids] = tokenizer.encode_prompts(cache.tokenizer, [config.sample.prompt], special=special)
+    [ids] = encoding.encode_prompts(cache.tokenizer, [config.sample.prompt], special=special)
     if len(ids):
         return ids
     end = special_tokens.end_id(cache.tokenizer)

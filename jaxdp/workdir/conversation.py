@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxdp.common.errors import ConfigError
-from jaxdp.data import tokenizer
+from jaxdp.data import encoding, tokenizer
 from jaxdp.data.chat import Messages, Template
 from jaxdp.model import sampling
 from jaxdp.workdir.generation import open_causal
@@ -58,7 +58,7 @@ class Conversation:
         self.messages.append({"role": "user", "content": text})
         words = self._run.words
         asked = self._template.render(self.messages, True)
-        [prompt] = tokenizer.encode(words, [asked], special=True)
+        [prompt] = encoding.encode(words, [asked], special=True)
         drawn: list[int] = []
         said = ""
         for [ids] in sampling.stream(

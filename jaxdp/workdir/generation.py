@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 
 from jaxdp.common.choices import TEMPERATURE
 from jaxdp.common.errors import ConfigError, check_text
-from jaxdp.data import special_tokens, tokenizer
+from jaxdp.data import encoding, special_tokens, tokenizer
 from jaxdp.model import sampling
 from jaxdp.workdir import finished
 from jaxdp.workdir.finished import Trained
@@ -49,7 +49,7 @@ def generate(
     for prompt in prompts:
         check_text("--prompt", prompt)
     special = run.config.data.get("special_tokens", False)
-    ids = tokenizer.encode_prompts(words, prompts, special=special)
+    ids = encoding.encode_prompts(words, prompts, special=special)
     for prompt, tokens in zip(prompts, ids, strict=True):
         if len(tokens) == 0:
             raise ConfigError(f"--prompt={prompt!r} is empty: give at least one character")

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from jaxdp.common import config as configs
 from jaxdp.common.choices import CHOICES, NEW_KEYS, RANGES
 from jaxdp.common.errors import ConfigError
-from jaxdp.run import preflight
+from jaxdp.run import same_run
 from jaxdp.step import setup
 from support.bad_input import KEYS
 from support.configs import changed, with_key
@@ -186,7 +186,7 @@ def test_a_saved_config_is_loaded_as_it_was(config, tmp_path):
     loaded = configs.load(tmp_path / "config.json")
     assert configs.flatten(loaded) == configs.flatten(config)
     setup.validate(loaded)
-    preflight.check_same_run(loaded, config)
+    same_run.check(loaded, config)
 
 
 def test_a_config_of_before_keys_were_added_has_their_defaults(config, tmp_path):
@@ -198,7 +198,7 @@ def test_a_config_of_before_keys_were_added_has_their_defaults(config, tmp_path)
     loaded = configs.load(tmp_path / "config.json")
     assert configs.flatten(loaded) == configs.flatten(config)
     with pytest.raises(ConfigError, match=r"model\.norm_position='post' \(was 'pre'\)"):
-        preflight.check_same_run(with_key(config, "model.norm_position", "post"), loaded)
+        same_run.check(with_key(config, "model.norm_position", "post"), loaded)
 
 
 def test_saving_replaces_the_file_and_leaves_no_other(config, tmp_path):

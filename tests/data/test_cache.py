@@ -18,7 +18,7 @@ from jaxdp.common import locks
 from jaxdp.common.errors import ConfigError
 from jaxdp.data import building, special_tokens
 from jaxdp.data.cache import open_cache
-from jaxdp.data.tokenizer import encode
+from jaxdp.data.encoding import encode
 from support.bad_input import contents
 from support.processes import limited
 
@@ -254,14 +254,14 @@ def test_the_leavings_of_a_dead_process_are_removed_and_not_used(open_it, report
 
 
 def test_a_building_that_fails_leaves_no_cache(open_it, reports, monkeypatch):
-    encode_documents = building.tokenizers.encode_documents
+    encode_documents = building.encoding.encode_documents
 
     def half(*args, **options):
         yield next(encode_documents(*args, **options))
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(building.tokenizers, "encode_documents", half)
+        patch.setattr(building.encoding, "encode_documents", half)
         for _ in range(2):
             with pytest.raises(OSError, match="disk full"):
                 open_it()

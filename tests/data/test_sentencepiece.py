@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from jaxdp.common.errors import ConfigError
 from jaxdp.data import special_tokens
 from jaxdp.data import tokenizer as tokenizers
-from jaxdp.data.tokenizer import encode, get_tokenizer
+from jaxdp.data.encoding import encode
+from jaxdp.data.tokenizer import get_tokenizer
 from support.texts import FEW, REPOSITORY, TEXT, unused
 
 # Prose, code, and characters that are in no piece. A combining mark behind a character that NFKC

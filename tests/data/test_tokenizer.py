@@ -10,14 +10,12 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from jaxdp.common.errors import ConfigError
-from jaxdp.data import bpe, special_tokens
+from jaxdp.data import bpe, encoding, special_tokens
 from jaxdp.data import tokenizer as tokenizers
+from jaxdp.data.encoding import encode, encode_documents, encode_examples
 from jaxdp.data.example import Example
 from jaxdp.data.tokenizer import (
     END_OF_TEXT,
-    encode,
-    encode_documents,
-    encode_examples,
     get_tokenizer,
 )
 from support.sequences import FEW
@@ -150,7 +148,7 @@ def test_a_prompt_may_name_a_special_token():
 @FEW
 @given(st.lists(st.text(max_size=20), max_size=8), st.integers(1, 6), st.integers(1, 12))
 def test_each_document_ends_with_the_end_token_once(documents, piece, batch):
-    pieces = itertools.chain.from_iterable(tokenizers.batches(whole(documents), piece, batch))
+    pieces = itertools.chain.from_iterable(encoding.batches(whole(documents), piece, batch))
     text, begins, ends = "", [], []
     for part, first, last in pieces:
         assert 0 < len(part) <= piece
@@ -172,11 +170,11 @@ def test_documents_that_come_in_parts_are_cut_as_if_they_came_whole(documents):
         for number, part in enumerate(document, 1)
     ]
     joined = whole("".join(document) for document in documents)
-    assert list(tokenizers.pieces_of(parts, 4)) == list(tokenizers.pieces_of(joined, 4))
+    assert list(encoding.pieces_of(parts, 4)) == list(encoding.pieces_of(joined, 4))
 
 
 def test_batches_of_text_are_about_as_large_as_asked():
-    batches = list(tokenizers.batches(whole(["x" * 25] * 10), piece=10, batch=40))
+    batches = list(encoding.batches(whole(["x" * 25] * 10), piece=10, batch=40))
     sizes = [sum(len(piece.text) for piece in batch) for batch in batches]
     assert sum(sizes) == 250
     assert all(40 <= size < 40 + 10 for size in sizes[:-1])
@@ -267,7 +265,7 @@ def test_documents_begin_with_what_the_tokenizer_puts_first(tmp_path):
     ]
     examples = encode_examples(tokenizer, [Example("a", "a a")])
     assert [[part.tolist() for part in pair] for pair in examples] == [[[2, 1], [1, 1, 3]]]
-    assert tokenizers.encode_prompts(tokenizer, ["a"], special=False)[0].tolist() == [2, 1]
+    assert encoding.encode_prompts(tokenizer, ["a"], special=False)[0].tolist() == [2, 1]
     without = get_tokenizer(path, "causal", unused, bos="")
     assert next(encode_documents(without, whole(["a"]))).tolist() == [1, 3]
 

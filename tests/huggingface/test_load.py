@@ -14,7 +14,7 @@ from jaxdp.configs import finetune
 from jaxdp.huggingface import load
 from jaxdp.huggingface.families import FAMILIES
 from jaxdp.model.transformer import ModelConfig
-from jaxdp.run import preflight
+from jaxdp.run import preflight, same_run
 from jaxdp.step.setup import validate
 from support.models import (
     MODELS,
@@ -165,7 +165,7 @@ def test_rows_beyond_the_tokenizers_are_kept_and_their_number_is_said(tmp_path):
     # A run that resumes takes the number from its config.json.
     again = finetune.get_config(spec.removeprefix("hf:"))
     preflight.take_vocabulary(again, config)
-    preflight.check_same_run(again, config)
+    same_run.check(again, config)
     preflight.check_init(config, tmp_path, 11, said.append)
     assert len(said) == 1
     with pytest.raises(ConfigError, match=r"a vocabulary of 11 tokens, and .* use tokenizer="):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxdp.data import tokenizer
+from jaxdp.data import encoding
 from jaxdp.huggingface import families, load, tensors
 from jaxdp.huggingface.families import FAMILIES
 from jaxdp.model.transformer import ModelConfig, Transformer, num_parameters, parameter_shapes
@@ -240,7 +240,7 @@ def test_text_gives_the_same_tokens_and_logits(short, change, tmp_path):
     folder, run = opened(tmp_path / "run", tmp_path)
     words = transformers.AutoTokenizer.from_pretrained(folder)
     kind = "CausalLM" if short.objective == "causal" else "MaskedLM"
-    [ids] = tokenizer.encode(run.words, [TEXT[:16]])
+    [ids] = encoding.encode(run.words, [TEXT[:16]])
     assert words(TEXT[:16])["input_ids"] == list(ids)
     assert words.decode(ids) == TEXT[:16]
     with torch.no_grad():

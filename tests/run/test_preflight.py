@@ -9,14 +9,14 @@ import pytest
 
 from jaxdp.common.errors import ConfigError
 from jaxdp.estimate import memory
-from jaxdp.run import loop, preflight, session
+from jaxdp.run import loop, preflight, session, workdir_access
 from jaxdp.step.setup import make_setup
 
 VOCAB = 300
 
 
 def hold(workdir, ready, over):
-    with preflight.locked(workdir):
+    with workdir_access.locked(workdir):
         ready.set()
         over.wait(60)
 
@@ -29,19 +29,19 @@ def test_a_workdir_is_for_one_run_at_a_time(tmp_path):
     assert ready.wait(60)
     with (
         pytest.raises(ConfigError, match=f"--workdir={tmp_path} is in use by another run: wait"),
-        preflight.locked(tmp_path),
+        workdir_access.locked(tmp_path),
     ):
         pass
     other.kill()  # A process that dies leaves no lock behind.
     other.join()
-    with preflight.locked(tmp_path):
+    with workdir_access.locked(tmp_path):
         pass
 
 
 def test_a_lock_is_free_again_after_a_failure(tmp_path):
-    with pytest.raises(ZeroDivisionError), preflight.locked(tmp_path):
+    with pytest.raises(ZeroDivisionError), workdir_access.locked(tmp_path):
         raise ZeroDivisionError
-    with preflight.locked(tmp_path):
+    with workdir_access.locked(tmp_path):
         pass
 
 
@@ -50,7 +50,7 @@ def test_something_else_in_the_place_of_the_lock_is_refused(tmp_path):
     (tmp_path / "lock").symlink_to(tmp_path / "file")
     with (
         pytest.raises(ConfigError, match=r"can't be locked \(.*/lock: .*\): remove that file"),
-        preflight.locked(tmp_path),
+        workdir_access.locked(tmp_path),
     ):
         pass
 
@@ -59,10 +59,10 @@ def test_a_full_disk_is_refused(tmp_path, monkeypatch):
     state = {"x": np.zeros(1000, np.float32), "y": np.zeros((), np.int32)}
     usage = collections.namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 0, 4004))
-    preflight.check_disk(tmp_path, state)
+    workdir_access.check_disk(tmp_path, state)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 0, 4003))
     with pytest.raises(ConfigError, match="has 4kB free and a checkpoint takes 4kB: make room"):
-        preflight.check_disk(tmp_path, state)
+        workdir_access.check_disk(tmp_path, state)
 
 
 def test_a_platform_that_is_not_there_is_refused(monkeypatch):
@@ -125,11 +125,11 @@ def anothers_files(workdir):
 def test_files_of_another_user_are_refused_before_training(name, tmp_path, monkeypatch):
     """Tests may run as root, whom no permission binds."""
     anothers_files(tmp_path)
-    preflight.check_workdir(tmp_path)
+    workdir_access.check_workdir(tmp_path)
     monkeypatch.setattr(os, "access", lambda path, *_, **__: path != tmp_path / name)
     message = f"{tmp_path / name} belongs to user .*: make it writable, or use"
     with pytest.raises(ConfigError, match=message):
-        preflight.check_workdir(tmp_path)
+        workdir_access.check_workdir(tmp_path)
 
 
 def test_files_that_only_their_owner_can_replace_are_refused(tmp_path, monkeypatch):
@@ -137,9 +137,9 @@ def test_files_that_only_their_owner_can_replace_are_refused(tmp_path, monkeypat
     anothers_files(tmp_path)
     monkeypatch.setattr(os, "geteuid", lambda: 54321)
     monkeypatch.setattr(os, "access", lambda *_, **__: True)
-    preflight.check_workdir(tmp_path)
+    workdir_access.check_workdir(tmp_path)
     tmp_path.chmod(0o1777)
     with pytest.raises(
         ConfigError, match=r"config\.json belongs to user \d+, and user 54321 .*: change its owner"
     ):
-        preflight.check_workdir(tmp_path)
+        workdir_access.check_workdir(tmp_path)

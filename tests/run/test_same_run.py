@@ -5,7 +5,7 @@ from ml_collections import ConfigDict
 
 from jaxdp.common import config as configs
 from jaxdp.common.errors import ConfigError
-from jaxdp.run import preflight
+from jaxdp.run import same_run
 from support.configs import changed, with_key
 
 
@@ -23,7 +23,7 @@ from support.configs import changed, with_key
 )
 def test_a_workdir_of_another_model_is_refused(config, key, value):
     with pytest.raises(ConfigError) as error:
-        preflight.check_same_run(with_key(config, key, value), config)
+        same_run.check(with_key(config, key, value), config)
     old = configs.flatten(config)[key]
     assert f"{key}={value!r} (was {old!r})" in str(error.value)
     assert "\n" not in str(error.value)
@@ -45,51 +45,51 @@ def test_a_workdir_of_another_model_is_refused(config, key, value):
     ],
 )
 def test_a_run_may_go_on_with_another_length_batch_or_schedule(config, key, value):
-    preflight.check_same_run(with_key(config, key, value), config)
+    same_run.check(with_key(config, key, value), config)
 
 
 def test_all_keys_that_differ_are_named_at_once(config):
     with pytest.raises(ConfigError, match=r"model\.norm=.*seed=1"):
-        preflight.check_same_run(changed(config, seed=1, model__norm="rmsnorm"), config)
+        same_run.check(changed(config, seed=1, model__norm="rmsnorm"), config)
 
 
 def test_a_model_key_that_the_saved_config_lacks_counts_as_a_difference(config):
     saved = config.to_dict()
     del saved["model"]["bias"]
     with pytest.raises(ConfigError, match=r"model\.bias=False \(was None\)"):
-        preflight.check_same_run(config, ConfigDict(saved))
+        same_run.check(config, ConfigDict(saved))
 
 
 @pytest.mark.parametrize("method", ["sharded", "fixed_order", "parameter_mean"])
 def test_a_run_may_go_on_with_a_method_of_the_same_state(config, method):
-    preflight.check_same_run(changed(config, sync__method=method), config)
+    same_run.check(changed(config, sync__method=method), config)
 
 
 def test_an_average_begins_with_the_run_but_may_decay_otherwise(config):
     old = config.copy_and_resolve_references()
     old.ema.decay = 0.99
     with pytest.raises(ConfigError, match=r"different run: ema\.decay=0\.0 \(was 0\.99\)"):
-        preflight.check_same_run(config, old)
+        same_run.check(config, old)
     with pytest.raises(ConfigError, match=r"different run: ema\.decay=0\.99 \(was 0\.0\)"):
-        preflight.check_same_run(old, config)
+        same_run.check(old, config)
     other = old.copy_and_resolve_references()
     other.ema.decay = 0.9
-    preflight.check_same_run(other, old)
+    same_run.check(other, old)
     del old.ema  # As a version without the key saved it.
-    preflight.check_same_run(config, old)
+    same_run.check(config, old)
 
 
 @pytest.mark.parametrize("methods", [("diloco", "sharded"), ("gradient_mean", "diloco")])
 def test_a_run_may_not_change_to_or_from_diloco(config, methods):
     new, old = (changed(config, sync__method=method) for method in methods)
     with pytest.raises(ConfigError, match=rf"sync\.method='{methods[0]}' \(was '{methods[1]}'\)"):
-        preflight.check_same_run(new, old)
+        same_run.check(new, old)
 
 
 def test_the_momentum_of_sgd_is_a_state_or_none(config):
     """AdamW has one whatever its rate."""
     old = changed(config, optimizer__name="sgd")
     with pytest.raises(ConfigError, match=r"different run: optimizer\.b1=0\.0 \(was 0\.9\)"):
-        preflight.check_same_run(with_key(old, "optimizer.b1", 0.0), old)
-    preflight.check_same_run(with_key(old, "optimizer.b1", 0.5), old)
-    preflight.check_same_run(with_key(config, "optimizer.b1", 0.0), config)
+        same_run.check(with_key(old, "optimizer.b1", 0.0), old)
+    same_run.check(with_key(old, "optimizer.b1", 0.5), old)
+    same_run.check(with_key(config, "optimizer.b1", 0.0), config)

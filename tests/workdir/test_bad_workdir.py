@@ -19,7 +19,7 @@ from jaxdp.common import cli
 from jaxdp.common import config as configs
 from jaxdp.common.errors import ConfigError, RunError
 from jaxdp.data.cache import open_cache
-from jaxdp.run import preflight
+from jaxdp.run import workdir_access
 from jaxdp.workdir import metrics, parameters
 from jaxdp.workdir.generation import generate
 from support.bad_input import (
@@ -142,7 +142,7 @@ def test_harmed_metrics(lines, how, where, noise, tmp_path, config):
     harm(path, how, where, noise)
     if how in ("folder", "link", "loop"):
         with pytest.raises(ConfigError, match=r"metrics\.jsonl is not a file"):
-            preflight.check_workdir(tmp_path)
+            workdir_access.check_workdir(tmp_path)
     else:
         metrics.MetricsWriter(tmp_path, config, 1).__exit__()
         assert how == "delete" or all(r["step"] <= 1 for r in metrics.read_jsonl(tmp_path))

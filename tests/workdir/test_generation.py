@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from jaxdp.data import special_tokens, tokenizer
+from jaxdp.data import encoding, special_tokens, tokenizer
 from jaxdp.data.cache import open_cache
 from jaxdp.run import sampled
 from jaxdp.workdir.generation import continued
@@ -26,14 +26,14 @@ def spaced() -> Tokenizer:
 
 
 def test_a_continuation_keeps_its_first_space(spaced):
-    [ids] = tokenizer.encode_prompts(spaced, ["the"], special=False)
+    [ids] = encoding.encode_prompts(spaced, ["the"], special=False)
     assert ids.tolist() == [1]
     assert continued(spaced, "the", ids, [2, 3]) == "the foxx"
 
 
 def test_a_prompt_stays_as_it_was_given(spaced):
     """Though its second word is unknown."""
-    [ids] = tokenizer.encode_prompts(spaced, ["the Cat"], special=False)
+    [ids] = encoding.encode_prompts(spaced, ["the Cat"], special=False)
     assert continued(spaced, "the Cat", ids, [2]) == "the Cat fox"
 
 

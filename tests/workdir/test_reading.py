@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from jaxdp.common.errors import ConfigError, RunError
-from jaxdp.run import preflight, resuming
+from jaxdp.run import resuming, workdir_access
 from jaxdp.workdir import integrity, reading
 from jaxdp.workdir.parameters import load_params
 from support.checkpoints import open_checkpoints, state_of, two_checkpoints
@@ -148,7 +148,7 @@ def test_a_folder_that_can_not_be_read_is_not_an_empty_one(two, config, monkeypa
 
     monkeypatch.setattr(integrity.os, "listdir", refuse)
     with pytest.raises(ConfigError, match=r"can't be read \(Permission denied\): choose another"):
-        preflight.check_workdir(two)
+        workdir_access.check_workdir(two)
     for read in (
         lambda: open_checkpoints(two, config, report=str),
         lambda: load_params(two, state_of(0).params, report=str),
