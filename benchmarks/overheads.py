@@ -31,6 +31,7 @@ from jaxdp.run import loop
 from jaxdp.run.result import Result
 from jaxdp.run.session import Run
 from jaxdp.step.setup import same_on_two_devices
+from jaxdp.workdir.checkpoints import folder_of
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config().")
 WORKDIR = flags.DEFINE_string("workdir", None, "A new folder for the run.")
@@ -68,7 +69,7 @@ class Overheads:
             if pending is not None:
                 jax.block_until_ready(pending[1])
                 if log:
-                    self.run.read(*pending)
+                    self.run.log.add(*pending)
             pending, self.done = (self.done, metrics, waited), self.done + 1
             seconds.append(time.perf_counter() - began)
             if until():
@@ -77,14 +78,15 @@ class Overheads:
         jax.block_until_ready(self.state)
         seconds[-1] += time.perf_counter() - began
         if log:
-            self.run.read(*pending)
+            self.run.log.add(*pending)
         return seconds
 
     def save_until_done(self) -> int:
         """Saves a checkpoint; returns the number of steps until it is on disk."""
         self.run.save(self.done, self.state, evaluating=False)
-        manager = self.run.checkpoints.manager
-        return len(self.steps(1000, until=lambda: not manager.is_saving_in_progress()))
+        # Orbax gives a checkpoint's folder its name when it is complete.
+        folder = folder_of(self.run.workdir) / str(self.done)
+        return len(self.steps(1000, until=folder.is_dir))
 
     def alone(self, count: int) -> None:
         """Trains one step at a time; records seconds to dispatch each, and to log its metrics."""
@@ -96,7 +98,7 @@ class Overheads:
             jax.block_until_ready((self.state, metrics))
             self.done += 1
             began = time.perf_counter()
-            self.run.read(before, metrics, 0.0)
+            self.run.log.add(before, metrics, 0.0)
             self.logged.append(time.perf_counter() - began)
 
     def _check(self) -> None:

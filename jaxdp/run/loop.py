@@ -181,7 +181,7 @@ def train_steps(run: Run, state: State, start: int) -> Result:
 
         evaluating, saving = run.due(done)
         if run.judge.trouble is None and (evaluating or saving):
-            run.read_figures()
+            run.log.read()
         if run.judge.trouble:
             done, state = roll_back(run, state)
             rounds = run.rounds(done)
@@ -203,7 +203,7 @@ def train_steps(run: Run, state: State, start: int) -> Result:
 
 def _stop(run: Run, done: int, state: State) -> tuple[int, State]:
     """Saves the state after `done` steps for the next start, unless that has been done."""
-    run.read_figures()
+    run.log.read()
     if run.judge.trouble:
         done, state = roll_back(run, state)
     if run.saved != done:

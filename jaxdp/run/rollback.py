@@ -37,7 +37,7 @@ def roll_back(run: Run, state: State) -> tuple[int, State]:
     if run.judge.rollbacks == c.max_rollbacks:
         raise _diagnosis(run, trouble, state)
     run.watchdog.beat("going back", trouble.step, slow=True)
-    run.forget_figures()
+    run.log.forget()
     free(state)  # With two states in memory, going back would take more than training.
     found = run.checkpoints.restore(abstract_state(run.setup), functools.partial(_good, run))
     step, extra, state = found or (0, {}, run.first_state())
@@ -51,7 +51,7 @@ def roll_back(run: Run, state: State) -> tuple[int, State]:
         "bold yellow",
     )
     state = run.program.at_step(state, trouble.step)
-    run.pause(time.perf_counter() - began)
+    run.log.throughput.pause(time.perf_counter() - began)
     return trouble.step, state
 
 

@@ -54,6 +54,7 @@ class Run:
       evaluated: the step that was last evaluated; None before.
       unevaluated: whether the newest checkpoint was saved before its evaluation, which is to come.
       origin: the position in the data at which the restored checkpoint was saved.
+      log: the log of the training steps, from `begin` on.
     """
 
     def __init__(
@@ -81,9 +82,6 @@ class Run:
         self._tokenizer_digest = tokenizer.digest(setup.feed.cache.tokenizer)
         self._replica_check = ReplicaCheck(replicas)
         self._loss = MeanLoss()
-        # The last round, until its metrics are fetched: steps done before it, its metrics, and the
-        # seconds that it waited for data.
-        self._pending: tuple[int, dict[str, jax.Array], float] | None = None
         self._busy = 0.0  # Seconds from requesting the last batch to dispatching its round.
         self._asked = self._waited = 0.0  # When the last batch was requested; how long it took.
         self._resources = contextlib.ExitStack()
@@ -179,7 +177,7 @@ class Run:
         parameters = num_parameters(parameter_shapes(self.setup.model))
         flops = flops_per_token(self.setup.model.config, parameters)
         throughput = Throughput(flops, self.replicas.device_count)
-        self._log = StepLog(
+        self.log = StepLog(
             self.setup, self.judge, self.display, self._writer, throughput, self._loss
         )
 
@@ -254,7 +252,7 @@ class Run:
         with self.profile.round(done, state, new):
             state, metrics = self.program(done, state, batch)
         dispatched = time.perf_counter()
-        self.read_figures()
+        self.log.read()
         if new:
             jax.block_until_ready(metrics)
             self.display.line(f"Compiled: {report.collectives(self.program)}.")
@@ -262,37 +260,13 @@ class Run:
             self.display.start(done, self.config.num_train_steps)
         profiled = self.program.measure_waiting(metrics) or self.profile.stop(done + steps, metrics)
         if new or profiled:  # This round also compiled or profiled.
-            self._log.throughput.start(steps=-steps)
+            self.log.throughput.start(steps=-steps)
         self._busy = dispatched - self._asked
         self.checkpoints.check()
-        self._pending = done, metrics, self._waited
+        self.log.read_later(done, metrics, self._waited)
         return done + steps, state
 
     # After a round.
-
-    def read_figures(self) -> None:
-        """Fetches and logs the metrics of the last round, unless that has been done."""
-        if self._pending is not None:
-            pending, self._pending = self._pending, None
-            self.read(*pending)
-
-    def read(self, before: int, metrics: dict[str, jax.Array], waited: float) -> None:
-        """Fetches and logs the metrics of a round; see `StepLog.add`."""
-        self._log.add(before, metrics, waited)
-
-    def forget_figures(self) -> None:
-        """Drops the metrics since the last logged step, for a roll-back."""
-        self._pending = None
-        self._loss.clear()
-
-    def pause(self, seconds: float) -> None:
-        """Excludes seconds from the logged speed."""
-        self._log.throughput.pause(seconds)
-
-    @property
-    def drift(self) -> float | None:
-        """The drift of the replicas before they last synchronised; see `StepLog.drift`."""
-        return self._log.drift
 
     def due(self, done: int) -> tuple[bool, bool]:
         """Returns whether to evaluate, and whether to save a checkpoint, after `done` steps."""
@@ -333,7 +307,7 @@ class Run:
         self.stopping.add(done, found[""].loss)
         if self.config.sample.at_eval and not self.over(done):  # The summary shows one, too.
             self.sample(done, params)
-        self.pause(time.perf_counter() - before)
+        self.log.throughput.pause(time.perf_counter() - before)
         return found
 
     def check_replicas(self, before: int, done: int, state: State, always: bool) -> None:

@@ -34,6 +34,23 @@ class StepLog:
         self._setup, self._judge, self._display, self._writer = setup, judge, display, writer
         self.throughput, self.loss = throughput, loss
         self.drift: float | None = None
+        # The arguments of `add` for the last round, until its metrics are read.
+        self._last: tuple[int, dict[str, jax.Array], float] | None = None
+
+    def read_later(self, before: int, on_devices: dict[str, jax.Array], waited: float) -> None:
+        """Takes a round whose metrics `read` is to fetch, once the next round is dispatched."""
+        self._last = before, on_devices, waited
+
+    def read(self) -> None:
+        """Fetches and logs the metrics of the last round, unless that has been done."""
+        if self._last is not None:
+            last, self._last = self._last, None
+            self.add(*last)
+
+    def forget(self) -> None:
+        """Drops the metrics since the last logged step, for a roll-back."""
+        self._last = None
+        self.loss.clear()
 
     def add(self, before: int, on_devices: dict[str, jax.Array], waited: float) -> None:
         """Waits for the metrics of a round, checks them, and logs the steps that are due.

@@ -14,7 +14,7 @@ def summarise(run: Run, result: Result) -> None:
         if text:
             run.display.text("Sample", text)
     rows = report.summary(run.config, run.workdir, result, run.display.seconds())
-    rows |= report.synchronisation(run.program, run.drift, run.replicas.device_count)
+    rows |= report.synchronisation(run.program, run.log.drift, run.replicas.device_count)
     if result.finished and result.step < run.config.num_train_steps:
         rows["stopped early"] = run.stopping.reason()
     if run.judge.skipped or run.judge.rollbacks:
