@@ -51,9 +51,8 @@ def get_config() -> ConfigDict:
     # The key of a list of {"role": "user", "content": TEXT}: data are chats, and only what the
     # role "assistant" says is learnt. "": no chats.
     c.data.messages_key = ""
-    c.data.chat_template = (
-        ""  # A file, in Jinja, that says how to write chats; "": the tokenizer's.
-    )
+    # A file, in Jinja, that says how to write chats; "": the tokenizer's own.
+    c.data.chat_template = ""
     c.data.skip_missing = False  # Skip, and count, records without these keys. False: refuse them.
     # What stands between the documents of a text file, such as "<|endoftext|>"; a line break on
     # either side of it belongs to it. "": a file is one document.

@@ -1,17 +1,24 @@
 """Trains byte-level BPE tokenizers (Sennrich et al. 2016), as GPT-2's."""
 
+import contextlib
 import itertools
+import json
+import os
 import re
-import threading
+import subprocess
+import sys
+import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from jaxdp.common.errors import ConfigError, shown
+from jaxdp.common.errors import ConfigError, RunError, shown
 
 # The time that training takes grows with the square of the length of a word, and some texts are
 # one word of millions of letters: DNA, base64, logs. So longer words are cut.
 LONGEST_WORD = 256
+LOOK = 0.5  # Seconds between two calls of `while_waiting`.
 _LONG_WORD = re.compile(
     "|".join(
         rf"{kind}{{{LONGEST_WORD + 1},}}" for kind in (r"[^\W\d_]", r"\d", r"\s", r"[^\w\s]", "_")
@@ -37,46 +44,72 @@ def train(
     texts: Iterable[str],
     while_waiting: Callable[[], None] = lambda: None,
 ) -> Tokenizer:
-    """Trains a tokenizer.
+    """Trains a tokenizer, in a process of its own: the library hears no signal while it trains.
 
     Args:
       size: tokens of its vocabulary.
       specials: names of its special tokens.
       texts: what to train it on.
       while_waiting: called about every half second; what it raises ends the training.
+
+    Raises:
+      RunError: that process ended before it was done, for lack of memory, for example.
     """
+    job = {"size": size, "specials": specials}
+    with tempfile.TemporaryFile() as result, tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-m", __name__],
+            stdin=subprocess.PIPE,
+            stdout=result,
+            stderr=errors,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            start_new_session=True,  # Ctrl-C is for this process, which then ends that one.
+        )
+        try:
+            assert process.stdin is not None
+            with process.stdin as pipe, contextlib.suppress(BrokenPipeError):
+                said = time.monotonic()
+                for line in itertools.chain([job], short_words(texts)):
+                    pipe.write(json.dumps(line).encode() + b"\n")
+                    if time.monotonic() > said + LOOK:
+                        said = time.monotonic()
+                        while_waiting()
+            while _is_running(process):
+                while_waiting()
+        finally:
+            process.kill()
+            process.wait()
+        for file in (result, errors):
+            file.seek(0)
+        if process.returncode:
+            lines = errors.read().decode(errors="replace").strip().splitlines()
+            why = lines[-1] if lines else f"status {process.returncode}"
+            raise RunError(f"the tokenizer could not be trained ({why})")
+        return Tokenizer.from_str(result.read().decode())
+
+
+def _is_running(process: subprocess.Popen) -> bool:
+    """Returns whether a process still runs, after `LOOK` seconds at most."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(LOOK)
+    return process.returncode is None
+
+
+def _work() -> None:
+    """Trains by what `train` writes to stdin, a JSON value a line; prints the tokenizer."""
+    lines = map(json.loads, sys.stdin.buffer)
+    job = next(lines)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=size,
-        special_tokens=specials,
+        vocab_size=job["size"],
+        special_tokens=job["specials"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    raised: list[BaseException] = []
-    ended = threading.Event()
-
-    def work() -> None:
-        try:
-            wanted = itertools.takewhile(lambda _: not ended.is_set(), short_words(texts))
-            tokenizer.train_from_iterator(wanted, trainer)
-        except BaseException as error:
-            raised.append(error)
-
-    # In a thread of its own, because the library hears no signal while it trains. A daemon: a
-    # process that is asked to stop doesn't wait for it.
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    try:
-        while thread.is_alive():
-            thread.join(0.5)
-            while_waiting()
-    finally:
-        ended.set()
-    if raised:
-        raise raised[0]
-    return tokenizer
+    tokenizer.train_from_iterator(lines, trainer)
+    sys.stdout.buffer.write(tokenizer.to_str().encode())
 
 
 def short_words(texts: Iterable[str]) -> Iterator[str]:
@@ -92,3 +125,7 @@ def short_words(texts: Iterable[str]) -> Iterator[str]:
                 yield text[at:end]
                 at = end
         yield text[at:]
+
+
+if __name__ == "__main__":
+    _work()

@@ -1,7 +1,5 @@
 import itertools
 import json
-import signal
-import threading
 
 import numpy as np
 import pytest
@@ -181,8 +179,8 @@ def test_batches_of_text_are_about_as_large_as_asked():
 
 
 def test_a_document_longer_than_a_piece_ends_once(monkeypatch):
-    monkeypatch.setattr(tokenizers, "PIECE", 7)
-    monkeypatch.setattr(tokenizers, "BATCH", 20)
+    monkeypatch.setattr(encoding, "PIECE", 7)
+    monkeypatch.setattr(encoding, "BATCH", 20)
     documents = ["a" * 30, "", "b", "cd" * 7]
     ids = np.concatenate(list(encode_documents(BYTE, whole(documents))))
     expected = [[*document.encode(), 256] for document in documents if document]
@@ -271,7 +269,7 @@ def test_documents_begin_with_what_the_tokenizer_puts_first(tmp_path):
 
 
 def test_only_the_first_piece_of_a_document_begins_it(monkeypatch):
-    monkeypatch.setattr(tokenizers, "PIECE", 2)
+    monkeypatch.setattr(encoding, "PIECE", 2)
     tokenizer = get_tokenizer("byte", "causal", unused, bos=END_OF_TEXT)
     parts = [Example("", "abc", ends=False), Example("", "de"), Example("", "f")]
     assert [ids.tolist() for ids in encode_documents(tokenizer, parts)] == [
@@ -393,20 +391,3 @@ def test_a_hub_that_is_out_of_reach_is_one_line_with_the_way_out(said, monkeypat
     assert "\n" not in str(error.value)
     assert "tokenizer='hf:gpt2'" in str(error.value)
     assert "tokenizer.json" in str(error.value)
-
-
-def test_training_a_tokenizer_can_be_interrupted():
-    """At any moment: Rust's code, here waiting for text, has not ended when the signal arrives."""
-    go, ended = threading.Event(), threading.Event()
-
-    def texts(with_validation):
-        yield "a text"
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
-        assert go.wait(60)
-        ended.set()
-
-    with pytest.raises(KeyboardInterrupt):
-        get_tokenizer("train:bpe:300", "causal", texts)
-    assert not ended.is_set()
-    go.set()
-    assert ended.wait(60)

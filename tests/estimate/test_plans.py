@@ -108,8 +108,11 @@ def test_a_gpus_rate_and_link_are_assumed(config):
     assert assumptions.rate_of(config, "h100", 3, 0.5)[0] == 3e12
     config.model.dtype = "float32"
     assert assumptions.rate_of(config, "h100", None, 0.5)[0] == 0.25 * 989e12
-    assert assumptions.gbps_of("h100", hosts=1) == 3600
-    assert assumptions.gbps_of("h100", hosts=2) == assumptions.gbps_of(None, hosts=1) == 100
+    assert assumptions.gbps_of("h100", 1, None, None) == (3600, 3600)
+    assert assumptions.gbps_of("h100", 2, None, None) == (100, 3600)
+    assert assumptions.gbps_of(None, 1, None, None) == (100, 100)
+    assert assumptions.gbps_of("h100", 2, 5, None) == (5, 3600)
+    assert assumptions.gbps_of(None, 1, 5, 40) == (5, 40)
 
 
 @pytest.mark.parametrize(

@@ -38,14 +38,14 @@ def test_what_has_changed_is_told_with_both_values(told):
 
 
 def test_where_the_learning_rate_goes_is_told(told):
-    up = "the learning rate goes up at step 3, from 0.00868 to 0.0868"
+    up = "the learning rate goes up at step 3, from 0.00775 to 0.0775"
     assert told(optimizer__learning_rate=0.1) == (
         f"changed: optimizer.learning_rate 0.01 -> 0.1; {up}"
     )
-    assert "goes down at step 3, from 0.00868 to 0.00775" in told(optimizer__schedule="linear")
-    assert "goes up at step 3, from 0.00868 to 0.00999" in told(num_train_steps=60)
+    assert "goes down at step 3, from 0.00775 to 0.007" in told(optimizer__schedule="linear")
+    assert "goes up at step 3, from 0.00775 to 0.00999" in told(num_train_steps=60)
     constant = told(optimizer__warmup_steps=3, optimizer__schedule="constant")
-    assert "goes up at step 3, from 0.00868 to 0.01" in constant
+    assert "goes up at step 3, from 0.00775 to 0.01" in constant
 
 
 def test_a_rate_that_only_changes_later_is_told(config, tmp_path):

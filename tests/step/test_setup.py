@@ -111,7 +111,11 @@ def test_wandb_is_refused_where_it_is_not_installed(config, monkeypatch):
         ),
         (
             {"sync__method": "diloco", "sync__dtype": "bfloat16"},
-            "sync.dtype='bfloat16' is for gradients, and sync.method='diloco' sends float32",
+            "sync.dtype='bfloat16' is nothing that sync.method='diloco' sends, which is float32 or",
+        ),
+        (
+            {"sync__method": "sharded", "sync__islands": 2},
+            "sync.islands=2 has no meaning with sync.method='sharded': set it to 0, or use",
         ),
         (
             {"sync__method": "fixed_order", "sync__virtual_replicas": 12},

@@ -7,6 +7,7 @@ from jax import lax
 
 from jaxdp.parallel.replicas import AXIS, Replicas
 from jaxdp.sync import reductions
+from jaxdp.sync.islands import Islands
 
 RNG = np.random.default_rng(0)
 SUMS = RNG.normal(size=(8, 5)).astype(np.float32)
@@ -74,7 +75,8 @@ def test_parameter_mean_weighs_by_tokens(devices):
         tree = {"x": part["x"][0], "all": jnp.int32(start + 10), "count": start + 10 - skipped}
         before = {"x": tree["x"], "all": jnp.int32(start), "count": jnp.int32(start)}
         tokens = lax.all_gather(part["tokens"][0], AXIS)
-        return reductions.parameter_mean(tree, before, tokens, AXIS)
+        islands = Islands(devices, devices)
+        return reductions.parameter_mean(tree, before, tokens, AXIS, islands)
 
     got = on(devices, mean, {"x": values, "tokens": tokens})
     weights = tokens if devices > 1 else np.ones(1)  # Without any tokens: a plain mean.
@@ -106,7 +108,8 @@ def test_outer_step_is_nesterov_on_the_mean_change():
         delta = np.asarray(theta["x"]) - mean
         velocity = momentum * velocity + delta
         expected = expected - rate * (delta + momentum * velocity)
-        theta, state = reductions.outer_step(outer, theta, {"x": jnp.array(mean)}, state)
+        change = {"x": jnp.asarray(delta, jnp.float32)}
+        theta, state = reductions.outer_step(outer, theta, change, state)
         # Rounding of float32 numbers near 2, some of which cancel.
         np.testing.assert_allclose(theta["x"], expected, rtol=1e-6, atol=1e-6)
 
