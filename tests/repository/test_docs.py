@@ -175,7 +175,7 @@ def test_ci_runs_the_readmes_test_command():
     ci = (REPOSITORY / ".ci" / "run").read_text()
     [command] = [x for x in README.splitlines() if x.startswith("python3 -m venv .venv &&")]
     for part in command.split(" && "):
-        assert part.replace("[dev]", "[dev,docs,style,compare,plan-gpu]") in ci
+        assert part.replace("[dev]", "[dev,docs,style,compare,plan-gpu,datasets]") in ci
 
 
 def test_notebooks_open_in_colab():
