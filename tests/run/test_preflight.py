@@ -82,7 +82,7 @@ def test_too_small_a_disk_is_refused_before_anything_is_computed(config, tmp_pat
     def never(*arguments):
         raise AssertionError("the state was made")
 
-    monkeypatch.setattr(preflight, "check_disk", refuse)
+    monkeypatch.setattr(workdir_access, "check_disk", refuse)
     monkeypatch.setattr(loop, "Run", never)
     with pytest.raises(ConfigError, match="full"):
         loop.train(config, tmp_path / "run")
