@@ -161,6 +161,8 @@ class _Meeting:
         """Notes a process that has come; decides if it is the last one, or can't belong here."""
         with self._lock:
             id = int(hello["id"])
+            if not is_open(connection):
+                return  # It has gone again before it was heard.
             before = self._guests.get(id)
             if before and is_open(before[1]):
                 self._decide(
