@@ -59,7 +59,7 @@ MODELS = {
     },
 }
 
-EXPLANATION = f"""*Bytes* are those of the collectives' buffers, together, per round of \
+EXPLANATION = f"""*Bytes* is the size of all buffers that the collectives send, per round of \
 `sync.every` steps. The prediction
 counts a method's arrays; up to {FIGURES:,} bytes of metrics (loss, tokens) travel with them, or
 alone. *Covered* is the share of these bytes that is under way while products of the backward pass
@@ -74,7 +74,7 @@ def main() -> int:
     covered = {}
     for name, (devices, hosts) in MACHINES.items():
         print(f"\n## Compiled for {name}\n")
-        covered[name] = yield_from_printed(collective_rows(devices, hosts))
+        covered[name] = print_collectives(devices, hosts)
     print(f"\n{EXPLANATION}")
     hidden = covered["8 H100s"]["gradient_mean"]
     for name, keys in MODELS.items():
@@ -108,23 +108,14 @@ def compiled_config(devices: int) -> ConfigDict:
     return config
 
 
-def yield_from_printed(rows: Iterator[str]) -> dict[str, float]:
-    """Prints lines as they come; returns what the iterator returns at its end."""
-    while True:
-        try:
-            print(next(rows), flush=True)
-        except StopIteration as end:
-            return end.value
-
-
-def collective_rows(devices: int, hosts: int) -> Iterator[str]:
-    """Yields a row for each kind of collective of each method; returns covered shares by method.
+def print_collectives(devices: int, hosts: int) -> dict[str, float]:
+    """Prints a row for each kind of collective of each method; returns covered shares by method.
 
     Raises:
       AssertionError: the collectives are not those that `methods.traffic` predicts.
     """
-    yield "| sync.method | collectives | bytes | predicted | covered |"
-    yield "|---|---|---|---|---|"
+    print("| sync.method | collectives | bytes | predicted | covered |")
+    print("|---|---|---|---|---|")
     machine = compiled.absent_machine("h100", devices, hosts)
     shares = {}
     for name in METHODS:
@@ -141,9 +132,10 @@ def collective_rows(devices: int, hosts: int) -> Iterator[str]:
             own = [x for x in transfers if x.kind == kind]
             size, wanted = sum(x.bytes for x in own), expected.pop(kind, 0)
             assert 0 <= size - wanted <= FIGURES, (name, kind, size, wanted)
-            yield (
+            print(
                 f"| {name} | {len(own)} {kind} | {in_bytes(size)} | {in_bytes(wanted)} | "
-                f"{covered_share(own):.0%} |"
+                f"{covered_share(own):.0%} |",
+                flush=True,
             )
         assert not expected, (name, expected)
     return shares

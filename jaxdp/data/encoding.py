@@ -56,6 +56,11 @@ def encode_prompts(tokenizer: Tokenizer, prompts: list[str], *, special: bool) -
     return [np.concatenate([before, ids]) for ids in encode(tokenizer, prompts, special=special)]
 
 
+def without_begin(tokenizer: Tokenizer, ids: np.ndarray) -> np.ndarray:
+    """Returns a prompt's tokens without the one that `encode_prompts` has put first, if any."""
+    return ids[int(len(ids) > 0 and ids[0] == special_tokens.begin_id(tokenizer)) :]
+
+
 def _ends(tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
     """Returns the tokens that begin and end a document, [0 or 1] int64 each."""
     ids = special_tokens.begin_id(tokenizer), special_tokens.end_id(tokenizer)

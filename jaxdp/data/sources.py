@@ -73,8 +73,7 @@ def get_source(config: ConfigDict, report: Report = print) -> Source:
         return TfdsSource(rest, config, report)
     if colon and prefix == "hf":
         return HfSource(rest, config, report)
-    given = prefix if colon and prefix in files.KINDS else None
-    kind, paths = files.find(rest if given else config.data.path, given, report)
+    given, kind, paths = _find(config.data.path, report)
     if kind != "text":
         return RecordSource(kind, paths, config)
     if config.data.messages_key:
@@ -101,13 +100,17 @@ def _files(path: str) -> set[str]:
     """Returns the real paths of the files that data.path names; TFDS and the hub have none."""
     found: set[str] = set()
     for source in mixture.parse(path):
-        prefix, colon, rest = source.partition(":")
-        if not (colon and prefix in ("tfds", "hf")):
-            given = prefix if colon and prefix in files.KINDS else None
+        if not source.startswith(("tfds:", "hf:")):
             with contextlib.suppress(ConfigError):  # Files that are no longer there.
-                _, paths = files.find(rest if given else source, given, lambda _: None)
-                found |= {str(file.resolve()) for file in paths}
+                found |= {str(file.resolve()) for file in _find(source, lambda _: None)[2]}
     return found
+
+
+def _find(path: str, report: Report) -> tuple[str | None, str, list[Path]]:
+    """Returns the kind that a data.path names in front, if it does, the files' kind, and them."""
+    prefix, colon, rest = path.partition(":")
+    given = prefix if colon and prefix in files.KINDS else None
+    return given, *files.find(rest if given else path, given, report)
 
 
 def _no_chats(config: ConfigDict) -> ConfigError:

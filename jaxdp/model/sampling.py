@@ -16,48 +16,14 @@ from jaxdp.model.transformer import Transformer
 
 
 def sample(
-    model: Transformer,
-    params: Any,
-    prompts: list[np.ndarray],
-    *,
-    vocab_size: int,
-    num_tokens: int,
-    temperature: float = TEMPERATURE,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 0,
+    model: Transformer, params: Any, prompts: list[np.ndarray], **options: Any
 ) -> list[np.ndarray]:
-    """Continues each prompt by `num_tokens` tokens.
-
-    A prompt's continuation doesn't depend on the other prompts. When the context is full, its newer
-    half is read again into an empty cache, so a text can be longer than the context.
-
-    Args:
-      model: a causal model.
-      params: its parameters, on one device or on the host.
-      prompts: R arrays of at least one token id each; only the end of a prompt beyond S is used.
-      vocab_size: size of the tokenizer's vocabulary; ids beyond it, padding, are never drawn.
-      num_tokens: number of tokens to add.
-      temperature: divides the logits; 0 always takes the likeliest token.
-      top_k: draw from the k likeliest tokens only; 0: from all.
-      top_p: draw from the fewest likeliest tokens whose probabilities sum to at least p
-        (Holtzman et al. 2020).
-      seed: seed of the draws.
+    """Continues each prompt: all that `stream`, with the same arguments, yields, joined.
 
     Returns:
       R arrays of [num_tokens] int32: the new tokens only.
     """
-    parts = stream(
-        model,
-        params,
-        prompts,
-        vocab_size=vocab_size,
-        num_tokens=num_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-    )
+    parts = stream(model, params, prompts, **options)
     nothing = [np.zeros(0, np.int32)] * len(prompts)
     return [np.concatenate(row) for row in zip(nothing, *parts, strict=True)]
 
@@ -75,17 +41,21 @@ def stream(
     seed: int = 0,
     at_once: int = MAX_INT32,
 ) -> Iterator[list[np.ndarray]]:
-    """Draws the tokens of `sample` a few at a time.
+    """Continues each prompt by `num_tokens` tokens, a few at a time.
+
+    A prompt's continuation doesn't depend on the other prompts. When the context is full, its newer
+    half is read again into an empty cache, so a text can be longer than the context.
 
     Args:
-      model: as in `sample`, and so all below.
-      params: its parameters.
-      prompts: R arrays of token ids.
-      vocab_size: size of the tokenizer's vocabulary.
+      model: a causal model.
+      params: its parameters, on one device or on the host.
+      prompts: R arrays of at least one token id each; only the end of a prompt beyond S is used.
+      vocab_size: size of the tokenizer's vocabulary; ids beyond it, padding, are never drawn.
       num_tokens: number of tokens to add.
-      temperature: divides the logits.
-      top_k: draw from the k likeliest tokens only.
-      top_p: draw from the likeliest tokens whose probabilities add up to p.
+      temperature: divides the logits; 0 always takes the likeliest token.
+      top_k: draw from the k likeliest tokens only; 0: from all.
+      top_p: draw from the fewest likeliest tokens whose probabilities sum to at least p
+        (Holtzman et al. 2020).
       seed: seed of the draws.
       at_once: tokens to draw at a time; before each time the context is read again.
 
@@ -139,7 +109,8 @@ def fill(
     row_numbers = jnp.arange(len(tokens))
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     states, cache = read({"params": params}, tokens, positions=positions)
-    logits = head(states[row_numbers, starts - 1])  # [R, V]: those of all positions would be large.
+    # [R, V]: logits of all positions would be S times as large.
+    logits = head(states[row_numbers, starts - 1])
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), row_numbers)
 
     def body(i, carry):

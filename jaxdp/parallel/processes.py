@@ -116,7 +116,7 @@ def gather(text: str) -> list[str]:
         return [text]
     key = f"jaxdp/gather/{next(_calls)}"
     _client().key_value_set(f"{key}/{jax.process_index()}", text)
-    if is_main():  # So that the number of messages grows with that of processes, not its square.
+    if is_main():  # So each process sends a message or two, however many there are.
         texts = [_wait_for(f"{key}/{i}", f"process {i}") for i in range(count)]
         _client().key_value_set(f"{key}/all", json.dumps(texts))
     return json.loads(_wait_for(f"{key}/all", "the other processes"))
@@ -137,13 +137,14 @@ def _wait_for(key: str, who: str) -> str:
     said = False
     while True:
         try:
-            return _client().blocking_key_value_get(key, round(1000 * rendezvous.PATIENCE))
+            text = get(key, rendezvous.PATIENCE)
         except jax.errors.JaxRuntimeError as error:
-            if "DEADLINE_EXCEEDED" not in str(error):
-                raise RunError(
-                    f"process 0, through which the processes talk, has ended ({first_line(error)}):"
-                    " see what it printed; run again to go on from the newest checkpoint"
-                ) from None
+            raise RunError(
+                f"process 0, through which the processes talk, has ended ({first_line(error)}):"
+                " see what it printed; run again to go on from the newest checkpoint"
+            ) from None
+        if text is not None:
+            return text
         if not said:
             print(f"jaxdp: waiting for {who} ...", file=sys.stderr, flush=True)
         said = True
@@ -214,7 +215,7 @@ def publish(text: str) -> None:
 
 
 def published() -> dict[int, str]:
-    """Returns each process's last text from `tell`; waits until process 0, their store, answers."""
+    """Returns each process's last text of `publish`; waits until process 0, the store, answers."""
     found = _client().key_value_dir_get("jaxdp/told/")
     return {int(key.rsplit("/", 1)[1]): text for key, text in found}
 

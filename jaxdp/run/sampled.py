@@ -35,8 +35,8 @@ def sample(setup: Setup, params: Any) -> str:
         temperature=sampling.TEMPERATURE,
         seed=config.seed,
     )
-    begun = len(prompt) and prompt[0] == special_tokens.begin_id(cache.tokenizer)
-    return cache.tokenizer.decode([*prompt[int(begun) :], *ids], skip_special_tokens=False)
+    shown = encoding.without_begin(cache.tokenizer, prompt)
+    return cache.tokenizer.decode([*shown, *ids], skip_special_tokens=False)
 
 
 def prompt_tokens(config: ConfigDict, cache: TokenCache) -> np.ndarray:

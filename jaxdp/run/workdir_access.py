@@ -25,7 +25,7 @@ def check_workdir(workdir: Path) -> None:
     And one in which something belongs to another user, so that this run couldn't write it.
     """
     check_text("--workdir", str(workdir))
-    kinds = dict.fromkeys(("checkpoints", "tensorboard", profiling.FOLDER), Path.is_dir)
+    kinds = dict.fromkeys((FOLDER, "tensorboard", profiling.FOLDER), Path.is_dir)
     kinds |= dict.fromkeys(("config.json", "tokenizer.json", JSONL, "lock"), Path.is_file)
     try:
         for name, fits in kinds.items():

@@ -21,7 +21,7 @@ import numpy as np
 from jax import lax
 
 from jaxdp.sync.buckets import BUCKET_BYTES, by_buckets
-from jaxdp.sync.islands import Groups, Islands, slices, unslice
+from jaxdp.sync.islands import Groups, Islands, slice_shapes, slices, unslice
 from jaxdp.sync.traffic import Collective
 
 BITS = {"int8": 8, "int4": 4}  # The values of sync.dtype that compress.
@@ -82,7 +82,7 @@ def traffic(tree: Tree, bits: int, count: int, steps: float = 1) -> list[Collect
       count: n.
       steps: optimizer steps from one sum to the next.
     """
-    size = sum(-(-x.size // count) for x in jax.tree.leaves(tree))
+    size = sum(x.size for x in jax.tree.leaves(slice_shapes(tree, count)))
     sent = count * num_encoded_bytes(size, bits)
     return [Collective(kind, sent, steps, count) for kind in ("all-to-all", "all-gather")]
 
@@ -97,10 +97,10 @@ def empty_residual(tree: Tree, count: int) -> dict[str, Tree]:
     Returns:
       "sent": what the first exchange lost, [n, S] per leaf; "summed": the second's, [S].
     """
-    sizes = jax.tree.map(lambda x: -(-x.size // count), tree)
+    shapes = slice_shapes(tree, count)
     return {
-        "sent": jax.tree.map(lambda size: jnp.zeros((count, size), jnp.float32), sizes),
-        "summed": jax.tree.map(lambda size: jnp.zeros(size, jnp.float32), sizes),
+        "sent": jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), shapes),
+        "summed": jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes),
     }
 
 
@@ -125,6 +125,12 @@ def compressed_sum(
     return unslice(whole, tree), {"sent": sent, "summed": summed}
 
 
+def _rounded(x: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
+    """Returns what is sent for some numbers, and what rounding has lost of them."""
+    sent = encode(x, bits)
+    return sent, x - decode(sent, x.shape[-1], bits)
+
+
 def scatter_sum(
     cut: Tree, residual: Tree, axis: str, bits: int, groups: Groups = None
 ) -> tuple[Tree, Tree]:
@@ -134,12 +140,9 @@ def scatter_sum(
     """
 
     def send(numbers, lost):
-        numbers += lost
-        size = numbers.shape[-1]
-        sent = encode(numbers, bits)
-        lost = numbers - decode(sent, size, bits)
+        sent, lost = _rounded(numbers + lost, bits)
         got = lax.all_to_all(sent, axis, 0, 0, axis_index_groups=groups, tiled=True)
-        return decode(got, size, bits).sum(0), lost
+        return decode(got, numbers.shape[-1], bits).sum(0), lost
 
     return by_buckets(send, cut, residual)
 
@@ -150,9 +153,7 @@ def gather(
     """Makes the second exchange: leaves [S] -> all devices' slices [n, S], and the new residual."""
 
     def send(numbers, lost):
-        numbers += lost
-        sent = encode(numbers, bits)
-        lost = numbers - decode(sent, numbers.size, bits)
+        sent, lost = _rounded(numbers + lost, bits)
         every = lax.all_gather(sent, axis, axis_index_groups=groups)
         return decode(every, numbers.size, bits), lost
 
@@ -162,7 +163,7 @@ def gather(
 def move_residual(
     saved: dict[str, Tree], like: Tree, old: Islands, new: Islands
 ) -> dict[str, Tree]:
-    """Converts the residuals of all devices to those of other devices or islands.
+    """Converts the residuals of a run's devices for a run on other devices or islands.
 
     What was to be sent is shared equally among the new islands.
 

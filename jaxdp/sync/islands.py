@@ -96,6 +96,11 @@ def slices(tree: Tree, count: int) -> Tree:
     return jax.tree.map(cut, tree)
 
 
+def slice_shapes(tree: Tree, count: int) -> Tree:
+    """Returns the shapes of one of a tree's `slices`: [S] float32 for each leaf."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((-(-x.size // count),), jnp.float32), tree)
+
+
 def unslice(parts: Tree, like: Tree) -> Tree:
     """Undoes `slices`; like: the shapes before. A scalar copied to all devices comes as [count]."""
     return jax.tree.map(

@@ -13,6 +13,7 @@ import optax
 
 from jaxdp.common.errors import ConfigError
 from jaxdp.sync import compression, reductions
+from jaxdp.sync.islands import slice_shapes
 from jaxdp.sync.method import Sync
 from jaxdp.sync.traffic import Collective, num_bytes
 
@@ -123,18 +124,15 @@ class DiLoCo(ParameterMean):
         return saved if old == new else jax.tree.map(spread, saved)
 
     def residual(self, params, islands):
-        sizes = jax.tree.map(lambda x: -(-x.size // islands.size), params)
-        own = jax.tree.map(lambda size: jax.ShapeDtypeStruct((size,), jnp.float32), sizes)
-        return compression.empty_residual(own, islands.islands) if self.bits else ()
+        own = slice_shapes(params, islands.size)
+        return super().residual(own, islands)
 
     def traffic(self, params, opt_state, device_count):
         found = self._traffic(params, params, device_count)
         if not self.bits:
             return found
         islands = self.islands(device_count)
-        own = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct((-(-x.size // islands.size),), x.dtype), params
-        )
+        own = slice_shapes(params, islands.size)
         sent = compression.traffic(own, self.bits, islands.islands, self.every)
         return [*sent, *(c for c in found if c.inside)]
 

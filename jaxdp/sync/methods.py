@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from jaxdp.common.choices import NEEDS_FULL_MATRICES
 from jaxdp.common.errors import ConfigError
 from jaxdp.sync import compression, reductions
-from jaxdp.sync.islands import slices, unslice
+from jaxdp.sync.islands import slice_shapes, slices, unslice
 from jaxdp.sync.local_methods import DiLoCo, ParameterMean
 from jaxdp.sync.method import Sync
 from jaxdp.sync.reductions import Tree
@@ -82,7 +82,8 @@ class Sharded(Sync):
     def traffic(self, params, opt_state, device_count):
         if self.bits:
             return super().traffic(params, opt_state, device_count)
-        padded = sum(-(-x.size // device_count) * device_count for x in jax.tree.leaves(params))
+        own = jax.tree.leaves(slice_shapes(params, device_count))
+        padded = device_count * sum(x.size for x in own)
         size = jnp.dtype(self.config.dtype).itemsize
         return [Collective("reduce-scatter", size * padded), Collective("all-gather", 4 * padded)]
 

@@ -34,7 +34,7 @@ class Conversation:
           workdir: the folder of the run.
           num_tokens: the most tokens in an answer.
           report: called with a line of text about a damaged checkpoint.
-          **options: temperature, top_k, top_p and seed of `sampling.sample`.
+          **options: temperature, top_k, top_p and seed of `sampling.stream`.
 
         Raises:
           ConfigError: there is no trained causal model, or it was not trained on chats.

@@ -65,9 +65,9 @@ def generate(
         top_p=top_p,
         seed=seed,
     )
-    end, begin = special_tokens.end_id(words), special_tokens.begin_id(words)
+    end = special_tokens.end_id(words)
     return [
-        continued(words, prompt, known[int(known[0] == begin) :], _until(list(tokens), end))
+        continued(words, prompt, encoding.without_begin(words, known), _until(list(tokens), end))
         for prompt, known, tokens in zip(prompts, ids, drawn, strict=True)
     ]
 
