@@ -38,7 +38,7 @@ class Instruction(NamedTuple):
 
     @property
     def result(self) -> str:
-        """The shape of the result; of a -start, that of its -done, without the operands.
+        """The shape of the result. For a -start: what its -done will return, without the operands.
 
         A -start gives (operand, result, ...), with tuples for several; all-reduce-start only the
         results, in most versions of XLA.
@@ -99,7 +99,7 @@ def _instruction(found: re.Match) -> Instruction:
 
 
 def elements(shape: str) -> list[str]:
-    """Splits the shape of a tuple into those of its elements; of an array there are none.
+    """Splits a tuple's shape into its elements' shapes; an array's shape has no elements.
 
     Examples:
       >>> elements("((f32[2,3]{1,0}), /*index=1*/bf16[], u32[])")

@@ -77,7 +77,7 @@ class _Text(io.TextIOWrapper):
 
     @classmethod
     def like(cls, stream: io.TextIOWrapper | None, number: int) -> "_Text":
-        """Makes a stream to a file descriptor; encoding and buffering are those of another."""
+        """Makes a stream to a file descriptor, with another stream's encoding and buffering."""
         raw = _Stream(number, "w", closefd=False)
         at_once = stream is not None and stream.write_through  # python -u
         keeps = stream is not None and stream.errors == "backslashreplace"  # As stderr does.

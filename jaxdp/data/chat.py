@@ -144,7 +144,7 @@ def encode_chats(
 def source_of(config: ConfigDict) -> str:
     """Returns the text of the chat template of a config's data.
 
-    It is that of the file data.chat_template, or the tokenizer's own.
+    data.chat_template names the file that holds it; by default the tokenizer has one.
 
     Raises:
       ConfigError: there is none.

@@ -32,7 +32,7 @@ BOM = "\ufeff"
 
 
 def ending(path: str | Path) -> str:
-    """Returns the ending of a file's name without that of its compression, in small letters.
+    """Returns the ending of a file's name in small letters, leaving out .gz and its like.
 
     Examples:
       >>> ending("a/Books.TXT.gz"), ending("LICENSE")

@@ -14,8 +14,8 @@ from jaxdp.data.records import Fields, no_key
 class HfSource:
     """A dataset that `datasets.load_dataset` opens, read as a stream: nothing else is stored.
 
-    The validation split is the dataset's own, or with data.eval_split="" every so manieth document
-    of the training split.
+    The validation split is the dataset's own, or with data.eval_split="" documents at equal
+    distances in the training split, data.eval_fraction of them.
     """
 
     def __init__(self, name: str, config: ConfigDict, report: Callable[[str], None]):

@@ -105,7 +105,7 @@ def _read_json(path: Path, skip: int, keys: list[str]) -> Iterator[Record]:
 
 
 def _items(path: Path) -> Iterator[Any]:
-    """Yields the elements of a JSON array, of which a few MB are in memory at a time."""
+    """Yields the elements of a JSON array; holds a few MB of the file in memory at a time."""
     pieces, decoder, number = files.text(path), json.JSONDecoder(), 0
     text, at = "", -1  # -1: the opening bracket is not found yet.
     for piece in pieces:

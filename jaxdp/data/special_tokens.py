@@ -1,7 +1,7 @@
 """Special tokens: what begins and ends a document, what masks, what stands for unknown text.
 
-A tokenizer's post-processor says which tokens are put before and after a text. That of a run's
-tokenizer.json says what its training has put there, so that nothing else has to be kept.
+A tokenizer's post-processor says which tokens are put before and after a text. In a run's
+tokenizer.json it says what the training has put there, so that nothing else has to be kept.
 """
 
 import json

@@ -225,7 +225,7 @@ def _by_jax() -> Identity | None:
         address, count, id, local = ClusterEnv.auto_detect_unset_distributed_params(
             None, None, None, None, None, LOOK_FOR
         )
-    except Exception as error:  # Those of requests and kubernetes, too.
+    except Exception as error:  # The libraries requests and kubernetes raise their own.
         address, reason = None, shown(error, as_text=str)
     if address is None or count is None or id is None:
         raise ConfigError(

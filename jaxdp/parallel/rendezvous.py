@@ -209,7 +209,7 @@ class _Meeting:
         return Links(connections)
 
     def has(self, connection: Any) -> bool:
-        """Returns whether a connection is that of a process that has come."""
+        """Returns whether a process that has come is at the other end of a connection."""
         with self._lock:
             return any(connection is other for _, other in self._guests.values())
 

@@ -1,4 +1,4 @@
-"""The folder for damaged checkpoints, beside that of the others."""
+"""A folder for damaged checkpoints, beside the folder of the good ones."""
 
 import functools
 from collections.abc import Callable
@@ -44,7 +44,7 @@ class Aside:
         self._report(f"It was moved to {target}.")
 
     def keep(self) -> None:
-        """Leaves where they are those that were moved so far."""
+        """Forgets the moves so far: `put_back` no longer undoes them."""
         self._moved = []
 
     def put_back(self) -> None:

@@ -64,7 +64,7 @@ class WandbRun:
     """Sends metrics to wandb; whatever fails there, the training goes on, and says so."""
 
     def __init__(self, workdir: Path, config: ConfigDict, say: Callable[[str], None]):
-        """Starts the run, or resumes that of the workdir; offline if the server can't be reached.
+        """Starts a run, or resumes the workdir's run; offline if the server can't be reached.
 
         Args:
           workdir: the folder of the run.
