@@ -75,14 +75,14 @@ def _train(
 ) -> int:
     """Trains in this process, with the others of the run, if there are any."""
     # Imported here, so that --help and mistakes in flags don't wait seconds for JAX.
-    from jaxdp.parallel import cpu, gpu, processes
+    from jaxdp.parallel import cpu, failures, gpu, processes
     from jaxdp.run import loop, preflight
     from jaxdp.step.setup import same_on_two_devices, validate
 
     cli.prepare_jax()
     with request.ends_within(JOINING, STOPPED):
         links = processes.connect(identity)
-    with processes.ending_together(links):
+    with failures.shared(links):
         validate(config)
         cpu.prepare(config, two_devices=same_on_two_devices(config))
         gpu.prepare(config)
@@ -120,7 +120,7 @@ def _start(config: ConfigDict, count: int, gpus: int, identity: Identity | None)
 if __name__ == "__main__":
     status = cli.run(main, cli.check_config)
     # If the module was not imported, a flag was wrong, and there are no other processes yet.
-    processes = sys.modules.get("jaxdp.parallel.processes")
-    if processes and status not in (0, STOPPED):
-        processes.exit_after_failure(status)
+    failures = sys.modules.get("jaxdp.parallel.failures")
+    if failures and status not in (0, STOPPED):
+        failures.exit_after_failure(status)
     sys.exit(status)

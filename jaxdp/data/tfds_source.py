@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from jaxdp.common import paths
 from jaxdp.common.errors import ConfigError, shown
+from jaxdp.common.files import first_line
 from jaxdp.data.example import Example
 
 # Markup to remove from TFDS datasets: {dataset: (pattern, replacement) pairs}.
@@ -49,7 +50,7 @@ class TfdsSource:
                 self.builder = tfds.builder(name, data_dir=data_dir)
         except Exception as error:  # TFDS raises many types for a wrong name, version or option.
             raise ConfigError(
-                f"data.path={shown(self.path)} is not known to TFDS ({_first_line(error)}): see "
+                f"data.path={shown(self.path)} is not known to TFDS ({first_line(error)}): see "
                 "tensorflow.org/datasets/catalog for names, or check data.data_dir"
             ) from None
 
@@ -68,7 +69,7 @@ class TfdsSource:
         except (ValueError, KeyError) as error:
             key = "data.train_split" if split == "train" else "data.eval_split"
             raise ConfigError(
-                f"{key}={shown(spec)} is no split of {self.path} ({_first_line(error)}): "
+                f"{key}={shown(spec)} is no split of {self.path} ({first_line(error)}): "
                 f"it has {', '.join(self.builder.info.splits)}"
             ) from None
         text = self._tf.TensorSpec((), self._tf.string)
@@ -108,11 +109,6 @@ class TfdsSource:
                 self.builder.download_and_prepare()
         except Exception as error:  # Downloads fail in as many ways as there are servers.
             raise ConfigError(
-                f"data.path={shown(self.path)} can't be prepared ({_first_line(error)}): "
+                f"data.path={shown(self.path)} can't be prepared ({first_line(error)}): "
                 "download it where there is a network and point data.data_dir there"
             ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

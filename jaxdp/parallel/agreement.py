@@ -7,9 +7,9 @@ from typing import Any
 
 import jax
 
-from jaxdp.common.errors import Stopped
+from jaxdp.common.errors import RunError, Stopped
 from jaxdp.common.stopping import StopRequest
-from jaxdp.parallel import processes
+from jaxdp.parallel import messages
 
 AGAIN = 10.0  # Seconds after which a question to process 0 is asked again.
 PATIENCE = 60.0  # Seconds to wait for an agreement; a process that hangs is the watchdog's matter.
@@ -68,8 +68,7 @@ class Agreement:
         """
         if not self._alone:
             self._settle()  # No process is past the barrier yet, so all of them stop there.
-            with processes.explaining_lost_peers():
-                processes.meet(self._key)
+            messages.barrier(f"{self._key}/start")
         if self.reached() or not prepared:
             raise Stopped
 
@@ -82,18 +81,18 @@ class Agreement:
     def _tell(self, what: str) -> None:
         """Tells all processes, unless one of them has told them already."""
         with contextlib.suppress(jax.errors.JaxRuntimeError):
-            processes.set_once(self._key, what)
+            messages.set_once(self._key, what)
 
     def _wait(self) -> None:
         """Waits until a process is asked; decides where to stop."""
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # Process 0 has ended, perhaps.
+        with contextlib.suppress(jax.errors.JaxRuntimeError, RunError):  # Process 0 has ended.
             told = None
             while told is None:
-                told = processes.get(self._key, AGAIN)
+                told = messages.get(self._key, AGAIN)
             if told == "asked":
                 self._request.ask("as another process")
                 with self._lock:
-                    counts = processes.exchange(f"{self._key}/calls", str(self._calls))
+                    counts = messages.gather(str(self._calls), f"{self._key}/calls")
                     self._last = max(map(int, counts))
         self._decided.set()
 

@@ -16,7 +16,7 @@ import jax
 from jaxdp.common import config as configs
 from jaxdp.common.errors import ConfigError, RunError, shown
 from jaxdp.data import tokenizer
-from jaxdp.parallel import processes
+from jaxdp.parallel import messages, processes
 from jaxdp.run import workdir_access
 from jaxdp.step.setup import Setup
 
@@ -65,7 +65,7 @@ def check(setup: Setup, workdir: Path) -> None:
         "marker": f".seen-by-all-{uuid.uuid4().hex}",
         **_facts(setup),
     }
-    first = json.loads(processes.from_main(json.dumps(own)))
+    first = json.loads(messages.from_main(json.dumps(own)))
     _raise_first(difference(first, json.loads(json.dumps(own))))
     path = workdir / first["marker"]
     with _written(path) if processes.is_main() else contextlib.nullcontext():
@@ -80,13 +80,13 @@ def check(setup: Setup, workdir: Path) -> None:
 
 def _raise_first(problem: str) -> None:
     """Raises the first problem that a process has, in all of them; each has to call it."""
-    if text := next(filter(None, processes.gather(problem)), ""):
+    if text := next(filter(None, messages.gather(problem)), ""):
         raise ConfigError(text)
 
 
 def check_step(step: int) -> None:
     """Asserts that all processes go on from the same step; each has to call it."""
-    for i, other in enumerate(processes.gather(str(step))):
+    for i, other in enumerate(messages.gather(str(step))):
         if int(other) != step:
             raise RunError(
                 f"process {i} would go on after step {other}, and process {jax.process_index()} "

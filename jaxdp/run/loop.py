@@ -17,7 +17,7 @@ from jaxdp.common.terminal import Display
 from jaxdp.data import eval_sets
 from jaxdp.data.cache import open_cache
 from jaxdp.data.feed import Feed
-from jaxdp.parallel import processes
+from jaxdp.parallel import failures, messages, processes
 from jaxdp.parallel.agreement import Agreement
 from jaxdp.parallel.replicas import Replicas
 from jaxdp.run import consistency, preflight, report, resuming, same_run, workdir_access
@@ -90,9 +90,9 @@ def _train_prepared(
     config = setup.config
     watchdog = Watchdog(config.hang_seconds)
     threading.Thread(target=_import_tensorflow).start()
-    with workdir_access.locked(workdir, display.line), processes.explaining_lost_peers(), watchdog:
+    with workdir_access.locked(workdir, display.line), failures.explaining_lost_peers(), watchdog:
         if config.wandb_project:
-            processes.on_main(lambda: wandb_run.check(config))
+            messages.on_main(lambda: wandb_run.check(config))
         workdir_access.check_disk(
             workdir,
             saved_shapes(

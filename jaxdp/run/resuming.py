@@ -15,7 +15,7 @@ from jaxdp.common.errors import ConfigError, shown
 from jaxdp.configs import default
 from jaxdp.data import mixture
 from jaxdp.data.pipeline import Position
-from jaxdp.parallel import processes
+from jaxdp.parallel import messages, processes
 from jaxdp.step.optimizer import get_schedule
 from jaxdp.workdir import integrity
 from jaxdp.workdir.checkpoints import folder_of
@@ -57,7 +57,7 @@ def newest_position(
                 extra = patiently(read, str(folder / str(step)), say)
                 found = position_of(workdir, config, step, extra)
                 break
-    step, taken = json.loads(processes.from_main(json.dumps([found.step, found.taken])))
+    step, taken = json.loads(messages.from_main(json.dumps([found.step, found.taken])))
     return Position(step, tuple(taken))
 
 

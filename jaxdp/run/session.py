@@ -25,7 +25,7 @@ from jaxdp.estimate.memory import check_fits
 from jaxdp.huggingface import load
 from jaxdp.model.flops import flops_per_token
 from jaxdp.model.transformer import num_parameters, parameter_shapes
-from jaxdp.parallel import processes
+from jaxdp.parallel import messages, processes
 from jaxdp.parallel.agreement import Agreement
 from jaxdp.parallel.replicas import Replicas, device_memory, prefetch
 from jaxdp.run import consistency, preflight, report, resuming, sampled
@@ -159,7 +159,7 @@ class Run:
 
     def begin(self, start: int) -> None:
         """Writes config and tokenizer, opens the metrics files, and starts to measure speed."""
-        processes.on_main(self._describe)
+        messages.on_main(self._describe)
         self.watchdog.beat("opening the metrics", start, slow=True)
         self._writer = self._resources.enter_context(
             MetricsWriter(
@@ -369,7 +369,7 @@ class Run:
         if text:
             rest = ", and run again to go on from there" if unsaved else "; all else is saved"
             text += f": {way_out(text)} (--workdir={self.workdir}){rest}"
-        text = processes.from_main(text)
+        text = messages.from_main(text)
         if text:
             raise RunError(text)
 

@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeVar
 import jax
 
 from jaxdp.common.streams import Readers
-from jaxdp.parallel import processes
+from jaxdp.parallel import messages
 
 T = TypeVar("T")
 
@@ -137,9 +137,9 @@ class Watchdog:
         """Tells the others where this process is; asks where they are only after a long wait."""
         beat = self._beat
         # The time is new in each message: it shows that this process is alive.
-        processes.publish(json.dumps(beat._replace(at=self._clock)))
+        messages.publish(json.dumps(beat._replace(at=self._clock)))
         if self._clock - beat.at > self._limit(beat) / 2:
-            for process, text in processes.published().items():
+            for process, text in messages.published().items():
                 if self._heard.get(process, ("", 0.0))[0] != text:
                     self._heard[process] = text, self._clock
         self._answered = self._clock

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from jaxdp.common.errors import ConfigError
-from jaxdp.parallel import processes
+from jaxdp.parallel import messages
 
 
 class Aside:
@@ -24,10 +24,10 @@ class Aside:
         """
         if not damaged:
             return
-        processes.barrier("all have seen what is damaged")
+        messages.barrier()
         for step, wrong in damaged.items():
             self._report(f"Checkpoint {step} is damaged ({wrong}).")
-            processes.on_main(functools.partial(self._move, step))
+            messages.on_main(functools.partial(self._move, step))
 
     def _move(self, step: int) -> None:
         aside = self._folder.with_name(f"{self._folder.name}-damaged")

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from jaxdp.common.errors import ConfigError, RunError
 from jaxdp.common.files import first_line, reason, way_out
-from jaxdp.parallel import processes
+from jaxdp.parallel import messages, processes
 from jaxdp.parallel.replicas import Replicas, to_local
 from jaxdp.step.state import State, fields_of, per_device_fields, saved_shapes, unsliced_shapes
 from jaxdp.sync.compression import move_residual
@@ -60,7 +60,7 @@ class Checkpoints:
         self._replicas, self._method, self._report = replicas, method, report
         self._islands = method.islands(replicas.device_count)
         self._folder = folder_of(workdir)
-        processes.on_main(lambda: _make(self._folder))
+        messages.on_main(lambda: _make(self._folder))
         self._aside = Aside(self._folder, report)
         # Orbax opens a folder only if it can read the metrics of each checkpoint.
         damaged = self._patiently(lambda: _unreadable(self._folder), self._folder)
@@ -107,7 +107,7 @@ class Checkpoints:
             read = functools.partial(integrity.eval_loss, self._folder / str(step))
             recorded = self._patiently(read, step)
             loss = self._saver.eval_losses.get(step, recorded)
-        text = processes.from_main("" if loss is None else repr(loss))
+        text = messages.from_main("" if loss is None else repr(loss))
         return float(text) if text else None
 
     def check(self) -> None:
@@ -125,7 +125,7 @@ class Checkpoints:
           newest.
         """
         self._saver.wait_for_save("trying once more")
-        if self._last is not None and processes.from_main(self._saver.failure):
+        if self._last is not None and messages.from_main(self._saver.failure):
             step, extra = self._last
             self.save(step, state, extra)
             self._saver.wait_for_save("")
@@ -201,7 +201,7 @@ class Checkpoints:
           step: the step of the checkpoint.
           wrong: why this process can't use it; empty if it can.
         """
-        told = processes.gather(wrong)
+        told = messages.gather(wrong)
         if any(told) and not all(told):
             bad = next(i for i, text in enumerate(told) if text)
             self._aside.put_back()
@@ -213,7 +213,7 @@ class Checkpoints:
     def _steps(self) -> list[int]:
         """Waits until process 0 has written; returns the steps on disk, newest first."""
         self.wait()
-        processes.barrier("checkpoints written")
+        messages.barrier()
         return self._patiently(lambda: integrity.steps_of(self._folder), self._folder)
 
     def _patiently(self, read: Callable[[], T], what: int | Path) -> T:

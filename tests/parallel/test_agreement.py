@@ -8,7 +8,7 @@ import pytest
 
 from jaxdp.common.errors import Stopped
 from jaxdp.common.stopping import StopRequest
-from jaxdp.parallel import processes
+from jaxdp.parallel import messages
 from jaxdp.parallel.agreement import Agreement
 
 COUNT = 3
@@ -20,8 +20,8 @@ class Store:
     def __init__(self, monkeypatch):
         self.texts, self.changed = {}, threading.Condition()
         monkeypatch.setattr(jax, "process_count", lambda: COUNT)
-        for name in ("set_once", "get", "meet", "exchange"):
-            monkeypatch.setattr(processes, name, getattr(self, name))
+        for name in ("set_once", "get", "barrier", "gather"):
+            monkeypatch.setattr(messages, name, getattr(self, name))
 
     def until(self, condition):
         assert self.changed.wait_for(condition, 60)
@@ -40,10 +40,10 @@ class Store:
             self.changed.wait_for(lambda: key in self.texts, seconds)
             return self.texts.get(key)
 
-    def meet(self, name):
-        self.exchange(f"{name}/met", "")
+    def barrier(self, name):
+        self.gather("", name)
 
-    def exchange(self, name, text):
+    def gather(self, text, name):
         with self.changed:
             texts = self.texts.setdefault(re.sub("[0-9]", "", name), [])
             texts.append(text)

@@ -1,27 +1,11 @@
-import json
 import os
 
 import jax
 import pytest
 
-from jaxdp.common.errors import ConfigError, RunError
+from jaxdp.common.errors import RunError
 from jaxdp.parallel import processes, rendezvous
 from jaxdp.parallel.identity import Identity
-
-
-class Store:
-    """JAX's key-value store, without processes."""
-
-    def __init__(self):
-        self.values = {}
-
-    def key_value_set(self, key, text):
-        if key in self.values:
-            raise jax.errors.JaxRuntimeError("ALREADY_EXISTS")
-        self.values[key] = text
-
-    def key_value_try_get(self, key):
-        raise jax.errors.JaxRuntimeError("NOT_FOUND")
 
 
 @pytest.fixture
@@ -66,27 +50,3 @@ def test_what_jax_can_not_connect_is_one_line(joined, monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", fail)
     with pytest.raises(RunError, match=r"DEADLINE_EXCEEDED.*node0:1"):
         processes.connect(Identity("node0:1", 2, 0))
-
-
-@pytest.mark.parametrize(
-    ("error", "status", "text"),
-    [
-        (ConfigError("no such\nkey: x"), 2, "no such key: x"),
-        (RunError("a reason"), 1, "a reason"),
-        (OSError(5, "Input/output error"), 1, "OSError: [Errno 5] Input/output error"),
-    ],
-)
-def test_the_first_failure_is_told_to_the_others(monkeypatch, error, status, text):
-    store = Store()
-    monkeypatch.setattr(processes.distributed.global_state, "client", store)
-    monkeypatch.setattr(processes.distributed.global_state, "process_id", 3)
-    with pytest.raises(type(error)), processes.ending_together(rendezvous.Links({})):
-        raise error
-    assert json.loads(store.values[processes.FAILED]) == [3, status, text]
-    with pytest.raises(ValueError), processes.ending_together(rendezvous.Links({})):
-        raise ValueError("later")
-    assert json.loads(store.values[processes.FAILED])[0] == 3
-
-
-def test_alone_a_process_has_its_own_text_only():
-    assert processes.gather("a") == ["a"]

@@ -9,6 +9,7 @@ import threading
 import pytest
 
 from jaxdp.common.errors import ConfigError, RunError
+from jaxdp.parallel import meeting as meetings
 from jaxdp.parallel import rendezvous
 from jaxdp.parallel.identity import Identity
 
@@ -59,7 +60,7 @@ def test_processes_meet_in_any_order(host):
     ],
 )
 def test_wrong_numbers_are_told_to_all(monkeypatch, numbers, said):
-    monkeypatch.setattr(rendezvous, "LINGER", 0.1)
+    monkeypatch.setattr(meetings, "LINGER", 0.1)
     ends = meeting(*numbers)
     assert all(isinstance(end, ConfigError) and said in str(end) for end in ends), ends
 
@@ -131,7 +132,7 @@ def test_a_port_that_is_taken_is_refused(monkeypatch, host):
         other.bind((host, 0))
         other.listen()
         address = f"127.0.0.1:{other.getsockname()[1]}"
-        monkeypatch.setattr(rendezvous, "CONNECT", 0.1)  # The other program never answers.
+        monkeypatch.setattr(meetings, "CONNECT", 0.1)  # The other program never answers.
         [end] = meeting((0, 2), address=address, patience=0.0)
     assert isinstance(end, ConfigError) and "is in use by another program" in str(end)
 

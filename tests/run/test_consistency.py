@@ -5,7 +5,7 @@ import json
 import pytest
 
 from jaxdp.common.errors import ConfigError, RunError
-from jaxdp.parallel import processes
+from jaxdp.parallel import messages, processes
 from jaxdp.run import consistency, loop
 from support.bad_input import Reached, assert_clear
 
@@ -21,8 +21,8 @@ def another(monkeypatch):
                 change(told)
             return json.dumps(told)
 
-        monkeypatch.setattr(processes, "from_main", from_main)
-        monkeypatch.setattr(processes, "gather", lambda text: ["", text])
+        monkeypatch.setattr(messages, "from_main", from_main)
+        monkeypatch.setattr(messages, "gather", lambda text: ["", text])
 
     return tells
 
@@ -91,8 +91,8 @@ def test_a_workdir_that_is_not_shared_is_refused(
 
 
 def test_all_go_on_from_the_same_step(monkeypatch):
-    monkeypatch.setattr(processes, "gather", lambda text: [text, text])
+    monkeypatch.setattr(messages, "gather", lambda text: [text, text])
     consistency.check_step(20)
-    monkeypatch.setattr(processes, "gather", lambda text: [text, "10"])
+    monkeypatch.setattr(messages, "gather", lambda text: [text, "10"])
     with pytest.raises(RunError, match="process 1 would go on after step 10, and process 0 after"):
         consistency.check_step(20)

@@ -9,7 +9,7 @@ import pytest
 from jaxdp.common.errors import RunError
 from jaxdp.common.streams import Readers
 from jaxdp.data import pipeline
-from jaxdp.parallel import processes
+from jaxdp.parallel import failures, messages
 from jaxdp.run import loop, watchdog
 from jaxdp.run.watchdog import FACTOR, SLOW, TICK, Watchdog
 
@@ -107,8 +107,8 @@ def test_the_whole_first_pass_is_slow(passes, limit):
 def test_it_says_who_lags(monkeypatch, case, words):
     told = {}
     monkeypatch.setattr(jax, "process_count", lambda: 3)
-    monkeypatch.setattr(processes, "published", lambda: told)
-    monkeypatch.setattr(processes, "publish", lambda text: told.update({1: text}))
+    monkeypatch.setattr(messages, "published", lambda: told)
+    monkeypatch.setattr(messages, "publish", lambda text: told.update({1: text}))
     dog = Watchdog(60)
     for step in (7, 8):
         dog.beat("training", step)
@@ -163,7 +163,7 @@ def test_only_a_lost_process_is_called_that(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     error = jax.errors.JaxRuntimeError
     lost = pytest.raises(RunError, match=r"has ended .*Read error.*; run again")
-    with lost, processes.explaining_lost_peers():
+    with lost, failures.explaining_lost_peers():
         raise error("UNKNOWN: Gloo all-reduce failed: Read error")
-    with pytest.raises(error), processes.explaining_lost_peers():
+    with pytest.raises(error), failures.explaining_lost_peers():
         raise error("RESOURCE_EXHAUSTED: Out of memory")

@@ -8,7 +8,7 @@ import pytest
 
 from jaxdp.common.errors import ConfigError, RunError
 from jaxdp.common.files import num_bytes
-from jaxdp.parallel import processes
+from jaxdp.parallel import messages
 from jaxdp.parallel.replicas import AXIS, Replicas
 from jaxdp.step.setup import make_setup
 from jaxdp.step.state import abstract_state, saved_shapes, state_axes
@@ -304,7 +304,7 @@ def test_nothing_is_moved_that_only_one_process_finds_damaged(
     if harmed == 0:
         truncate(tmp_path / "checkpoints" / "5" / "extra" / "metadata")
     before = files_of(tmp_path)
-    monkeypatch.setattr(processes, "gather", told_by_two)
+    monkeypatch.setattr(messages, "gather", told_by_two)
     said = f"checkpoint 5 is damaged for process {harmed} .* and not for process {1 - harmed}:"
     with open_checkpoints(tmp_path, config) as checkpoints, pytest.raises(RunError, match=said):
         checkpoints.restore(state_of(0))

@@ -1,0 +1,43 @@
+import json
+
+import jax
+import pytest
+
+from jaxdp.common.errors import ConfigError, RunError
+from jaxdp.parallel import failures, processes
+from jaxdp.parallel.links import Links
+
+
+class Store:
+    """JAX's key-value store, without processes."""
+
+    def __init__(self):
+        self.values = {}
+
+    def key_value_set(self, key, text):
+        if key in self.values:
+            raise jax.errors.JaxRuntimeError("ALREADY_EXISTS")
+        self.values[key] = text
+
+    def key_value_try_get(self, key):
+        raise jax.errors.JaxRuntimeError("NOT_FOUND")
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "text"),
+    [
+        (ConfigError("no such\nkey: x"), 2, "no such key: x"),
+        (RunError("a reason"), 1, "a reason"),
+        (OSError(5, "Input/output error"), 1, "OSError: [Errno 5] Input/output error"),
+    ],
+)
+def test_the_first_failure_is_told_to_the_others(monkeypatch, error, status, text):
+    store = Store()
+    monkeypatch.setattr(processes.distributed.global_state, "client", store)
+    monkeypatch.setattr(processes.distributed.global_state, "process_id", 3)
+    with pytest.raises(type(error)), failures.shared(Links({})):
+        raise error
+    assert json.loads(store.values[failures.FAILED]) == [3, status, text]
+    with pytest.raises(ValueError), failures.shared(Links({})):
+        raise ValueError("later")
+    assert json.loads(store.values[failures.FAILED])[0] == 3
