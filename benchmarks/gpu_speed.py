@@ -38,14 +38,10 @@ from turns import Contestant, OutOfMemory
 from jaxdp.common import cli
 from jaxdp.configs import shakespeare_char
 from jaxdp.model import layers, norms
+from jaxdp.model.architecture import ModelConfig
 from jaxdp.model.flops import flops_per_token
 from jaxdp.model.target import Target
-from jaxdp.model.transformer import (
-    ModelConfig,
-    Transformer,
-    num_parameters,
-    parameter_shapes,
-)
+from jaxdp.model.transformer import Transformer, num_parameters, parameter_shapes
 from jaxdp.parallel.replicas import Replicas
 from jaxdp.step import losses
 

@@ -18,7 +18,8 @@ import transformers
 
 from jaxdp.huggingface import families, load
 from jaxdp.huggingface.families import FAMILIES
-from jaxdp.model.transformer import ModelConfig, Transformer
+from jaxdp.model.architecture import ModelConfig
+from jaxdp.model.transformer import Transformer
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SIZES = (("gpt2", 50257, "gpt2"), ("llama_135m", 49152, "llama"))

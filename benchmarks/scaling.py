@@ -27,7 +27,8 @@ from jaxdp.configs import gpt2_124m
 from jaxdp.estimate import compiled, scaling
 from jaxdp.estimate.scaling import Network
 from jaxdp.estimate.schedule import Schedule, covered_share
-from jaxdp.model.transformer import ModelConfig, Transformer, parameter_shapes
+from jaxdp.model.architecture import ModelConfig
+from jaxdp.model.transformer import Transformer, parameter_shapes
 from jaxdp.step.optimizer import get_optimizer, get_schedule
 from jaxdp.sync import methods, traffic
 from jaxdp.sync.methods import METHODS

@@ -115,11 +115,23 @@ def get_config() -> ConfigDict:
     # sums after them, as in BERT.
     c.model.norm_position = "pre"
     c.model.norm_epsilon = 1e-5  # Added to the variance in norms.
-    # "gelu" (tanh approximation, as in GPT-2), "gelu_exact" (BERT) or "swiglu" (Llama).
+    # "gelu" (tanh approximation, as in GPT-2), "gelu_exact" (BERT), "swiglu" (Llama) or "relu2"
+    # (ReLU squared, as in Primer, So et al. 2021).
     c.model.activation = "gelu"
     c.model.head_transform = False  # Add BERT's dense layer, GELU and norm before the output layer.
     c.model.tied_head = True  # The output layer shares the embedding's weights.
     c.model.qk_norm = False  # Normalise queries and keys over the width of each head (Qwen3).
+    # Matrices that write to the residual stream start as zeros: each block as the identity (ReZero,
+    # Bachlechner et al. 2020; muP, Yang et al. 2022). False: with GPT-2's small random numbers.
+    c.model.zero_init = False
+    # Logits become cap * tanh(logits / cap) (Gemma 2, 2024, caps at 30); 0: no cap.
+    c.model.logit_cap = 0.0
+    # Each block's input is a * x + b * (the first block's input), with numbers a and b that are
+    # learnt (modded-nanogpt, 2024).
+    c.model.embed_residual = False
+    # In each layer, a table of one vector per token is added to the values of attention
+    # (modded-nanogpt, 2024, after Zhou et al. 2024).
+    c.model.value_embeddings = False
     c.model.bias = False  # Add biases to linear layers and layer norms.
     c.model.qkv_bias = False  # Add biases to query, key and value only (Qwen2).
     c.model.dropout = 0.0  # Dropout rate, on embeddings and on each residual branch.

@@ -11,13 +11,9 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from jaxdp.common.config import with_value
+from jaxdp.model.architecture import ModelConfig
 from jaxdp.model.flops import flops_per_token
-from jaxdp.model.transformer import (
-    ModelConfig,
-    Transformer,
-    num_parameters,
-    parameter_shapes,
-)
+from jaxdp.model.transformer import Transformer, num_parameters, parameter_shapes
 from jaxdp.step.optimizer import get_optimizer, get_schedule
 from jaxdp.sync import methods
 from jaxdp.sync.traffic import Collective

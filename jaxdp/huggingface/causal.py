@@ -2,13 +2,14 @@
 
 import dataclasses
 
-from jaxdp.huggingface.family import WIDTHS, Family
+from jaxdp.huggingface.family import OFF, WIDTHS, Family
 
 _QUERY_KEY_VALUE = tuple(f"attention/{name}" for name in ("query", "key", "value"))
 
 GPT2 = Family(
     architecture="GPT2LMHeadModel",
-    allowed={
+    allowed=OFF
+    | {
         "causal": (True,),
         "positions": ("learned",),
         "norm": ("layernorm",),
@@ -17,7 +18,7 @@ GPT2 = Family(
         "qk_norm": (False,),
         "qkv_bias": (False,),
         "rotary_skip": (0,),
-        "activation": ("gelu", "gelu_exact"),
+        "activation": ("gelu", "gelu_exact", "relu2"),
     },
     keys={
         "vocab_size": "vocab_size",
@@ -62,7 +63,8 @@ GPT2 = Family(
 
 LLAMA = Family(
     architecture="LlamaForCausalLM",
-    allowed={
+    allowed=OFF
+    | {
         "causal": (True,),
         "positions": ("rotary",),
         "norm": ("rmsnorm",),
@@ -117,7 +119,7 @@ LLAMA = Family(
 ARCEE = dataclasses.replace(
     LLAMA,
     architecture="ArceeForCausalLM",
-    allowed={**LLAMA.allowed, "activation": ("gelu", "gelu_exact")},
+    allowed={**LLAMA.allowed, "activation": ("relu2", "gelu", "gelu_exact")},
     defaults={**LLAMA.defaults, "hidden_act": "relu2", "rms_norm_eps": 1e-5},
     layer={name: ours for name, ours in LLAMA.layer.items() if "gate" not in name},
 )

@@ -7,8 +7,8 @@ from jaxdp.common.errors import ConfigError, shown
 from jaxdp.huggingface.causal import ARCEE, GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3
 from jaxdp.huggingface.family import ACTIVATIONS, Family
 from jaxdp.huggingface.masked import BERT, ROBERTA
+from jaxdp.model.architecture import ModelConfig
 from jaxdp.model.rotary import rotated_layers
-from jaxdp.model.transformer import ModelConfig
 
 # By "model_type" of config.json.
 FAMILIES = {

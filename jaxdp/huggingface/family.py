@@ -8,6 +8,7 @@ from typing import Any
 ACTIVATIONS = {
     "gelu": ("gelu_new", "gelu_pytorch_tanh"),
     "gelu_exact": ("gelu",),
+    "relu2": ("relu2",),
     "swiglu": ("silu", "swish"),
 }
 
@@ -56,6 +57,8 @@ class Family:
         return "bias" not in self.keys and "bias" not in self.allowed
 
 
+# Options that no family has, with the values that turn them off; part of every `Family.allowed`.
+OFF = {"logit_cap": (0.0,), "embed_residual": (False,), "value_embeddings": (False,)}
 # Keys of config.json that most families share.
 WIDTHS = {
     "vocab_size": "vocab_size",

@@ -19,7 +19,7 @@ from jaxdp.common.errors import ConfigError, shown
 from jaxdp.common.files import first_line
 from jaxdp.huggingface import families, tensors
 from jaxdp.huggingface.families import FAMILIES
-from jaxdp.model.transformer import ModelConfig
+from jaxdp.model.architecture import ModelConfig
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 PREFIX = "hf:"

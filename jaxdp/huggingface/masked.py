@@ -2,11 +2,12 @@
 
 import dataclasses
 
-from jaxdp.huggingface.family import WIDTHS, Family
+from jaxdp.huggingface.family import OFF, WIDTHS, Family
 
 BERT = Family(
     architecture="BertForMaskedLM",
-    allowed={
+    allowed=OFF
+    | {
         "causal": (False,),
         "positions": ("learned",),
         "norm": ("layernorm",),

@@ -14,7 +14,8 @@ from flax import traverse_util
 from jaxdp.huggingface import families
 from jaxdp.huggingface.families import FAMILIES
 from jaxdp.huggingface.family import Family
-from jaxdp.model.transformer import ModelConfig, Transformer, parameter_shapes
+from jaxdp.model.architecture import ModelConfig
+from jaxdp.model.transformer import Transformer, parameter_shapes
 
 # Our models have no segment embeddings, so both of BERT's are zero.
 TOKEN_TYPES = 2

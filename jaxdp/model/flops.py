@@ -1,6 +1,6 @@
 """Floating-point operations of a model."""
 
-from jaxdp.model.transformer import ModelConfig
+from jaxdp.model.architecture import ModelConfig
 
 
 def flops_per_token(config: ModelConfig, parameters: int) -> int:
@@ -13,5 +13,8 @@ def flops_per_token(config: ModelConfig, parameters: int) -> int:
         parameters -= config.seq_len * config.embed_dim
     if not config.tied_head:
         parameters -= config.vocab_size * config.embed_dim  # A lookup multiplies nothing.
+    if config.value_embeddings:
+        table = config.vocab_size * config.num_kv_heads * config.head_dim
+        parameters -= config.num_layers * table
     width = config.num_heads * config.head_dim
     return 6 * parameters + 12 * config.num_layers * width * config.seq_len

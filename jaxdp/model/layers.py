@@ -53,6 +53,7 @@ def activation(name: str) -> Callable[..., jax.Array]:
     functions: dict[str, Callable[..., jax.Array]] = {
         "gelu": functools.partial(nn.gelu, approximate=True),
         "gelu_exact": functools.partial(nn.gelu, approximate=False),
+        "relu2": lambda x: jnp.square(nn.relu(x)),
         "swiglu": lambda gate, x: nn.silu(gate) * x,
     }
     found = functions[name]

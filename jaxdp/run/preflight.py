@@ -18,7 +18,7 @@ from jaxdp.data.feed import Feed
 from jaxdp.data.layout import SPLITS
 from jaxdp.estimate import memory
 from jaxdp.huggingface import load
-from jaxdp.model.transformer import ModelConfig
+from jaxdp.model.architecture import ModelConfig
 from jaxdp.parallel.replicas import device_memory
 from jaxdp.run import sampled
 from jaxdp.step.setup import Setup

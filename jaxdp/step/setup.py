@@ -16,7 +16,8 @@ from jaxdp.common.config import check_model, check_values
 from jaxdp.common.errors import ConfigError, shown
 from jaxdp.data import special_tokens
 from jaxdp.data.feed import Feed
-from jaxdp.model.transformer import ModelConfig, Transformer
+from jaxdp.model.architecture import ModelConfig
+from jaxdp.model.transformer import Transformer
 from jaxdp.parallel.replicas import AXIS
 from jaxdp.step.objective import Objective, get_objective
 from jaxdp.step.optimizer import get_optimizer, get_schedule

@@ -11,7 +11,8 @@ from tokenizers import Tokenizer
 from jaxdp.common import config as configs
 from jaxdp.common import paths
 from jaxdp.data import tokenizer
-from jaxdp.model.transformer import ModelConfig, Transformer, parameter_shapes
+from jaxdp.model.architecture import ModelConfig
+from jaxdp.model.transformer import Transformer, parameter_shapes
 from jaxdp.workdir import parameters
 
 

@@ -15,7 +15,8 @@ from jaxdp.data.cache import open_cache
 from jaxdp.data.feed import Feed
 from jaxdp.data.pipeline import eval_batches
 from jaxdp.data.sequences import Windows
-from jaxdp.model.transformer import ModelConfig, Transformer
+from jaxdp.model.architecture import ModelConfig
+from jaxdp.model.transformer import Transformer
 from jaxdp.run.preflight import check_data
 from jaxdp.step import losses
 from jaxdp.step.setup import validate

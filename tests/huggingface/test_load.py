@@ -13,7 +13,7 @@ from jaxdp.common.errors import ConfigError
 from jaxdp.configs import finetune
 from jaxdp.huggingface import load
 from jaxdp.huggingface.families import FAMILIES
-from jaxdp.model.transformer import ModelConfig
+from jaxdp.model.architecture import ModelConfig
 from jaxdp.run import preflight, same_run
 from jaxdp.step.setup import validate
 from support.models import (

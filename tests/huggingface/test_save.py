@@ -12,7 +12,8 @@ from tokenizers import AddedToken, Tokenizer, models, processors
 from jaxdp.common.errors import ConfigError
 from jaxdp.data import special_tokens, tokenizer
 from jaxdp.huggingface import save
-from jaxdp.model.transformer import ModelConfig, Transformer
+from jaxdp.model.architecture import ModelConfig
+from jaxdp.model.transformer import Transformer
 from jaxdp.workdir import finished
 from jaxdp.workdir.finished import Trained
 from support.bad_input import contents, train
@@ -155,7 +156,10 @@ def test_a_folder_is_made_whole_or_not_at_all(workdir, tmp_path, monkeypatch):
     [
         ({"norm": "rmsnorm"}, r"model.norm='rmsnorm' makes .* GPT2LMHeadModel, train with 'layern"),
         ({"positions": "rotary"}, r"model.norm='layernorm' .* ArceeForCausalLM, .* 'rmsnorm'"),
-        ({"activation": "swiglu"}, r"model.activation='swiglu' .* with 'gelu' or 'gelu_exact'"),
+        ({"activation": "swiglu"}, r"model.activation='swiglu' .* with 'gelu' or 'gelu_exact' or"),
+        ({"logit_cap": 15.0}, r"model.logit_cap=15.0 .* GPT2LMHeadModel, train with 0.0"),
+        ({"value_embeddings": True}, r"model.value_embeddings=True .* GPT2.* with False"),
+        ({"embed_residual": True}, r"model.embed_residual=True .* GPT2.* with False"),
         ({"num_kv_heads": 1, "num_heads": 2}, r"model.num_kv_heads=1 .* with 2"),
     ],
 )

@@ -12,7 +12,8 @@ from safetensors.numpy import load_file, save_file
 from jaxdp.data import encoding
 from jaxdp.huggingface import families, load, tensors
 from jaxdp.huggingface.families import FAMILIES
-from jaxdp.model.transformer import ModelConfig, Transformer, num_parameters, parameter_shapes
+from jaxdp.model.architecture import ModelConfig
+from jaxdp.model.transformer import Transformer, num_parameters, parameter_shapes
 from jaxdp.workdir.generation import generate
 from support.bad_input import train
 from support.models import (

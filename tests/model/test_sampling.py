@@ -3,8 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxdp.model.architecture import ModelConfig
 from jaxdp.model.sampling import fill, filter_logits, sample
-from jaxdp.model.transformer import ModelConfig, Transformer, parameter_shapes
+from jaxdp.model.transformer import Transformer, parameter_shapes
 from jaxdp.run import loop
 from support.models import apply
 from support.runs import logged

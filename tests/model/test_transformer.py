@@ -1,16 +1,19 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
 
 from jaxdp.configs import shakespeare_char_cpu, shakespeare_char_tuned
+from jaxdp.model.architecture import ModelConfig
 from jaxdp.model.flops import flops_per_token
 from jaxdp.model.layers import Dropout
 from jaxdp.model.transformer import (
-    ModelConfig,
     Transformer,
+    initial_params,
     num_parameters,
     parameter_shapes,
 )
@@ -136,6 +139,44 @@ def test_initial_parameters_are_gpt2s():
         np.testing.assert_allclose(kernel.std(), 0.02, rtol=0.05)
     for kernel in (layer["attention"]["out"]["kernel"], layer["mlp"]["down"]["kernel"]):
         np.testing.assert_allclose(kernel.std(), 0.02 / 2, rtol=0.05)
+
+
+def test_zero_init_makes_each_block_the_identity():
+    model = Transformer(dataclasses.replace(LLAMA, zero_init=True, positions="learned"))
+    params = initial_params(model, 0)
+    table = params["embed"]["embedding"][INPUTS] + params["position_embed"]["embedding"]
+    states = jax.jit(functools.partial(model.apply, method="hidden"))({"params": params}, INPUTS)
+    # The last norm alone.
+    expected = table / jnp.sqrt((table**2).mean(-1, keepdims=True) + LLAMA.norm_epsilon)
+    np.testing.assert_allclose(states, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_options_start_from_nothing():
+    """Shares of 1 and 0, and tables of zeros: the same logits as without them."""
+    model = Transformer(dataclasses.replace(LLAMA, embed_residual=True, value_embeddings=True))
+    params = initial_params(model, 0)
+    plain = traverse_util.flatten_dict(params)
+    plain = {path: x for path, x in plain.items() if path[-1] != "residual_shares"}
+    plain = {path: x for path, x in plain.items() if path[-2] != "value_embed"}
+    expected = apply(Transformer(LLAMA), traverse_util.unflatten_dict(plain), INPUTS)
+    np.testing.assert_allclose(apply(model, params, INPUTS), expected, rtol=1e-6)
+
+
+def test_flops_count_no_lookups():
+    one, other = (
+        flops_per_token(c, num_parameters(parameter_shapes(Transformer(c))))
+        for c in (LLAMA, dataclasses.replace(LLAMA, value_embeddings=True))
+    )
+    assert one == other
+
+
+def test_a_cap_bounds_the_logits():
+    model, params = initialised(dataclasses.replace(SMALL, logit_cap=0.5))
+    _, same = initialised(SMALL)
+    uncapped = apply(Transformer(SMALL), same, INPUTS)
+    np.testing.assert_allclose(
+        apply(model, params, INPUTS), 0.5 * np.tanh(uncapped / 0.5), rtol=1e-5
+    )
 
 
 def test_gpt2_has_124_million_parameters():

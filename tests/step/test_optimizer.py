@@ -4,7 +4,8 @@ import numpy as np
 import optax
 import pytest
 
-from jaxdp.model.transformer import ModelConfig, Transformer
+from jaxdp.model.architecture import ModelConfig
+from jaxdp.model.transformer import Transformer
 from jaxdp.step import muon
 from jaxdp.step.optimizer import decay_mask, get_optimizer, get_schedule
 

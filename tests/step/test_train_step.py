@@ -6,7 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from jaxdp.model.transformer import ModelConfig, Transformer
+from jaxdp.model.architecture import ModelConfig
+from jaxdp.model.transformer import Transformer
 from jaxdp.step import losses
 from jaxdp.step.optimizer import get_schedule
 from jaxdp.step.train_step import clip

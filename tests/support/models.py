@@ -10,10 +10,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from jaxdp.huggingface import families, tensors
-from jaxdp.model.transformer import (
-    ModelConfig,
-    Transformer,
-)
+from jaxdp.model.architecture import ModelConfig
+from jaxdp.model.transformer import Transformer
 
 SMALL = ModelConfig(
     vocab_size=11,
@@ -39,6 +37,10 @@ SMALL = ModelConfig(
     head_transform=False,
     tied_head=True,
     qk_norm=False,
+    zero_init=False,
+    logit_cap=0.0,
+    embed_residual=False,
+    value_embeddings=False,
     bias=False,
     qkv_bias=False,
     dropout=0.0,
@@ -54,6 +56,15 @@ LLAMA = dataclasses.replace(
     tied_head=False,
     num_kv_heads=2,
 )
+# All that modded-nanogpt adds to a Llama; initial zeros would hide it from the tests.
+MODDED = dataclasses.replace(
+    LLAMA,
+    activation="relu2",
+    qk_norm=True,
+    logit_cap=2.0,
+    embed_residual=True,
+    value_embeddings=True,
+)
 VARIANTS = {
     "gpt2": SMALL,
     "gpt2 with biases": dataclasses.replace(SMALL, bias=True),
@@ -64,6 +75,8 @@ VARIANTS = {
     "scanned": dataclasses.replace(SMALL, scan_layers=True),
     "scanned llama, remat": dataclasses.replace(LLAMA, scan_layers=True, remat=True),
     "qwen3": dataclasses.replace(LLAMA, qk_norm=True, qkv_bias=True, head_dim=8),
+    "modded": MODDED,
+    "scanned modded, remat": dataclasses.replace(MODDED, scan_layers=True, remat=True),
     "scanned smollm3, remat": dataclasses.replace(
         LLAMA, rotary_skip=2, rotary_factor=4.0, rotary_context=16, scan_layers=True, remat=True
     ),
@@ -127,6 +140,7 @@ MODELS = {
     "qwen3": dataclasses.replace(LLAMA, qk_norm=True, head_dim=8, rotary_base=1e6),
     "smollm3": dataclasses.replace(LLAMA, rotary_skip=2, tied_head=True),
     "arcee": dataclasses.replace(LLAMA, activation="gelu"),
+    "arcee as published": dataclasses.replace(LLAMA, activation="relu2"),
     "bert": BERT,
     "bert, tanh gelu, no biases": dataclasses.replace(BERT, activation="gelu", bias=False),
     "roberta": dataclasses.replace(BERT, norm_epsilon=1e-5),

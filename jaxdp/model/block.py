@@ -1,0 +1,158 @@
+"""A block of the transformer: attention and MLP.
+
+Shapes: B batch, L length, D model width, H heads, G key/value heads, K head width, S context (the
+KV cache's length).
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxdp.model.architecture import ModelConfig
+from jaxdp.model.attention import attend
+from jaxdp.model.layers import Dense, Dropout, activation
+from jaxdp.model.norms import Norm
+from jaxdp.model.rotary import rotate
+
+# GPT-2's initialisation: 0.02, and less for layers that write to the residual stream.
+INIT_STDDEV = 0.02
+
+
+class Tokens(NamedTuple):
+    """What all blocks know of a batch's tokens.
+
+    Attributes:
+      ids: [B, L] int32.
+      embedded: [B, L, D], the input of the first block.
+      positions: [B, L] int32.
+      rows: [B] int32 or None; see `Transformer.hidden`.
+      segments: [B, L] int32 or None; see `Transformer.hidden`.
+    """
+
+    ids: jax.Array
+    embedded: jax.Array
+    positions: jax.Array
+    rows: jax.Array | None
+    segments: jax.Array | None
+
+
+class Block(nn.Module):
+    """Attention and MLP, each added to the residual stream, with norms before or after."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, tokens: Tokens, decode: bool, rotated: jax.Array | int | None = None
+    ) -> jax.Array:
+        """Maps [B, L, D] to [B, L, D].
+
+        Args:
+          x: the residual stream.
+          tokens: its tokens.
+          decode: see `Transformer.hidden`.
+          rotated: 0 in a layer without rotary positions, else 1 or None. A rotation by 0 is exact.
+        """
+        c = self.config
+        attention, mlp = Attention(c, name="attention"), MLP(c, name="mlp")
+        norms = norm(c, "attention_norm"), norm(c, "mlp_norm")
+
+        def drop(y):
+            return Dropout(c.dropout)(y, tokens.rows)
+
+        if c.embed_residual:
+            shares = self.param("residual_shares", lambda _: jnp.array([1.0, 0.0])).astype(x.dtype)
+            x = shares[0] * x + shares[1] * tokens.embedded
+        if c.norm_position == "pre":
+            x, y = norms[0](x)
+            x += drop(attention(y, tokens, decode, rotated))
+            x, y = norms[1](x)
+            return x + drop(mlp(y))
+        x = norms[0](x + drop(attention(x, tokens, decode, rotated)))[1]
+        return norms[1](x + drop(mlp(x)))[1]
+
+
+class Attention(nn.Module):
+    """Multi-head (Vaswani et al. 2017) or grouped-query (Ainslie et al. 2023) attention."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x, tokens, decode, rotated):
+        """Maps [B, L, D] to [B, L, D]; other arguments: see `Block`."""
+        c = self.config
+        bias = c.bias or c.qkv_bias
+        query = dense(c, (c.num_heads, c.head_dim), "query", bias)(x)
+        key = dense(c, (c.num_kv_heads, c.head_dim), "key", bias)(x)
+        value = dense(c, (c.num_kv_heads, c.head_dim), "value", bias)(x)
+        if c.value_embeddings:
+            # As in `Transformer.hidden`: looked up in float32, for the gradient's sake.
+            table = nn.Embed(
+                c.vocab_size,
+                c.num_kv_heads * c.head_dim,
+                name="value_embed",
+                embedding_init=nn.initializers.zeros,
+            ).embedding
+            value += jnp.take(table, tokens.ids, axis=0).reshape(value.shape).astype(c.dtype)
+        if c.qk_norm:
+            query, key = norm(c, "query_norm")(query)[1], norm(c, "key_norm")(key)[1]
+        if c.positions == "rotary":
+            angles = tokens.positions if rotated is None else tokens.positions * rotated
+            query, key = (rotate(x, angles, c.rotary) for x in (query, key))
+        if decode:
+            key, value = self._cached(key, value, tokens.positions)
+            out = attend(query, key, value, jnp.arange(c.seq_len) <= tokens.positions[:, :, None])
+        else:
+            out = attend(query, key, value, segments=tokens.segments, causal=c.causal)
+        return dense(c, (c.embed_dim,), "out", kernel_init=_residual_init(c), contracted=2)(out)
+
+    def _cached(self, key, value, positions):
+        """Writes keys and values [B, L, G, K] to the cache; returns the caches, [B, S, G, K]."""
+        shape = (key.shape[0], self.config.seq_len, *key.shape[2:])
+        batch = jnp.arange(key.shape[0])[:, None]
+        caches = []
+        for name, new in (("cached_key", key), ("cached_value", value)):
+            cache = self.variable("cache", name, jnp.zeros, shape, new.dtype)
+            cache.value = cache.value.at[batch, positions].set(new)
+            caches.append(cache.value)
+        return caches
+
+
+class MLP(nn.Module):
+    """A feed-forward layer, with one of the activations of `layers.activation`."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x):
+        """Maps [B, L, D] to [B, L, D]."""
+        c = self.config
+        y = dense(c, (c.mlp_dim,), "up")(x)
+        gate = [dense(c, (c.mlp_dim,), "gate")(x)] if c.activation == "swiglu" else []
+        y = activation(c.activation)(*gate, y)
+        return dense(c, (c.embed_dim,), "down", kernel_init=_residual_init(c))(y)
+
+
+def init() -> nn.initializers.Initializer:
+    """Returns the initialiser of embeddings, and of matrices that don't write to the residuals."""
+    return nn.initializers.normal(INIT_STDDEV)
+
+
+def _residual_init(c: ModelConfig):
+    if c.zero_init:
+        return nn.initializers.zeros
+    return nn.initializers.normal(INIT_STDDEV / (2 * c.num_layers) ** 0.5)
+
+
+def dense(c: ModelConfig, features, name=None, bias=None, kernel_init=None, contracted=1) -> Dense:
+    """Returns a linear layer of a model; bias: None for the model's choice."""
+    bias = c.bias if bias is None else bias
+    return Dense((*features,), bias, c.dtype, kernel_init or init(), contracted, name=name)
+
+
+def norm(c: ModelConfig, name=None) -> Norm:
+    """Returns a norm of a model."""
+    centred = c.norm == "layernorm"
+    return Norm(centred, centred and c.bias, c.norm_epsilon, c.dtype, name=name)
