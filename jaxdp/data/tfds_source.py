@@ -64,8 +64,10 @@ class TfdsSource:
         """Prepares the dataset if needed; yields each example's prompt ("" if none) and text."""
         self._prepare()
         spec = self.splits[split]
+        # Its cache would warn of each reader that stops early.
+        config = self._tfds.ReadConfig(try_autocache=False)
         try:
-            dataset = self.builder.as_dataset(split=spec, shuffle_files=False)
+            dataset = self.builder.as_dataset(split=spec, read_config=config)
         except (ValueError, KeyError) as error:
             key = "data.train_split" if split == "train" else "data.eval_split"
             raise ConfigError(

@@ -3,7 +3,7 @@ import pytest
 from jaxdp.configs import default
 from jaxdp.data import python_stdlib
 from jaxdp.data.example import texts
-from jaxdp.data.python_stdlib import LEFT_OUT, is_validation, stdlib_files
+from jaxdp.data.python_stdlib import LEFT_OUT, TABLES, is_validation, stdlib_files
 from jaxdp.data.sources import get_source
 
 
@@ -48,6 +48,11 @@ def test_no_tests_and_no_installed_packages(files):
     assert not [name for name in files if name.startswith(("test/", "numpy/", "jax/"))]
 
 
+def test_what_was_prepared_from_other_files_is_not_taken_for_it(tmp_path):
+    builder = python_stdlib.PythonStdlib(data_dir=str(tmp_path))
+    assert builder.info.full_name.startswith("python_stdlib/code/")
+
+
 def test_the_splits_share_nothing_and_are_all_files_in_order(prepared, files):
     train, validation = prepared
     assert train == [text for name, text in files.items() if not is_validation(name)]
@@ -72,7 +77,8 @@ def test_the_split_of_a_file_is_for_ever(name, validation):
 
 def test_the_split_of_a_file_does_not_depend_on_the_others(tmp_path, monkeypatch):
     monkeypatch.setattr(python_stdlib.sysconfig, "get_path", lambda _: str(tmp_path))
-    for name in ("ast.py", "sched.py", "test/ast.py", "x/tests/sched.py", "site-packages/a.py"):
+    left_out = ("test/ast.py", "x/tests/sched.py", "site-packages/a.py", "encodings/cp037.py")
+    for name in ("ast.py", "sched.py", *left_out, *TABLES):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     (tmp_path / "latin.py").write_bytes(b"# \xe9")
