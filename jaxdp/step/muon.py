@@ -1,7 +1,11 @@
-"""Muon for the hidden matrices, and AdamW for all other parameters (Jordan et al. 2024)."""
+"""Muon for the hidden matrices, and AdamW for all other parameters (Jordan et al. 2024).
 
+Shapes: n matrices of I inputs and O outputs, s the smaller of I and O.
+"""
+
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +13,12 @@ import optax
 from optax.contrib import MuonDimensionNumbers, MuonState, scale_by_muon
 
 RMS = 0.2  # Makes Muon's updates as large as AdamW's, so both take the same learning rate.
-NEWTON_SCHULZ_STEPS = 5
 EPSILON = 1e-8
+# (a, b, c) of odd polynomials a x + b x^3 + c x^5. Applied one after the other, they bring singular
+# values from 0.01 to 1 to 0.73 to 1.27: the best that three can do, by the method of the Polar
+# Express (Amsel et al. 2025, arXiv 2505.16932).
+POLYNOMIALS = ((8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526))
+BATCH_BYTES = 2**26  # Of matrices that are orthogonalised at a time; more would only cost memory.
 
 
 def muon(
@@ -52,9 +60,8 @@ def muon(
 def orthogonalised_momentum(beta: float) -> optax.GradientTransformation:
     """Maps the gradient of hidden matrices to their orthogonalised Nesterov momentum.
 
-    It is `optax.contrib.scale_by_muon`, except that no matrix is transposed. XLA may sum a
-    transposed matrix in another order in programs for one device than in those for several, and
-    the results of fixed_order would depend on the number of devices.
+    It is `optax.contrib.scale_by_muon` but for the iterations, and its state is the same: ns_coeffs
+    are in it only because older checkpoints hold them.
     """
 
     def update(updates, state, params=None):
@@ -64,32 +71,78 @@ def orthogonalised_momentum(beta: float) -> optax.GradientTransformation:
         ahead = optax.tree.bias_correction(mu, beta, optax.safe_increment(count))
         now = optax.tree.bias_correction(updates, beta, count)
         momentum = jax.tree.map(lambda m, g: beta * m + (1 - beta) * g, ahead, now)
-        updates = jax.tree.map(
-            lambda x, axes: _orthogonalise(x, axes, state.ns_coeffs), momentum, dimensions(momentum)
-        )
+        updates = _orthogonalise_all(momentum)
         return updates, MuonState(count, mu, state.ns_coeffs)
 
     return optax.GradientTransformation(scale_by_muon(beta=beta).init, update)
 
 
-def _orthogonalise(x: jax.Array, axes: MuonDimensionNumbers, coefficients: jax.Array) -> jax.Array:
-    """Makes all singular values of each matrix in x nearly 1, by Newton-Schulz iterations."""
-    rows, columns = _fans(x, axes)
-    matrices = x.reshape(-1, rows, columns)  # A hidden matrix's input axes are its first ones.
-    a, b, c = coefficients.astype(x.dtype)
+def _orthogonalise_all(tree):
+    """Maps `orthogonalise` over hidden matrices, of which those of one shape are joined.
 
-    def orthogonalise(x):
-        x /= jnp.sqrt(jnp.sum(jnp.square(x))) + EPSILON
-        for _ in range(NEWTON_SCHULZ_STEPS):
-            if rows > columns:  # The smaller of the two products.
-                gram = x.T @ x
-                x = a * x + x @ (b * gram + c * gram @ gram)
-            else:
-                gram = x @ x.T
-                x = a * x + (b * gram + c * gram @ gram) @ x
-        return x
+    One product of many small matrices takes less time than many products.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    axes = jax.tree.leaves(dimensions(tree), is_leaf=lambda x: isinstance(x, MuonDimensionNumbers))
+    # A hidden matrix's input axes are its first ones.
+    matrices = [x.reshape(-1, *_fans(x, one)) for x, one in zip(leaves, axes, strict=True)]
+    for batch in _batches(matrices):
+        joined = orthogonalise(jnp.concatenate([matrices[i] for i in batch]))
+        ends = list(itertools.accumulate(len(matrices[i]) for i in batch))[:-1]
+        for i, x in zip(batch, jnp.split(joined, ends), strict=True):
+            leaves[i] = x.reshape(leaves[i].shape)
+    return jax.tree.unflatten(treedef, leaves)
 
-    return jax.vmap(orthogonalise)(matrices).reshape(x.shape)
+
+def _batches(matrices: Sequence[jax.Array]) -> list[list[int]]:
+    """Returns the numbers of arrays [n, I, O] with the same I and O, of about BATCH_BYTES."""
+    found: dict[tuple[int, ...], list[list[int]]] = {}
+    for number, x in enumerate(matrices):
+        batches = found.setdefault(x.shape[1:], [[]])
+        if batches[-1] and sum(matrices[i].nbytes for i in batches[-1]) >= BATCH_BYTES:
+            batches.append([])
+        batches[-1].append(number)
+    return list(itertools.chain(*found.values()))
+
+
+def orthogonalise(x: jax.Array) -> jax.Array:
+    """Brings all singular values of matrices near 1, and keeps their singular vectors.
+
+    With X = U S V^T, it computes U p(S) V^T for the composition p of `POLYNOMIALS`, from powers of
+    the Gram matrix X X^T or X^T X, whichever is smaller. Before, S is divided by the eighth root of
+    the sum of its eighth powers (its Schatten norm for 8), which is at least the largest singular
+    value, and at most 1.9 times it for 128 equal ones; the usual Frobenius norm is 11 times it.
+    These values are from 0.73 to 1.27 in the end, but for those that were below 0.01: they grow up
+    to 78 times.
+
+    No matrix is transposed: XLA may sum a transposed matrix in another order in programs for one
+    device than in those for several, and fixed_order's results would depend on their number.
+
+    Args:
+      x: [n, I, O] float32.
+
+    Returns:
+      [n, I, O] float32. A matrix of zeros stays one.
+    """
+    # So that powers of small numbers don't underflow.
+    x /= jnp.sqrt(jnp.sum(jnp.square(x), (1, 2), keepdims=True)) + EPSILON
+    tall = x.shape[1] > x.shape[2]
+    gram = jnp.einsum("nji,njk->nik" if tall else "nij,nkj->nik", x, x)  # [n, s, s]
+    square = gram @ gram
+    norm = jnp.sqrt(jnp.sqrt(jnp.sum(jnp.square(square), (1, 2), keepdims=True))) + EPSILON
+    gram, square = gram / norm, square / jnp.square(norm)
+
+    def polynomial(coefficients, gram, square):
+        a, b, c = coefficients
+        return a * jnp.eye(gram.shape[-1], dtype=gram.dtype) + b * gram + c * square
+
+    factor = polynomial(POLYNOMIALS[0], gram, square)
+    total = factor / jnp.sqrt(norm)
+    for coefficients in POLYNOMIALS[1:]:
+        gram = factor @ (factor @ gram)  # The Gram matrix of X after the last factor.
+        factor = polynomial(coefficients, gram, gram @ gram)
+        total = factor @ total
+    return x @ total if tall else total @ x
 
 
 def _scale_by_shape(updates, params=None):
