@@ -132,9 +132,15 @@ def get_config() -> ConfigDict:
     # In each layer, a table of one vector per token is added to the values of attention
     # (modded-nanogpt, 2024, after Zhou et al. 2024).
     c.model.value_embeddings = False
+    # A token attends to this many tokens, itself and those before it (Mistral 7B, 2023); 0: to all.
+    c.model.window = 0
+    # Each layer whose number, from 1, is a multiple of this has no window (Gemma 2: 2); 0: none.
+    c.model.window_skip = 0
     c.model.bias = False  # Add biases to linear layers and layer norms.
     c.model.qkv_bias = False  # Add biases to query, key and value only (Qwen2).
     c.model.dropout = 0.0  # Dropout rate, on embeddings and on each residual branch.
+    # Dropout rate of attention's weights (GPT-2). Where it isn't 0, fused kernels can't be used.
+    c.model.attention_dropout = 0.0
     c.model.dtype = "float32"  # "float32" or "bfloat16" for computation; parameters are float32.
     # Recompute activations in the backward pass: less memory, more time. (On CPUs with JAX 0.10 it
     # saves memory only together with scan_layers.)

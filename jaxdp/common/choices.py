@@ -48,7 +48,10 @@ RANGES = {
     "model.rotary_skip": (0, 10_000),
     "model.norm_epsilon": (1e-30, 1),
     "model.logit_cap": (0, 1e6),
+    "model.window": (0, MAX_INT32),
+    "model.window_skip": (0, 10_000),
     "model.dropout": (0, 0.99),
+    "model.attention_dropout": (0, 0.99),
     "model.vocab_multiple": (1, 2**20),
     "optimizer.learning_rate": (0, 1e6),
     "optimizer.warmup_steps": (0, MAX_INT32),
@@ -98,4 +101,7 @@ NEW_KEYS = (
     "model.logit_cap",
     "model.embed_residual",
     "model.value_embeddings",
+    "model.window",
+    "model.window_skip",
+    "model.attention_dropout",
 )

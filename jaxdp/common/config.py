@@ -28,7 +28,7 @@ IDENTITY = (
     "optimizer.name",
 )
 # Exceptions to IDENTITY: they change how the model is computed, not its parameters.
-NOT_IDENTITY = ("model.dropout", "model.dtype", "model.remat")
+NOT_IDENTITY = ("model.dropout", "model.attention_dropout", "model.dtype", "model.remat")
 
 
 def flatten(config: ConfigDict | dict, prefix: str = "") -> dict[str, Any]:
@@ -135,6 +135,25 @@ def check_model(config: ConfigDict) -> None:
             "set one of them to False"
         )
     _check_rotary(model)
+    _check_window(config)
+
+
+def _check_window(config: ConfigDict) -> None:
+    window, skip = config.model.window, config.model.window_skip
+    if window and config.objective != "causal":
+        raise ConfigError(
+            f"model.window={window} has no meaning with objective={config.objective!r}, where "
+            "tokens attend to both sides: use 0"
+        )
+    if skip and not window:
+        raise ConfigError(
+            f"model.window_skip={skip} has no meaning with model.window=0: give a window, or use 0"
+        )
+    if skip and config.model.scan_layers:
+        raise ConfigError(
+            f"model.window_skip={skip} needs layers that differ, which model.scan_layers=True "
+            "can't have: set one of them to 0 or False"
+        )
 
 
 def _check_rotary(model: ConfigDict) -> None:

@@ -32,7 +32,7 @@ GPT2 = Family(
         "activation": "activation_function",
     },
     dropout=("embd_pdrop", "resid_pdrop"),
-    no_dropout=("attn_pdrop",),
+    attention_dropout=("attn_pdrop",),
     fixed={
         "scale_attn_weights": True,
         "scale_attn_by_inverse_layer_idx": False,
@@ -86,7 +86,7 @@ LLAMA = Family(
         "rotary_base": "rope_theta",
     },
     dropout=(),
-    no_dropout=("attention_dropout",),
+    attention_dropout=("attention_dropout",),
     fixed={},
     defaults={
         "hidden_act": "silu",

@@ -90,7 +90,7 @@ def to_json(model: ModelConfig, name: str, pad_id: int | None) -> dict[str, Any]
     found[family.keys["activation"]] = ACTIVATIONS[model.activation][0]
     found[family.keys["seq_len"]] += offset(name, pad_id)
     found |= dict.fromkeys(family.dropout, model.dropout)
-    found |= dict.fromkeys(family.no_dropout, 0.0)
+    found |= dict.fromkeys(family.attention_dropout, model.attention_dropout)
     if "bias" in family.keys:
         found["mlp_bias"] = model.bias
     if model.rotary_factor != 1:

@@ -24,7 +24,7 @@ class Family:
         `keys`, `num_kv_heads` equals `num_heads`, `head_dim` is `embed_dim / num_heads`, and `bias`
         is true.
       dropout: keys of config.json that hold `ModelConfig.dropout`.
-      no_dropout: keys of config.json for kinds of dropout that `Transformer` lacks.
+      attention_dropout: keys of config.json that hold `ModelConfig.attention_dropout`.
       fixed: keys of config.json with the only supported value, which is also their default.
       defaults: defaults of other keys of config.json.
       base: the first part of most tensors' names; some folders leave it out.
@@ -40,7 +40,7 @@ class Family:
     allowed: Mapping[str, tuple]
     keys: Mapping[str, str]
     dropout: tuple[str, ...]
-    no_dropout: tuple[str, ...]
+    attention_dropout: tuple[str, ...]
     fixed: Mapping[str, Any]
     defaults: Mapping[str, Any]
     base: str
@@ -58,7 +58,13 @@ class Family:
 
 
 # Options that no family has, with the values that turn them off; part of every `Family.allowed`.
-OFF = {"logit_cap": (0.0,), "embed_residual": (False,), "value_embeddings": (False,)}
+OFF = {
+    "logit_cap": (0.0,),
+    "embed_residual": (False,),
+    "value_embeddings": (False,),
+    "window": (0,),
+    "window_skip": (0,),
+}
 # Keys of config.json that most families share.
 WIDTHS = {
     "vocab_size": "vocab_size",

@@ -31,7 +31,7 @@ LEFT_OUT = re.compile(
 TIED = re.compile(r"^lm_head\.weight$|\.decoder\.weight$")
 TYPES = ("F32", "F16", "BF16")
 # Fields of `ModelConfig` that change neither the weights nor the function they compute.
-FREE = ("dropout", "dtype", "remat", "scan_layers")
+FREE = ("dropout", "attention_dropout", "dtype", "remat", "scan_layers")
 
 
 @dataclasses.dataclass(frozen=True)

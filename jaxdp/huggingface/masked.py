@@ -21,7 +21,7 @@ BERT = Family(
     },
     keys=WIDTHS | {"seq_len": "max_position_embeddings", "norm_epsilon": "layer_norm_eps"},
     dropout=("hidden_dropout_prob",),
-    no_dropout=("attention_probs_dropout_prob",),
+    attention_dropout=("attention_probs_dropout_prob",),
     fixed={
         "is_decoder": False,
         "add_cross_attention": False,

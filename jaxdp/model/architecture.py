@@ -42,7 +42,10 @@ class ModelConfig:
     value_embeddings: bool
     bias: bool
     qkv_bias: bool
+    window: int
+    window_skip: int
     dropout: float
+    attention_dropout: float
     dtype: Any
     remat: bool
     scan_layers: bool
@@ -65,6 +68,14 @@ class ModelConfig:
                 "dtype": jnp.dtype(config.model.dtype),
             }
         )
+
+    @property
+    def windows(self) -> list[int]:
+        """The sliding window of each layer; 0: none."""
+        layers = range(1, self.num_layers + 1)
+        return [
+            0 if self.window_skip and i % self.window_skip == 0 else self.window for i in layers
+        ]
 
     @property
     def rotary(self) -> Rotary:

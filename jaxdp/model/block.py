@@ -39,9 +39,15 @@ class Tokens(NamedTuple):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each added to the residual stream, with norms before or after."""
+    """Attention and MLP, each added to the residual stream, with norms before or after.
+
+    Attributes:
+      config: the model's.
+      window: the layer's sliding window; see `attention.attend`.
+    """
 
     config: ModelConfig
+    window: int = 0
 
     @nn.compact
     def __call__(
@@ -56,7 +62,7 @@ class Block(nn.Module):
           rotated: 0 in a layer without rotary positions, else 1 or None. A rotation by 0 is exact.
         """
         c = self.config
-        attention, mlp = Attention(c, name="attention"), MLP(c, name="mlp")
+        attention, mlp = Attention(c, self.window, name="attention"), MLP(c, name="mlp")
         norms = norm(c, "attention_norm"), norm(c, "mlp_norm")
 
         def drop(y):
@@ -75,9 +81,13 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head (Vaswani et al. 2017) or grouped-query (Ainslie et al. 2023) attention."""
+    """Multi-head (Vaswani et al. 2017) or grouped-query (Ainslie et al. 2023) attention.
+
+    Attributes: see `Block`.
+    """
 
     config: ModelConfig
+    window: int
 
     @nn.compact
     def __call__(self, x, tokens, decode, rotated):
@@ -103,10 +113,29 @@ class Attention(nn.Module):
             query, key = (rotate(x, angles, c.rotary) for x in (query, key))
         if decode:
             key, value = self._cached(key, value, tokens.positions)
-            out = attend(query, key, value, jnp.arange(c.seq_len) <= tokens.positions[:, :, None])
+            distances = tokens.positions[:, :, None] - jnp.arange(c.seq_len)
+            seen = (distances >= 0) & (distances < (self.window or c.seq_len))
+            out = attend(query, key, value, seen)
         else:
-            out = attend(query, key, value, segments=tokens.segments, causal=c.causal)
+            factors = self._dropout(query, key, tokens.rows)
+            out = attend(
+                query,
+                key,
+                value,
+                segments=tokens.segments,
+                causal=c.causal,
+                window=self.window,
+                factors=factors,
+            )
         return dense(c, (c.embed_dim,), "out", kernel_init=_residual_init(c), contracted=2)(out)
+
+    def _dropout(self, query, key, rows):
+        """Returns [B, L, H, S], 0 or 1 / (1 - rate) for each weight; None where none is dropped."""
+        rate = self.config.attention_dropout
+        if rows is None or rate == 0:
+            return None
+        ones = jnp.ones((*query.shape[:3], key.shape[1]), query.dtype)
+        return Dropout(rate)(ones, rows)
 
     def _cached(self, key, value, positions):
         """Writes keys and values [B, L, G, K] to the cache; returns the caches, [B, S, G, K]."""

@@ -104,7 +104,7 @@ class Transformer(nn.Module):
         flags = rotated_layers(c.num_layers, c.rotary_skip) if c.rotary_skip else None
         if not c.scan_layers:
             for i, flag in enumerate(flags or [None] * c.num_layers):
-                x = block(c, name=f"layer_{i}")(x, tokens, decode, flag)
+                x = block(c, c.windows[i], name=f"layer_{i}")(x, tokens, decode, flag)
             return x
 
         def body(layer, carry, rotated):
@@ -116,7 +116,7 @@ class Transformer(nn.Module):
             split_rngs={"params": True, "dropout": True},
             length=c.num_layers,
         )
-        return scan(block(c, name="layers"), x, flags and jnp.array(flags))[0]
+        return scan(block(c, c.window, name="layers"), x, flags and jnp.array(flags))[0]
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -98,7 +98,8 @@ def _eval_sets(feeds: Mapping[str, Feed]) -> dict[str, str]:
 def _kernel(config: ConfigDict, width: int) -> str:
     """Returns the name of the kernel that computes attention in training."""
     masked = "segments" in token_keys(config.objective, config.data.packing)
-    found = attention.kernel(config.model.dtype, width, masked)
+    dropout = config.model.attention_dropout > 0
+    found = attention.kernel(config.model.dtype, width, masked, dropout, config.model.window)
     return {
         "cudnn": "cuDNN's fused kernel",
         "packed": "jaxdp's fused kernel for separate documents",

@@ -108,6 +108,21 @@ def test_keys_of_the_model_that_do_not_go_together_are_refused(config):
     assert "model.rotary_low=4.0 is not below model.rotary_high=4.0" in refusal(bad)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"objective": "masked", "model__window": 8}, "model.window=8 has no meaning with obj"),
+        ({"model__window_skip": 2}, "model.window_skip=2 has no meaning with model.window=0"),
+        (
+            {"model__window": 8, "model__window_skip": 2, "model__scan_layers": True},
+            "model.window_skip=2 needs layers that differ",
+        ),
+    ],
+)
+def test_windows_that_can_not_be_are_refused(config, changes, message):
+    assert refusal(changed(config, **changes)).startswith(message)
+
+
 @pytest.mark.parametrize("key", RANGES)
 def test_a_range_is_closed_at_both_ends(config, key):
     whole = type(KEYS[key]) is int

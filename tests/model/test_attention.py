@@ -51,6 +51,31 @@ def test_it_is_attention_and_so_are_its_gradients(length, heads, groups, causal,
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("window", [0, 1, 50, 100])
+@pytest.mark.parametrize("dropped", [False, True])
+def test_windows_and_dropout(window, dropped):
+    """Compared with the definition, in two blocks of 64 tokens; also their gradients."""
+    factors = 2 * jax.random.bernoulli(jax.random.key(1), 0.5, (2, 128, 4, 128)).astype("float32")
+    distances = jnp.arange(128)[:, None] - jnp.arange(128)
+    seen = (distances >= 0) & (distances < (window or 128))
+
+    def ours(query, key, value):
+        return attend(
+            query, key, value, causal=True, window=window, factors=factors if dropped else None
+        )
+
+    def defined(query, key, value):
+        key, value = (jnp.repeat(x, 2, 2) for x in (key, value))
+        scores = jnp.einsum("blhk,bshk->blhs", query, key) / 8**0.5
+        weights = jax.nn.softmax(jnp.where(seen[:, None], scores, -jnp.inf))
+        return jnp.einsum("blhs,bshk->blhk", weights * factors if dropped else weights, value)
+
+    given = arrays(128, 4, 2)
+    # Sums of up to 128 float32 numbers of size 1, rounded to 6e-8 each.
+    for one, other in zip(results(ours, *given), results(defined, *given), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=2e-5)
+
+
 def test_bfloat16_is_near_float32():
     def ours(query, key, value):
         return attend(query, key, value, causal=True)
@@ -89,17 +114,21 @@ def test_fused_kernels_attend_where_they_can(an_h100):
     ):
         assert kernel(dtype, width, masked) == "xla"
     assert kernel("bfloat16", 64, masked=True) == kernel("float16", 24, masked=True) == "packed"
+    assert kernel("bfloat16", 64, masked=False, window=8) == "cudnn"
+    assert kernel("bfloat16", 64, masked=True, window=8) == "xla"
+    assert kernel("bfloat16", 64, masked=False, dropout=True) == "xla"
 
 
 def test_xla_attends_on_a_cpu():
     assert kernel("bfloat16", 64, masked=False) == kernel("bfloat16", 64, masked=True) == "xla"
 
 
-def test_what_cudnn_gets_is_attention(an_h100):
-    """On several devices; that it compiles there, benchmarks/gpu.py shows on a GPU."""
+@pytest.mark.parametrize("length", [0, 48])
+def test_what_cudnn_gets_is_attention(an_h100, length):
+    """With a window or none; that it compiles on several devices, benchmarks/gpu.py shows."""
 
     def loss(query, key, value):
-        return attend(query, key, value, causal=True).astype("float32").sum()
+        return attend(query, key, value, causal=True, window=length).astype("float32").sum()
 
     def gradients(*arrays):
         split = PartitionSpec("batch")
@@ -109,7 +138,8 @@ def test_what_cudnn_gets_is_attention(an_h100):
 
     query, key, value, _ = arrays(128, 4, 2, "bfloat16")
     theirs = gradients(query, key, value)
-    assert an_h100 == [("cudnn", {"is_causal": True})]
+    window = (47, 0) if length else None
+    assert an_h100 == [("cudnn", {"is_causal": True, "local_window_size": window})]
     with compiling_for(Target("cpu")):
         ours = gradients(query, key, value)
     for one, other in zip(theirs, ours, strict=True):

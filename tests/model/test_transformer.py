@@ -130,6 +130,19 @@ def test_dropout_is_off_without_rows():
     assert (logits == apply(Transformer(SMALL), params, INPUTS)).all()
 
 
+def test_attentions_weights_are_dropped_in_training_only():
+    config = dataclasses.replace(SMALL, attention_dropout=0.5)
+    model, params = initialised(config)
+    logits = apply(Transformer(SMALL), params, INPUTS)
+    assert (apply(model, params, INPUTS) == logits).all()
+    key = jax.random.key(0)
+    dropped = [apply(model, params, INPUTS, rows=jnp.arange(2), rngs={"dropout": key})]
+    dropped += [apply(model, params, INPUTS[1:], rows=jnp.array([1]), rngs={"dropout": key})]
+    assert (dropped[0] != logits).any(-1)[:, 2:].all()
+    # The second row alone: only sums may be in another order.
+    np.testing.assert_allclose(dropped[0][1:], dropped[1], rtol=1e-5, atol=1e-6)
+
+
 def test_initial_parameters_are_gpt2s():
     config = dataclasses.replace(SMALL, embed_dim=128, mlp_dim=512, num_layers=2)
     params = jax.jit(Transformer(config).init)(jax.random.key(0), INPUTS)["params"]
@@ -160,6 +173,12 @@ def test_options_start_from_nothing():
     plain = {path: x for path, x in plain.items() if path[-2] != "value_embed"}
     expected = apply(Transformer(LLAMA), traverse_util.unflatten_dict(plain), INPUTS)
     np.testing.assert_allclose(apply(model, params, INPUTS), expected, rtol=1e-6)
+
+
+def test_flops_of_windows():
+    windows = dataclasses.replace(LLAMA, window=3, window_skip=2)
+    saved = flops_per_token(LLAMA, 1000) - flops_per_token(windows, 1000)
+    assert saved == 12 * 16 * (8 - 3)  # In the first of two layers.
 
 
 def test_flops_count_no_lookups():

@@ -43,7 +43,10 @@ SMALL = ModelConfig(
     value_embeddings=False,
     bias=False,
     qkv_bias=False,
+    window=0,
+    window_skip=0,
     dropout=0.0,
+    attention_dropout=0.0,
     dtype=jnp.dtype("float32"),
     remat=False,
     scan_layers=False,
@@ -64,6 +67,7 @@ MODDED = dataclasses.replace(
     logit_cap=2.0,
     embed_residual=True,
     value_embeddings=True,
+    window=3,
 )
 VARIANTS = {
     "gpt2": SMALL,
@@ -76,6 +80,7 @@ VARIANTS = {
     "scanned llama, remat": dataclasses.replace(LLAMA, scan_layers=True, remat=True),
     "qwen3": dataclasses.replace(LLAMA, qk_norm=True, qkv_bias=True, head_dim=8),
     "modded": MODDED,
+    "modded, a layer without window": dataclasses.replace(MODDED, window_skip=2),
     "scanned modded, remat": dataclasses.replace(MODDED, scan_layers=True, remat=True),
     "scanned smollm3, remat": dataclasses.replace(
         LLAMA, rotary_skip=2, rotary_factor=4.0, rotary_context=16, scan_layers=True, remat=True
@@ -113,7 +118,7 @@ def difference(one, other):
 # Two layers and a head, each a sum of 16 to 32 products that are rounded to 6e-8, through norms and
 # a softmax that may multiply an error by a few: 1e-5 of the largest logit.
 TOLERANCE = 1e-5
-GPT2 = dataclasses.replace(SMALL, bias=True, norm_epsilon=1e-3)
+GPT2 = dataclasses.replace(SMALL, bias=True, norm_epsilon=1e-3, attention_dropout=0.1)
 BERT = dataclasses.replace(
     SMALL,
     causal=False,
