@@ -142,7 +142,8 @@ def flags(tree: ast.Module) -> Iterator[tuple[str, Any, str]]:
     """Yields (name, default, help) of each flag that a module defines."""
     for call in ast.walk(tree):
         if isinstance(call, ast.Call) and ".DEFINE_" in ast.unparse(call.func):
-            name, value, *text = map(_constant, call.args[:3])
+            name, value, *rest = map(_constant, call.args[:4])
+            text = [x for x in rest if isinstance(x, str)]  # DEFINE_enum has its choices before.
             # DEFINE_alias(name, original) has no help.
             yield (name, value, text[0]) if text else (name, None, f"The same as --{value}.")
 

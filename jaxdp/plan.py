@@ -16,7 +16,7 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-from jaxdp.common import cli, png
+from jaxdp.common import cli, pictures
 from jaxdp.common.choices import MAX_INT32
 from jaxdp.common.terminal import Display
 
@@ -50,7 +50,9 @@ MEMORY = flags.DEFINE_float(
 VOCAB_SIZE = flags.DEFINE_integer(
     "vocab_size", None, "Size of the vocabulary; by default taken from the tokenizer.", 1, MAX_INT32
 )
-PNG = flags.DEFINE_string("png", None, "PNG file for a plot of efficiency over devices.")
+PNG = flags.DEFINE_string(
+    "png", None, "PNG, SVG or PDF file for a plot of efficiency over devices."
+)
 
 
 def main() -> int:
@@ -58,7 +60,7 @@ def main() -> int:
     config, display = cli.config_of_flag(CONFIG), Display()
     cli.check_finite(BANDWIDTH, INSIDE, LATENCY, TFLOPS, MFU, MEMORY)
     if PNG.value:
-        png.check(PNG.name, PNG.value)
+        pictures.check(PNG.name, PNG.value)
     # XLA warns where a program needs most of a GPU's memory; the plan says it better.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     # Imported here, so that --help and mistakes in flags don't wait seconds for JAX.
@@ -93,7 +95,7 @@ def main() -> int:
     for title, rows in found.tables.items():
         display.table(title, rows)
     if PNG.value:
-        png.save(draw(found.efficiency, found.assumptions), PNG.name, PNG.value)
+        pictures.save(draw(found.efficiency, found.assumptions), PNG.name, PNG.value)
     return 0
 
 

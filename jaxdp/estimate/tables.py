@@ -3,7 +3,7 @@
 import itertools
 from typing import Any
 
-from jaxdp.common import png
+from jaxdp.common import pictures
 from jaxdp.common.files import num_bytes
 from jaxdp.common.terminal import duration, in_bytes, in_gib, quantity
 from jaxdp.estimate import memory, scaling
@@ -110,7 +110,7 @@ def efficiency_rows(table: dict[str, dict[int, float]]) -> dict[str, str]:
 
 def draw(efficiency: dict[str, dict[int, float]], given: Assumptions) -> Any:
     """Draws the result of `scaling.efficiencies` with matplotlib, a line per sync.method."""
-    figure = png.new(7, 4.5)
+    figure = pictures.new(7, 4.5)
     axes = figure.subplots()
     # Small markers on large ones: the lines of gradient_mean and sharded coincide.
     sizes = itertools.chain([10], itertools.repeat(6))

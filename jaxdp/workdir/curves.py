@@ -1,18 +1,18 @@
-"""The training curves of runs, read from their metrics, and a figure of them."""
+"""The training curves of runs, read from their metrics; which runs differ only in their seed."""
 
-import itertools
+import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxdp.common import paths, png
+from jaxdp.common import paths
 from jaxdp.common.choices import MAX_INT32
 from jaxdp.common.errors import ConfigError, shown
-from jaxdp.common.terminal import quantity
 from jaxdp.data.eval_sets import NAME
 from jaxdp.workdir.metrics import JSONL, read_jsonl
 
@@ -22,13 +22,77 @@ PANELS = (
     ("tokens per second", 1, ("tokens_per_second",)),
     ("learning rate", 1, ("train/learning_rate",)),
 )
+# What the horizontal axis may be, and its label.
+AXES = {
+    "steps": "optimizer steps",
+    "tokens": "tokens",
+    "hours": "hours of training, without evaluations and pauses",
+}
 EVAL_SET = re.compile(f"eval/({NAME})/loss")
-MARKERS = "o^sDvPX*"  # For the validation split, then eval_sets in the order of their names.
-SMOOTH = 50  # A training loss with more points than this is smoothed.
-
 MOST_FLOAT = float(np.finfo(np.float32).max)
 
-Curve = tuple[np.ndarray, np.ndarray]
+
+class Curve(NamedTuple):
+    """A metric over a run.
+
+    Attributes:
+      steps: at which it was logged, [points] int64, ascending.
+      x: where they are on the horizontal axis, [points] float64.
+      values: of the metric, [points] float64.
+    """
+
+    steps: np.ndarray
+    x: np.ndarray
+    values: np.ndarray
+
+
+class Band(NamedTuple):
+    """Mean, lowest and highest of several curves, over the steps that all of them have.
+
+    All are [points] float64; x is the mean, too.
+    """
+
+    x: np.ndarray
+    mean: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+def band(curves: Sequence[Curve]) -> Band:
+    """Takes the mean, the lowest and the highest value of several curves."""
+    steps = reduce(np.intersect1d, [curve.steps for curve in curves])
+    at = [np.searchsorted(curve.steps, steps) for curve in curves]
+    values = np.stack([curve.values[i] for curve, i in zip(curves, at, strict=True)])
+    x = np.stack([curve.x[i] for curve, i in zip(curves, at, strict=True)])
+    return Band(x.mean(0), values.mean(0), values.min(0), values.max(0))
+
+
+def workdirs(given: Iterable[str]) -> list[str]:
+    """Replaces each folder that is no run by all runs in it and in its folders, sorted.
+
+    Raises:
+      ConfigError: a folder doesn't exist, or there is no run in it.
+    """
+    found: list[str] = []
+    for folder in given:
+        path = paths.local("WORKDIR", folder)
+        if not path.is_dir():
+            raise ConfigError(f"{shown(folder)} is no folder: give the --workdir of a training run")
+        inside = sorted(_runs(path))
+        if not inside:
+            raise ConfigError(
+                f"{shown(folder)} holds no {JSONL}, nor do its folders: give the --workdir of a "
+                "training run, or a folder of several"
+            )
+        found += [folder] if inside == [str(path)] else inside
+    return found
+
+
+def _runs(path: Path) -> Iterable[str]:
+    for folder, below, files in os.walk(path):
+        if JSONL in files:
+            below.clear()  # What is in a run is no run.
+            yield folder
 
 
 def names(workdirs: Sequence[str]) -> list[str]:
@@ -46,24 +110,55 @@ def names(workdirs: Sequence[str]) -> list[str]:
     raise ConfigError("WORKDIR is given twice: give each once")
 
 
-def curves(workdir: str) -> dict[str, Curve]:
+def seeds(runs: Mapping[str, str]) -> dict[str, list[str]]:
+    """Groups runs whose configs differ in their `seed`, and in nothing else.
+
+    Args:
+      runs: {name: workdir}. A run whose config.json can't be read is a group of its own.
+
+    Returns:
+      {label: names of the runs}, in the given order; a single run's label is its name.
+    """
+    groups: dict[str, dict[Any, list[str]]] = {}
+    for name, workdir in runs.items():
+        config, seed = _config(Path(workdir).expanduser(), name)
+        groups.setdefault(config, {}).setdefault(seed, []).append(name)
+    found = {}
+    for group in groups.values():
+        members = [name for same in group.values() for name in same]
+        if len(members) == len(group) > 1:
+            found[f"{members[0]} ... {members[-1]} ({len(group)} seeds)"] = members
+        else:  # A single run, or the same seed twice, of which a mean says nothing.
+            found |= {name: [name] for name in members}
+    return found
+
+
+def _config(workdir: Path, name: str) -> tuple[str, Any]:
+    """Returns a run's config without its seed, as text, and the seed."""
+    try:
+        config = json.loads((workdir / "config.json").read_text("utf-8"))
+        seed = config.pop("seed")
+        return json.dumps(config, sort_keys=True), str(seed)
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError):
+        return f"config of {name}", None
+
+
+def curves(workdir: str, x: str = "steps") -> dict[str, Curve]:
     """Reads a run's curves from its metrics.jsonl.
 
     Lines that are cut off or damaged, and values that are no numbers, are left out.
 
     Args:
       workdir: the folder of a run, which may be in progress.
+      x: what the horizontal axis shows, a key of AXES.
 
     Returns:
-      {metric: (steps [points] int64, values [points] float64)}, in the order of steps; where a step
-      has several values, the last one.
+      {metric: its curve}; where a step has several values, the last one.
 
     Raises:
       ConfigError: there is no such run, or it has logged nothing yet.
     """
     folder = paths.local("WORKDIR", workdir)
-    if not folder.is_dir():
-        raise ConfigError(f"{shown(workdir)} is no folder: give the --workdir of a training run")
     try:
         records = read_jsonl(folder)
     except OSError as error:
@@ -74,16 +169,42 @@ def curves(workdir: str) -> dict[str, Curve]:
     wanted = [name for _, _, figures in PANELS for name in figures]
     logged = set().union(*records)
     wanted += sorted(name for name in logged if EVAL_SET.fullmatch(name))
-    found = {name: curve for name in wanted if len((curve := _curve(records, name))[0])}
+    found = {name: points for name in wanted if len((points := _points(records, name))[0])}
     if not found:
         raise ConfigError(
             f"{folder / JSONL} has no figures yet: wait until the run has logged some, or give "
             "another workdir"
         )
-    return found
+    if x == "steps":
+        return {name: Curve(steps, steps, values) for name, (steps, values) in found.items()}
+    at, so_far = _progress(records, x)
+    if not at.any():
+        raise ConfigError(f"{folder / JSONL} has no speeds yet, as --x={x} needs: use --x=steps")
+    return {
+        name: Curve(steps, np.interp(steps, at, so_far), values)
+        for name, (steps, values) in found.items()
+    }
 
 
-def _curve(records: list[dict[str, Any]], name: str) -> Curve:
+def _progress(records: list[dict[str, Any]], x: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns steps, and the tokens or hours of training up to each, from the logged speeds.
+
+    The speeds leave out evaluations, and the time between the starts of a run that was resumed.
+    """
+    steps, each = _points(records, "step_time_ms")
+    each = each / 3.6e6
+    if x == "tokens":
+        also, rate = _points(records, "tokens_per_second")
+        steps, here, there = np.intersect1d(steps, also, return_indices=True)
+        each = each[here] * rate[there] * 3600
+    last = max((record["step"] for record in records if _plottable(record["step"])), default=0)
+    if len(steps) and last > steps[-1]:  # As fast as before, up to the last evaluation.
+        steps, each = np.append(steps, last), np.append(each, each[-1])
+    steps = np.concatenate([[0], steps])
+    return steps, np.concatenate([[0.0], np.cumsum(np.diff(steps) * each)])
+
+
+def _points(records: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
     points = {r["step"]: r[name] for r in records if _plottable(r["step"]) and _number(r.get(name))}
     steps = sorted(points)
     return np.array(steps, np.int64), np.array([points[step] for step in steps], np.float64)
@@ -98,69 +219,6 @@ def _number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) <= MOST_FLOAT
 
 
-def draw(runs: dict[str, dict[str, Curve]]) -> Any:
-    """Draws a figure of the `curves` of each run, by the run's name."""
-    import matplotlib
-    from matplotlib.ticker import MaxNLocator, NullLocator
-
-    figure = png.new(8, 8)
-    rows = figure.subplots(
-        len(PANELS), sharex=True, height_ratios=[share for _, share, _ in PANELS]
-    )
-    few = len(runs) <= 10
-    palette = matplotlib.colormaps["tab10" if few else "turbo"]
-    colours = [palette(i if few else i / (len(runs) - 1)) for i in range(len(runs))]
-    styles = _styles(runs)
-    for axes, (label, _, wanted) in zip(rows, PANELS, strict=True):
-        shown = (*wanted, *(styles if "eval/loss" in wanted else ()))
-        for (name, run), colour in zip(runs.items(), colours, strict=True):
-            for figures in [figures for figures in dict.fromkeys(shown) if figures in run]:
-                _line(axes, figures, run[figures], colour, name, styles.get(figures))
-        axes.set_ylabel(label)
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    loss, speed, _ = rows
-    if all((line.get_ydata() > 0).all() for line in loss.lines):
-        # On a linear scale, the high losses of the first steps would flatten the rest.
-        loss.set_yscale("log")
-    loss.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
-    loss.yaxis.set_minor_locator(NullLocator())
-    loss.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    speed.set_ylim(bottom=0)
-    speed.set_xlim(left=0)
-    speed.yaxis.set_major_formatter(lambda value, _: quantity(value))
-    rows[-1].set_xlabel("optimizer steps")
-    rows[-1].xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 2.5, 5, 10]))
-    rows[-1].xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    figure.align_ylabels()
-    _legends(figure, loss, list(runs), colours, styles)
-    return figure
-
-
-def _styles(runs: dict[str, dict[str, Curve]]) -> dict[str, dict[str, Any]]:
-    """Returns {metric: line style} for the validation loss and the loss of each eval set."""
-    sets = sorted({name for run in runs.values() for name in run if EVAL_SET.fullmatch(name)})
-    return {
-        figures: {"linestyle": "--" if figures == "eval/loss" else ":", "marker": marker}
-        for figures, marker in zip(("eval/loss", *sets), itertools.cycle(MARKERS), strict=False)
-    }
-
-
-def _line(
-    axes: Any, figures: str, curve: Curve, colour: Any, name: str, style: dict[str, Any] | None
-) -> None:
-    """Draws a curve; a training loss with many points is smoothed, with its points behind."""
-    steps, values = curve
-    if style:
-        axes.plot(steps, values, color=colour, markersize=4, label=name, **style)
-        return
-    if figures == "train/loss" and len(steps) > SMOOTH:
-        axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.25)
-        values = smooth(values, len(steps) // 30)
-    # A line through a single point would be invisible.
-    axes.plot(steps, values, "." if len(steps) == 1 else "-", color=colour, lw=1.5, label=name)
-
-
 def smooth(values: np.ndarray, reach: int) -> np.ndarray:
     """Takes the mean over up to `reach` neighbours on either side, [points] -> [points].
 
@@ -171,24 +229,3 @@ def smooth(values: np.ndarray, reach: int) -> np.ndarray:
     last = np.minimum(2 * at - first, len(values) - 1)
     sums = np.concatenate([[0.0], values.cumsum()])
     return (sums[last + 1] - sums[first]) / (last + 1 - first)
-
-
-def _legends(
-    figure: Any, loss: Any, runs: list[str], colours: list[Any], styles: dict[str, dict[str, Any]]
-) -> None:
-    """Adds legends: runs by colour above the figure, line styles in the panel of the loss."""
-    from matplotlib.lines import Line2D
-
-    lines = [Line2D([], [], color=colour, linewidth=3) for colour in colours]
-    columns = max(1, 90 // (max(map(len, runs)) + 8))
-    legend = figure.legend(lines, runs, loc="outside upper center", ncols=columns, frameon=False)
-    for text in legend.get_texts():
-        text.set_parse_math(False)  # A name may hold a $.
-    kinds = {"training": Line2D([], [], color="0.3")}
-    for figures, style in styles.items():
-        found = EVAL_SET.fullmatch(figures)
-        line = Line2D([], [], color="0.3", markersize=4, **style)
-        kinds[f"on {found[1]}" if found else "validation"] = line
-    legend = loss.legend(list(kinds.values()), list(kinds), frameon=False)
-    for text in legend.get_texts():
-        text.set_parse_math(False)

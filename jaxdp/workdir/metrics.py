@@ -5,6 +5,7 @@ import math
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ JSONL = "metrics.jsonl"
 # Every metric that a run logs, and its meaning; docs/metrics.md shows this table.
 METRICS = {
     "step": "optimizer steps done",
+    "wall_time": "when the step was logged: seconds since 1970, as in TensorBoard's events; a run "
+    "that was resumed has its pauses in it",
     "train/loss": "mean over all tokens since the last line, nats; steps whose loss isn't finite "
     "are left out",
     "train/grad_norm": "norm of the global gradient of this step, before clipping; where each "
@@ -111,8 +114,10 @@ class MetricsWriter:
         assert not unknown, f"not in METRICS: {unknown}"
         if step != self._record.get("step"):
             self.flush()
-        self._record |= {"step": step, **values}
-        given = {name: x for name, x in values.items() if _finite(x) is not None}
+        now = round(time.time(), 3)
+        self._record = {"step": step, "wall_time": now} | self._record | dict(values)
+        # TensorBoard and wandb have clocks of their own.
+        given = {k: x for k, x in values.items() if _finite(x) is not None and k != "wall_time"}
         for name, value in given.items():
             self._tensorboard.add_scalar(name, value, step)
         if self._wandb:

@@ -14,7 +14,7 @@ from jaxdp.workdir import finished, integrity
 from jaxdp.workdir.metrics import read_jsonl
 
 TIMES = {"tokens_per_second", "step_time_ms", "data_wait_ms", "mfu"}
-CLOCKED = TIMES | {"balance/slowest_process", "balance/slowest_ms"}
+CLOCKED = TIMES | {"wall_time", "balance/slowest_process", "balance/slowest_ms"}
 
 
 def figures(workdir):

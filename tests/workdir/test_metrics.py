@@ -1,8 +1,14 @@
 import json
 import math
+import time
 
 from jaxdp.workdir.metrics import MetricsWriter, read_jsonl
 from support.runs import logged
+
+
+def written(workdir):
+    """The lines, without the time."""
+    return [{k: v for k, v in r.items() if k != "wall_time"} for r in read_jsonl(workdir)]
 
 
 def test_one_line_per_step(tmp_path, config):
@@ -10,7 +16,7 @@ def test_one_line_per_step(tmp_path, config):
         writer.write(1, {"train/loss": 2.0})
         writer.write(2, {"train/loss": 1.5, "mfu": None})
         writer.write(2, {"eval/loss": 1.25})
-    assert read_jsonl(tmp_path) == [
+    assert written(tmp_path) == [
         {"step": 1, "train/loss": 2.0},
         {"step": 2, "train/loss": 1.5, "mfu": None, "eval/loss": 1.25},
     ]
@@ -43,27 +49,40 @@ def test_a_line_that_a_checkpoint_holds_is_continued(tmp_path, config):
     with MetricsWriter(tmp_path, config, 0) as writer:
         writer.write(1, {"train/loss": 2.0})
         assert writer.line(2) == {}
-        assert read_jsonl(tmp_path) == [{"step": 1, "train/loss": 2.0}]
+        assert written(tmp_path) == [{"step": 1, "train/loss": 2.0}]
         writer.write(2, {"train/loss": math.nan, "mfu": 0.5})
         line = writer.line(2)
         writer.write(2, {"eval/loss": 1.0})
-    assert line == {"train/loss": None, "mfu": 0.5}
+    assert line == {"wall_time": line["wall_time"], "train/loss": None, "mfu": 0.5}
     with MetricsWriter(tmp_path, config, 2, line=line) as writer:
         writer.write(2, {"eval/loss": 1.25})
-    assert read_jsonl(tmp_path) == [
+    assert written(tmp_path) == [
         {"step": 1, "train/loss": 2.0},
         {"step": 2, "train/loss": None, "mfu": 0.5, "eval/loss": 1.25},
     ]
+    assert read_jsonl(tmp_path)[1]["wall_time"] == line["wall_time"]
     with MetricsWriter(tmp_path, config, 2, line={}):
         pass
-    assert read_jsonl(tmp_path) == [{"step": 1, "train/loss": 2.0}]
+    assert written(tmp_path) == [{"step": 1, "train/loss": 2.0}]
+
+
+def test_each_line_has_the_time_at_which_its_step_was_logged(tmp_path, config):
+    before = time.time()
+    with MetricsWriter(tmp_path, config, 0) as writer:
+        for step in (1, 2, 2):
+            writer.write(step, {"train/loss": 2.0})
+    times = [r["wall_time"] for r in read_jsonl(tmp_path)]
+    assert len(times) == 2 and sorted(times) == times
+    # Milliseconds are kept.
+    assert before - 1e-3 <= times[0] and times[1] <= time.time() + 1e-3
+    assert {tag for _, tag in logged(tmp_path)} == {"train/loss"}
 
 
 def test_a_flushed_step_is_on_disk(tmp_path, config):
     with MetricsWriter(tmp_path, config, 0) as writer:
         writer.write(1, {"train/loss": 2.0})
         writer.flush()
-        assert read_jsonl(tmp_path) == [{"step": 1, "train/loss": 2.0}]
+        assert written(tmp_path) == [{"step": 1, "train/loss": 2.0}]
 
 
 def test_tensorboard_gets_the_scalars(tmp_path, config):
@@ -106,5 +125,5 @@ def test_metrics_that_are_removed_are_begun_again(tmp_path, config):
         writer.flush()
         (tmp_path / "metrics.jsonl").unlink()
         writer.write(2, {"train/loss": 1.0})
-    assert read_jsonl(tmp_path) == [{"step": 2, "train/loss": 1.0}]
+    assert written(tmp_path) == [{"step": 2, "train/loss": 1.0}]
     assert lines == ["metrics.jsonl was removed under the run; it is begun again."]

@@ -1,14 +1,21 @@
-"""Writes figures as PNG files with matplotlib, an optional dependency."""
+"""Writes figures as PNG, SVG or PDF files with matplotlib, an optional dependency."""
 
 import importlib.util
+from pathlib import Path
 from typing import Any
 
 from jaxdp.common.errors import ConfigError, check_text, shown
 
+KINDS = (".png", ".svg", ".pdf")
+
 
 def check(flag: str, path: str) -> None:
-    """Raises ConfigError if the path of a PNG isn't valid text, or matplotlib is missing."""
+    """Raises ConfigError if the path doesn't end in a kind of picture, or matplotlib is missing."""
     check_text(f"--{flag}", path)
+    if Path(path).suffix.lower() not in KINDS:
+        raise ConfigError(
+            f"--{flag}={shown(path)} names no kind of picture: let it end in {', '.join(KINDS)}"
+        )
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError(
             f"--{flag}={shown(path)} needs the package matplotlib: pip install 'jaxdp[plot]'"
@@ -26,18 +33,25 @@ def new(width: float, height: float) -> Any:
 
 
 def save(figure: Any, flag: str, path: str) -> None:
-    """Writes a figure as a PNG file.
+    """Writes a figure, as the kind of picture that its path ends in.
+
+    The same figure gives the same file: nothing in it tells the time.
 
     Args:
       figure: a figure made by `new`.
       flag: the name of the flag that gave the path, for messages.
-      path: the path of the PNG file.
+      path: the path of the file, which `check` accepts.
 
     Raises:
       ConfigError: the file can't be written.
     """
+    import matplotlib
+
+    kind = Path(path).suffix.lower().removeprefix(".")
+    dated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
     try:
-        figure.savefig(path, format="png", dpi=150)
+        with matplotlib.rc_context({"svg.hashsalt": "jaxdp"}):
+            figure.savefig(path, format=kind, dpi=150, metadata=dated)
     except OSError as error:
         raise ConfigError(
             f"--{flag}={shown(path)} can't be written ({error.strerror}): choose another file"
