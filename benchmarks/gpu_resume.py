@@ -41,7 +41,7 @@ def run(folder: str, names: list[str]) -> None:
     hosts = [[with_process(next(given), busy=0.0)] for _ in range(ALL)]
     for name in names:
         first, state = 0, create_state(setup, replicas)
-        with Checkpoints(Path(folder), config, replicas, setup.method) as checkpoints:
+        with Checkpoints(Path(folder), setup, replicas) as checkpoints:
             if name == "resumed":
                 restored = checkpoints.restore(state)
                 assert restored is not None

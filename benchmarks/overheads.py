@@ -48,8 +48,7 @@ class Overheads:
         self.run, self.state, self.done = run, state, start
         run.begin(start)
         run.display.start(start, run.config.num_train_steps)
-        self.rounds = run.rounds(start)
-        self.batch = next(self.rounds)
+        self.batch = run.rounds.fetch(start)
         self.dispatched: list[float] = []
         self.logged: list[float] = []
         self.steps(3)
@@ -63,7 +62,7 @@ class Overheads:
         pending, seconds = None, []
         for _ in range(count):
             began = time.perf_counter()
-            batch = next(self.rounds) if fed else self.batch
+            batch = self.run.rounds.fetch(self.done) if fed else self.batch
             waited = time.perf_counter() - began
             self.state, metrics = self.run.program(self.done, self.state, batch)
             if pending is not None:
@@ -144,7 +143,7 @@ def measure(run: Run, state: Any, start: int) -> Result:
     step, every = statistics.median(bare), run.config.sync.check_every
     many, one = merged(run, o.state)
     extra, call, stall = (statistics.median(x) for x in zip(*saves, strict=True))
-    waits = [_seconds(lambda: next(o.rounds)) for _ in range(STEPS)]
+    waits = [_seconds(lambda: o.run.rounds.fetch(o.done)) for _ in range(STEPS)]
     rows = {
         "waiting for a batch (this thread)": statistics.median(waits),
         "data, beside the step": _difference(fed, bare),

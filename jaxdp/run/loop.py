@@ -95,9 +95,7 @@ def _train_prepared(
             messages.on_main(lambda: wandb_run.check(config))
         workdir_access.check_disk(
             workdir,
-            saved_shapes(
-                abstract_state(setup), setup.method, setup.method.islands(setup.device_count)
-            ),
+            saved_shapes(abstract_state(setup), setup.method, setup.islands),
         )
         with Run(setup, workdir, replicas, display, watchdog, agreement) as run:
             start, state = run.restore()
@@ -152,7 +150,7 @@ def _train(run: Run, start: int, state: State) -> Result:
     if start:
         run.say_where_it_goes_on()
     run.begin(start)
-    with contextlib.closing(run.program), contextlib.closing(run.profile):
+    with contextlib.closing(run.rounds):
         result = train_steps(run, state, start)
     run.finish(result)
     summarise(run, result)
@@ -170,21 +168,22 @@ def train_steps(run: Run, state: State, start: int) -> Result:
     dispatches no more rounds, and leaves an evaluation to the resumed run.
     """
     evaluations: Evaluations = run.evaluate(start, state) if run.unevaluated else {}
-    rounds, done = run.rounds(start), start
+    rounds, done = run.rounds, start
     while not (run.over(done) or run.asked_to_stop()):
         before, evaluations = done, {}
-        new = run.compile(done, state)
-        batch = run.fetch(rounds, done)
+        new = rounds.compile(done, state)
+        batch = rounds.fetch(done)
         if run.asked_to_stop():  # What is dispatched can't be taken back.
             break
-        done, state = run.train(done, state, batch, new)
+        done, state = rounds.train(done, state, batch, new)
+        run.checkpoints.check()
 
         evaluating, saving = run.due(done)
         if run.judge.trouble is None and (evaluating or saving):
             run.log.read()
         if run.judge.trouble:
             done, state = roll_back(run, state)
-            rounds = run.rounds(done)
+            rounds.seek(done)
             evaluating, saving = run.due(done)
         ended = run.over(done)
 

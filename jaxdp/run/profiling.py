@@ -19,20 +19,17 @@ class Profile:
     It begins with the first round from profile.start_step on whose program is already compiled.
     """
 
-    def __init__(self, config: ConfigDict, workdir: Path, say: Callable[[str], None]):
-        """Prepares; nothing is recorded before `start`.
+    def __init__(self, config: ConfigDict, workdir: Path, done: int, say: Callable[[str], None]):
+        """Prepares to record; nothing is recorded if the run starts after profile.start_step.
 
         Args:
           config: a valid config.
           workdir: the run's folder; the trace goes into its folder "profile".
+          done: steps done at the start.
           say: called with a line of text about where the trace is.
         """
         self._config, self._folder, self._say = config.profile, workdir / FOLDER, say
-        self._wanted = False
         self._began: int | None = None
-
-    def start(self, done: int) -> None:
-        """Enables recording in a run that starts after `done` steps, if start_step isn't past."""
         wanted = self._config.num_steps > 0 and processes.is_main()
         self._wanted = wanted and done <= self._config.start_step
 

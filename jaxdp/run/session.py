@@ -5,29 +5,24 @@ The loop itself is `loop.train_steps`.
 
 import contextlib
 import functools
-import itertools
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from jaxdp.common.config import save
 from jaxdp.common.errors import ConfigError, RunError, Stopped
 from jaxdp.common.files import way_out, write_atomically
 from jaxdp.common.terminal import Display
-from jaxdp.data import batch as batches
 from jaxdp.data import tokenizer
 from jaxdp.data.batch import Batch
 from jaxdp.data.pipeline import Position
-from jaxdp.estimate.memory import check_fits
 from jaxdp.huggingface import load
 from jaxdp.model.flops import flops_per_token
 from jaxdp.model.transformer import num_parameters, parameter_shapes
 from jaxdp.parallel import messages, processes
 from jaxdp.parallel.agreement import Agreement
-from jaxdp.parallel.replicas import Replicas, device_memory, prefetch
+from jaxdp.parallel.replicas import Replicas
 from jaxdp.run import consistency, preflight, report, resuming, sampled
 from jaxdp.run.divergence import Divergence
 from jaxdp.run.early_stopping import EarlyStopping
@@ -35,6 +30,7 @@ from jaxdp.run.evaluation import Evaluations, evaluate_all, figures
 from jaxdp.run.figures import MeanLoss, Throughput
 from jaxdp.run.profiling import Profile
 from jaxdp.run.result import Result
+from jaxdp.run.rounds import Rounds
 from jaxdp.run.step_log import StepLog
 from jaxdp.run.watchdog import Watchdog
 from jaxdp.step.program import Program, pmapped_evaluation
@@ -55,6 +51,7 @@ class Run:
       unevaluated: whether the newest checkpoint was saved before its evaluation, which is to come.
       origin: the position in the data at which the restored checkpoint was saved.
       log: the log of the training steps, from `begin` on.
+      rounds: the rounds of training steps, from `begin` on.
     """
 
     def __init__(
@@ -71,7 +68,6 @@ class Run:
         self.replicas, self.display, self.watchdog = replicas, display, watchdog
         self.program = Program(setup, replicas)
         self.judge, self.stopping = Divergence(setup.config), EarlyStopping(setup.config)
-        self.profile = Profile(setup.config, workdir, display.line)
         self.stopped = self.unevaluated = False
         self.saved: int | None = 0  # The state of step 0 needn't be saved.
         self.evaluated: int | None = None
@@ -82,16 +78,12 @@ class Run:
         self._tokenizer_digest = tokenizer.digest(setup.feed.cache.tokenizer)
         self._replica_check = ReplicaCheck(replicas)
         self._loss = MeanLoss()
-        self._busy = 0.0  # Seconds from requesting the last batch to dispatching its round.
-        self._asked = self._waited = 0.0  # When the last batch was requested; how long it took.
         self._resources = contextlib.ExitStack()
 
     def __enter__(self) -> "Run":
         """Opens the workdir's checkpoints."""
         self.checkpoints = self._resources.enter_context(
-            Checkpoints(
-                self.workdir, self.config, self.replicas, self.setup.method, self.display.line
-            )
+            Checkpoints(self.workdir, self.setup, self.replicas, self.display.line)
         )
         return self
 
@@ -172,14 +164,14 @@ class Run:
             )
         )
         self._resources.enter_context(self.display)
-        self._start = start
-        self.profile.start(start)
         parameters = num_parameters(parameter_shapes(self.setup.model))
         flops = flops_per_token(self.setup.model.config, parameters)
         throughput = Throughput(flops, self.replicas.device_count)
         self.log = StepLog(
             self.setup, self.judge, self.display, self._writer, throughput, self._loss
         )
+        profile = Profile(self.config, self.workdir, start, self.display.line)
+        self.rounds = Rounds(self.program, self.log, profile, self.display, self.watchdog, start)
 
     def _describe(self) -> None:
         save(self.config, self.workdir / "config.json")
@@ -192,79 +184,6 @@ class Run:
         """Returns whether all processes stop here; all have to call this at the same points."""
         self.stopped = self.stopped or self._agreement.reached()
         return self.stopped
-
-    # A round of optimizer steps.
-
-    def rounds(self, start: int) -> Iterator[Any]:
-        """Returns an iterator over each round's batches from step `start` on, on the devices."""
-        return prefetch(self._host_rounds(start), self.replicas.shard_steps)
-
-    def _host_rounds(self, start: int) -> Iterator[list[Batch]]:
-        """Yields each round's batches; they carry this process's busy time."""
-        feed, done = self.setup.feed.train(start), start
-        while done < self.config.num_train_steps:
-            steps = self.program.round_length(done)
-            busy = self._busy
-            yield [batches.with_process(x, busy) for x in itertools.islice(feed, steps)]
-            done += steps
-
-    def compile(self, done: int, state: State) -> bool:
-        """Compiles the round after `done` steps if it is new; returns whether it was.
-
-        Raises:
-          ConfigError: a device has less memory than the compiled program needs.
-        """
-        if not self.program.is_new(done):
-            return False
-        self.watchdog.beat("compiling a step", done, slow=True)
-        self.display.line("Compiling the training step ...")
-        steps = self.program.round_length(done)
-        shapes = batches.training_shapes(self.config, steps, self.setup.sizes.per_device)
-        needed = self.program.compile(done, state, self.replicas.zeros(shapes))
-        check_fits(self.setup, needed.total, device_memory())
-        return True
-
-    def fetch(self, rounds: Iterator[Any], done: int) -> Any:
-        """Waits for the batches of the round after `done` steps, and returns them."""
-        self.watchdog.beat("waiting for data", done)
-        self._asked = time.perf_counter()
-        batch = next(rounds)
-        self._waited = time.perf_counter() - self._asked
-        return batch
-
-    def train(self, done: int, state: State, batch: Any, new: bool) -> tuple[int, State]:
-        """Runs one round on all devices: forward, backward, synchronise, update.
-
-        The metrics of the previous round are fetched after this one is dispatched, so that the
-        devices never wait for Python. More than two rounds in flight can deadlock CPU devices.
-
-        Args:
-          done: steps done before the round.
-          state: the state after `done` steps; its arrays are donated.
-          batch: the batches of the round, on the devices.
-          new: whether the round was compiled just now.
-
-        Returns:
-          The steps done after the round, and the state after them.
-        """
-        steps = self.program.round_length(done)
-        self.watchdog.beat("training", done, slow=new)
-        with self.profile.round(done, state, new):
-            state, metrics = self.program(done, state, batch)
-        dispatched = time.perf_counter()
-        self.log.read()
-        if new:
-            jax.block_until_ready(metrics)
-            self.display.line(f"Compiled: {report.collectives(self.program)}.")
-        if done == self._start:
-            self.display.start(done, self.config.num_train_steps)
-        profiled = self.program.measure_waiting(metrics) or self.profile.stop(done + steps, metrics)
-        if new or profiled:  # This round also compiled or profiled.
-            self.log.throughput.start(steps=-steps)
-        self._busy = dispatched - self._asked
-        self.checkpoints.check()
-        self.log.read_later(done, metrics, self._waited)
-        return done + steps, state
 
     # After a round.
 

@@ -54,6 +54,8 @@ class Program:
     """Runs rounds of optimizer steps; a round ends when the replicas synchronise.
 
     Attributes:
+      setup: the run's setup.
+      replicas: the devices.
       method: the sync method; the first sync.after steps use gradient_mean.
       collectives: collectives of the program compiled last, by instruction name; None before.
       waiting: share of the devices' time spent in collectives; None where not measured.
@@ -62,7 +64,7 @@ class Program:
     def __init__(self, setup: Setup, replicas: Replicas):
         """Prepares a program; nothing is compiled yet."""
         self.config, self.method = setup.config, setup.method
-        self._setup, self._replicas = setup, replicas
+        self.setup, self.replicas = setup, replicas
         late = setup.config.sync.after > 0
         self._first_method = Sync(setup.config, AXIS) if late else setup.method
         self._p_whole = replicas.pmap(
@@ -100,11 +102,11 @@ class Program:
           What a device needs to run it.
         """
         method = self._method(done)
-        p_step = pmapped(self._setup, self._replicas, state, method)
+        p_step = pmapped(self.setup, self.replicas, state, method)
         self._p_steps[method, self.round_length(done)] = p_step
         # JAX keeps the compiled program, so calls of p_step don't compile again.
         program = p_step.lower(state, batch).compile()
-        self.collectives = traffic.collectives(program.as_text(), self._replicas.device_count)
+        self.collectives = traffic.collectives(program.as_text(), self.replicas.device_count)
         self.close()
         self._calls = 0
         return sizes_of(program)
@@ -112,9 +114,9 @@ class Program:
     def at_step(self, state: Any, step: int) -> Any:
         """Moves a state to another step by `train_step.at_step`; the given state is donated."""
         axes = state_axes(state, self.method)
-        move = self._replicas.pmap(at_step, state_axes=axes, out_axes=axes, donate=True)
-        here = np.full(len(self._replicas.devices), step, np.int32)
-        return move(state, self._replicas.put(here))
+        move = self.replicas.pmap(at_step, state_axes=axes, out_axes=axes, donate=True)
+        here = np.full(len(self.replicas.devices), step, np.int32)
+        return move(state, self.replicas.put(here))
 
     def eval_params(self, state: Any) -> Any:
         """Returns the parameters for evaluation and sampling, replicated: their EMA, if kept.
@@ -125,7 +127,7 @@ class Program:
             return state.params
         if not self.method.per_device_ema:
             return state.ema
-        unused = self._replicas.shard(np.zeros(len(self._replicas.devices)))
+        unused = self.replicas.shard(np.zeros(len(self.replicas.devices)))
         return self._p_whole({"ema": state.ema, "params": state.params}, unused)
 
     def measure_waiting(self, metrics: dict[str, jax.Array]) -> bool:
@@ -144,7 +146,7 @@ class Program:
             jax.block_until_ready(metrics)
             # Not measured where the user's own profiling is on, or the disk is full.
             with contextlib.suppress(RuntimeError, OSError):
-                self._trace = traffic.Trace(self.collectives, len(self._replicas.devices))
+                self._trace = traffic.Trace(self.collectives, len(self.replicas.devices))
         elif self._calls == TRACED.stop and self._trace:
             jax.block_until_ready(metrics)
             trace, self._trace = self._trace, None
@@ -162,9 +164,9 @@ class Program:
 
     def traffic(self) -> list[Collective]:
         """Returns the collectives of a round, as the sync method defines them."""
-        params = parameter_shapes(self._setup.model)
-        opt_state = jax.eval_shape(self._setup.optimizer.init, params)
-        return self.method.traffic(params, opt_state, self._replicas.device_count)
+        params = parameter_shapes(self.setup.model)
+        opt_state = jax.eval_shape(self.setup.optimizer.init, params)
+        return self.method.traffic(params, opt_state, self.replicas.device_count)
 
     def _method(self, done: int) -> Sync:
         return self._first_method if done < self.config.sync.after else self.method

@@ -22,6 +22,7 @@ from jaxdp.parallel.replicas import AXIS
 from jaxdp.step.objective import Objective, get_objective
 from jaxdp.step.optimizer import get_optimizer, get_schedule
 from jaxdp.sync import methods
+from jaxdp.sync.islands import Islands
 from jaxdp.sync.method import Sync
 from jaxdp.sync.methods import METHODS
 
@@ -71,6 +72,11 @@ class Setup:
             f"Setup({self.device_count} devices, {self.sizes.global_} sequences a step, "
             f"sync.method={self.config.sync.method!r})"
         )
+
+    @property
+    def islands(self) -> Islands:
+        """The groups of devices that are synchronised in every step."""
+        return self.method.islands(self.device_count)
 
     @property
     def feed(self) -> Feed:

@@ -74,7 +74,7 @@ def _of_device(setup: Setup, params: Any, unused: Any) -> State:
     del unused
     opt_state, outer = setup.method.init(setup.optimizer, params)
     ema = setup.method.ema_slice(params) if setup.method.ema_decay else ()
-    lost = setup.method.residual(params, setup.method.islands(setup.device_count))
+    lost = setup.method.residual(params, setup.islands)
     step = jnp.zeros((), jnp.int32)
     return State(step, setup.model.apply, params, setup.optimizer, opt_state, outer, ema, lost)
 

@@ -3,23 +3,21 @@
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
-from ml_collections import ConfigDict
 
 from jaxdp.common.errors import ConfigError, RunError
 from jaxdp.common.files import first_line, reason, way_out
 from jaxdp.parallel import messages, processes
-from jaxdp.parallel.replicas import Replicas, to_local
-from jaxdp.step.state import State, fields_of, per_device_fields, saved_shapes, unsliced_shapes
-from jaxdp.sync.compression import move_residual
+from jaxdp.parallel.replicas import Replicas
+from jaxdp.step.setup import Setup
+from jaxdp.step.state import State, saved_shapes
 from jaxdp.sync.islands import Islands
-from jaxdp.sync.method import Sync
 from jaxdp.workdir import integrity
 from jaxdp.workdir.aside import Aside
+from jaxdp.workdir.conversion import Conversion, first_copies
 from jaxdp.workdir.reading import ending_reads, is_damage, patiently
 from jaxdp.workdir.saver import Saver
 
@@ -39,26 +37,24 @@ class Checkpoints:
     def __init__(
         self,
         workdir: Path,
-        config: ConfigDict,
+        setup: Setup,
         replicas: Replicas,
-        method: Sync,
         report: Callable[[str], None] = print,
     ):
         """Opens the workdir's checkpoints; creates their folder if it doesn't exist.
 
         Args:
           workdir: the folder of the run.
-          config: a config with the keys of configs/default.py.
-          replicas: the devices.
-          method: the sync method; it says which fields of the state differ between devices.
+          setup: the run's setup.
+          replicas: its devices.
           report: called with a line of text about a damaged checkpoint.
 
         Raises:
           ConfigError: the folder can't be created.
           RunError: all checkpoints are damaged, or the disk doesn't answer; nothing is moved.
         """
-        self._replicas, self._method, self._report = replicas, method, report
-        self._islands = method.islands(replicas.device_count)
+        self._setup, self._report = setup, report
+        self._conversion = Conversion(setup, replicas)
         self._folder = folder_of(workdir)
         messages.on_main(lambda: _make(self._folder))
         self._aside = Aside(self._folder, report)
@@ -67,7 +63,9 @@ class Checkpoints:
         if damaged and len(damaged) == len(integrity.steps(self._folder)):
             raise integrity.all_damaged(self._folder, [int(path.name) for path in damaged])
         self._aside.move({int(path.name): "its metrics can't be read" for path in damaged})
-        self._saver = self._patiently(lambda: Saver(self._folder, config, report), self._folder)
+        self._saver = self._patiently(
+            lambda: Saver(self._folder, setup.config, report), self._folder
+        )
         self._last: tuple[int, dict] | None = None
 
     def save(self, step: int, state: State, extra: dict) -> None:
@@ -79,17 +77,17 @@ class Checkpoints:
           extra: JSON to save with it.
         """
         self._last = (step, extra)
-        tree = self.saved(state)
+        tree = self._conversion.saved(state)
         if processes.is_main():
             extra = extra | {
-                "devices": self._islands.devices,
-                "islands": self._islands.islands,
+                "devices": self._setup.islands.devices,
+                "islands": self._setup.islands.islands,
                 integrity.FINGERPRINTS: integrity.fingerprints_by_path(tree),
             }
             extra = integrity.sealed(extra)
             # With several processes, Orbax refuses arrays on the devices of one. Of an array that
             # is on several devices, it would fetch a slice from each, and compile each slice.
-            one = _first_copies(tree) if jax.process_count() == 1 else jax.device_get(tree)
+            one = first_copies(tree) if jax.process_count() == 1 else jax.device_get(tree)
             self._saver.start(step, one, extra)
 
     def evaluated(self, step: int, loss: float) -> None:
@@ -224,40 +222,17 @@ class Checkpoints:
         """Reads the state of a checkpoint; if it is damaged, raises any exception."""
         # Checkpoints of older versions don't know islands.
         writer = Islands(extra["devices"], extra.get("islands", extra["devices"]))
-        target = saved_shapes(like, self._method, writer)
-        integrity.check_arrays(self._folder / str(step), target, extra)
-        own = per_device_fields(self._method)
-        target = {
-            name: _on_host(tree) if name in own else self._replicas.global_shapes(tree)
-            for name, tree in target.items()
-        }
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
+        shapes = saved_shapes(like, self._setup.method, writer)
+        integrity.check_arrays(self._folder / str(step), shapes, extra)
+        targets = self._conversion.targets(shapes)
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(targets))
         with ending_reads():
-            found = dict(self._saver.manager.restore(step, args=args).state)
-        shared = to_local({name: tree for name, tree in found.items() if name not in own})
-        integrity.check_fingerprints(found | shared, extra[integrity.FINGERPRINTS])
-        if int(shared["step"]) != step:
-            raise ValueError(f"it was saved after step {int(shared['step'])}")
-        placed = {
-            name: self._replicas.put_per_device(self._load(name, found[name], like, writer))
-            for name in own
-        }
-        return like.replace(**self._replicas.replicate(shared), **placed)
-
-    def _load(self, name: str, saved: Any, like: State, writer: Islands) -> Any:
-        """Converts a field of another number of devices to this one's, [N, ...]."""
-        if name == "residual":
-            return move_residual(saved, like.params, writer, self._islands)
-        return self._method.load(saved, writer, self._islands)
-
-    def saved(self, state: State) -> dict[str, Any]:
-        """Returns the arrays to save; if possible they don't depend on the number of devices."""
-        tree = fields_of(state)
-        for name, like in unsliced_shapes(state, self._method).items():
-            tree[name] = self._method.save(self._replicas.gather_per_device(tree[name]), like)
-        if "residual" in tree:
-            tree["residual"] = self._replicas.gather_per_device(tree["residual"])
-        return tree
+            found = self._saver.manager.restore(step, args=args).state
+        arrays = self._conversion.local(dict(found))
+        integrity.check_fingerprints(arrays, extra[integrity.FINGERPRINTS])
+        if int(arrays["step"]) != step:
+            raise ValueError(f"it was saved after step {int(arrays['step'])}")
+        return self._conversion.state(arrays, like, writer)
 
     def wait(self) -> None:
         """Waits until everything is on disk, or reports why it can't be."""
@@ -296,13 +271,3 @@ def _newest(folder: Path) -> str:
 def folder_of(workdir: Path) -> Path:
     """Returns the folder of a run's checkpoints, whether it exists or not."""
     return workdir.absolute() / FOLDER
-
-
-def _first_copies(tree: Any) -> Any:
-    """Returns the first device's copy of each replicated array; arrays on the host as they are."""
-    return jax.tree.map(lambda x: x.addressable_data(0) if isinstance(x, jax.Array) else x, tree)
-
-
-def _on_host(shapes: Any) -> Any:
-    """Returns NumPy arrays of these shapes: Orbax then restores to the host."""
-    return jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), shapes)

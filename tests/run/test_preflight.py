@@ -9,7 +9,7 @@ import pytest
 
 from jaxdp.common.errors import ConfigError
 from jaxdp.estimate import memory
-from jaxdp.run import loop, preflight, session, workdir_access
+from jaxdp.run import loop, preflight, rounds, workdir_access
 from jaxdp.step.setup import make_setup
 
 VOCAB = 300
@@ -106,7 +106,7 @@ def test_a_state_that_can_not_fit_is_refused_before_anything_is_compiled(
 
 
 def test_a_step_that_does_not_fit_is_refused_once_it_is_compiled(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(session, "device_memory", lambda: 1000)
+    monkeypatch.setattr(rounds, "device_memory", lambda: 1000)
     with pytest.raises(ConfigError, match=r"the compiled step takes .* which has 1kB: "):
         loop.train(config, tmp_path / "run")
 

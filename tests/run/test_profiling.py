@@ -52,10 +52,9 @@ def rounds(config, tmp_path, monkeypatch):
     log = []
 
     def run(numbers, length=1, new=()):
-        profile = Profile(config, tmp_path, log.append)
+        profile = Profile(config, tmp_path, numbers[0], log.append)
         monkeypatch.setattr(jax.profiler, "start_trace", lambda *a, **k: log.append(f"on {done}"))
         monkeypatch.setattr(jax.profiler, "stop_trace", lambda: log.append(f"off {done}"))
-        profile.start(numbers[0])
         for done in numbers:
             with profile.round(done, (), done in new):
                 pass
@@ -102,8 +101,7 @@ def test_a_full_disk_costs_no_run(config, tmp_path, monkeypatch):
     config.profile.update({"start_step": 0, "num_steps": 1})
     monkeypatch.setattr(jax.profiler, "start_trace", lambda *a, **k: None)
     monkeypatch.setattr(jax.profiler, "stop_trace", fail)
-    profile = Profile(config, tmp_path, said.append)
-    profile.start(0)
+    profile = Profile(config, tmp_path, 0, said.append)
     with profile.round(0, (), new=False):
         pass
     assert profile.stop(1, ()) and "No space left" in said[0]

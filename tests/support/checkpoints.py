@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxdp.parallel.replicas import AXIS, Replicas
+from jaxdp.parallel.replicas import Replicas
+from jaxdp.step.setup import make_setup
 from jaxdp.step.state import State
-from jaxdp.sync.methods import METHODS
 from jaxdp.workdir.checkpoints import Checkpoints
+from support.steps import VOCAB
 
 
 def state_of(step, value=0.0, devices=1):
@@ -20,8 +21,7 @@ def state_of(step, value=0.0, devices=1):
 
 def open_checkpoints(workdir, config, devices=1, report=print):
     replicas = Replicas(jax.local_devices()[:devices])
-    method = METHODS[config.sync.method](config, AXIS)
-    return Checkpoints(workdir, config, replicas, method, report)
+    return Checkpoints(workdir, make_setup(config, VOCAB, devices), replicas, report)
 
 
 def save_and_evaluate(checkpoints, losses):

@@ -14,7 +14,7 @@ from jaxdp.step.setup import make_setup
 from jaxdp.step.state import abstract_state, saved_shapes, state_axes
 from jaxdp.sync.methods import METHODS
 from jaxdp.workdir import integrity, saver
-from jaxdp.workdir.checkpoints import Checkpoints
+from jaxdp.workdir.conversion import Conversion
 from jaxdp.workdir.parameters import load_params
 from support.checkpoints import open_checkpoints, save_and_evaluate, state_of, two_checkpoints
 from support.steps import VOCAB
@@ -297,7 +297,7 @@ def test_nothing_is_moved_that_only_one_process_finds_damaged(
 ):
     """Process 0 is this one; process 1 tells the opposite of what it finds."""
 
-    def told_by_two(wrong):
+    def told_by_two(wrong, name=""):
         return [wrong, "" if wrong else "DataLossError"]
 
     two_checkpoints(tmp_path, config)
@@ -337,11 +337,9 @@ def test_where_all_are_damaged_nothing_is_touched(tmp_path, config):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_size_of_a_checkpoint_is_known_before(config, tmp_path, method):
+def test_the_size_of_a_checkpoint_is_known_before(config, method):
     config.sync.method = method
-    program, replicas, state = begin(config, 4)
-    shapes = saved_shapes(
-        abstract_state(make_setup(config, VOCAB, 4)), program.method, program.method.islands(4)
-    )
-    with Checkpoints(tmp_path, config, replicas, program.method) as checkpoints:
-        assert num_bytes(checkpoints.saved(state)) == num_bytes(shapes)
+    _, replicas, state = begin(config, 4)
+    setup = make_setup(config, VOCAB, 4)
+    shapes = saved_shapes(abstract_state(setup), setup.method, setup.islands)
+    assert num_bytes(Conversion(setup, replicas).saved(state)) == num_bytes(shapes)
