@@ -33,18 +33,18 @@ class Network:
       shape: what limits a link, in words.
     """
 
-    def __init__(self, count: int, mbit: float, delay_ms: float = 0.0):
+    def __init__(self, count: int, mbit: float = 0.0, delay_ms: float = 0.0):
         """Takes the number of namespaces, and what each can send.
 
         Args:
           count: namespaces.
-          mbit: Mbit/s that a process can send.
+          mbit: Mbit/s that a process can send; 0: no limit.
           delay_ms: milliseconds until it arrives; needs a kernel with netem, and is left out, said
             by `shape`, on another.
         """
         self._names = [f"jaxdp-{i}" for i in range(count)]
         self._mbit, self._delay = mbit, delay_ms
-        self.shape = f"{mbit:g} Mbit/s"
+        self.shape = f"{mbit:g} Mbit/s" if mbit else "no limit"
 
     def __enter__(self) -> "Network":
         """Makes the namespaces, the bridge and the links."""
@@ -90,7 +90,21 @@ class Network:
         """Cuts process i off from all others, or connects it again."""
         _in("jaxdp-hub", "ip", "link", "set", f"p{i}", "up" if up else "down")
 
+    def drop(self, i: int, share: float) -> bool:
+        """Drops a share of the packets that reach process i; returns whether this machine can."""
+        chance = ("-m", "statistic", "--mode", "random", "--probability", f"{share:g}")
+        rule = ("iptables", "-A", "INPUT", "-i", "eth", *chance, "-j", "DROP")
+        return bool(shutil.which("iptables")) and not _in(self._names[i], *rule, check=False)
+
+    def sent(self, i: int) -> int:
+        """Returns the bytes that process i has sent, with the headers of Ethernet, IP and TCP."""
+        counter = ("cat", "/sys/class/net/eth/statistics/tx_bytes")
+        command = ["ip", "netns", "exec", self._names[i], *counter]
+        return int(subprocess.run(command, capture_output=True, check=True).stdout)
+
     def _limit(self) -> None:
+        if not self._mbit:
+            return
         rate = f"{self._mbit:g}mbit"
         for name in self._names:
             bucket = ("tbf", "rate", rate, "burst", "256kb", "latency", "400ms")

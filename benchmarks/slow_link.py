@@ -3,28 +3,41 @@
     sudo python benchmarks/slow_link.py --config=configs/quickstart.py --mbit=100 --delay_ms=20
 
 Two to four processes of one CPU device each are joined by links that `tc` slows down (see
-`network`). Each choice of sync keys trains for some steps, one after the other; printed is the
-median over logged steps of its tokens per second, and its ratio to gradient_mean's.
+`network`). Each choice of sync keys trains for some steps, one after the other. Printed are the
+median over logged steps of tokens per second, its ratio to gradient_mean's, milliseconds of a step,
+those that jaxdp.plan predicts, and the bytes that a process sends in a step: as its network
+interface counts them, start and end of the run included, and as the method's definition has them.
+
+The prediction adds what the links take to the milliseconds of computing, which are measured first:
+a step of processes that are synchronised only every 50 steps, over links without a limit.
 """
 
 import os
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
+import jax
 import numpy as np
 from absl import flags
+from ml_collections import ConfigDict, config_flags
 from network import Network, missing
 
 from jaxdp.common import cli
+from jaxdp.estimate import scaling
+from jaxdp.estimate.plan import vocabulary
+from jaxdp.model.transformer import ModelConfig, Transformer, parameter_shapes
+from jaxdp.step.optimizer import get_optimizer, get_schedule
+from jaxdp.sync import methods
+from jaxdp.sync.traffic import sent_per_step
 from jaxdp.workdir.metrics import read_jsonl
 
-CONFIG = flags.DEFINE_string("config", "configs/quickstart.py", "Python file with get_config().")
+CONFIG = config_flags.DEFINE_config_file("config", "configs/quickstart.py", "Its get_config().")
 PROCESSES = flags.DEFINE_integer("processes", 2, "Processes, each an island of one device.", 2, 4)
 MBIT = flags.DEFINE_float("mbit", 100.0, "Mbit/s that each process can send.", 1e-3)
 DELAY = flags.DEFINE_float("delay_ms", 0.0, "Milliseconds until it arrives.", 0.0)
 STEPS = flags.DEFINE_integer("steps", 100, "Steps of each run.", 20)
-KEYS = flags.DEFINE_multi_string("key", [], "More keys, such as --key=model.num_layers=2.")
 
 CHOICES = {
     "gradient_mean": {"method": "gradient_mean"},
@@ -36,6 +49,24 @@ CHOICES = {
     "diloco, every 10, int4": {"method": "diloco", "every": 10, "dtype": "int4"},
     "diloco, every 50, int4": {"method": "diloco", "every": 50, "dtype": "int4"},
 }
+COMPUTING = CHOICES["diloco, every 50, int4"]
+COLUMNS = (
+    "sync",
+    "tokens/s",
+    "ratio to gradient_mean",
+    "step, ms",
+    "predicted",
+    "MB sent",
+    "defined",
+)
+
+
+class Measured(NamedTuple):
+    """Medians over the logged steps of a run; bytes that process 0 sent per step."""
+
+    speed: float
+    milliseconds: float
+    sent: float
 
 
 def main() -> int:
@@ -43,34 +74,66 @@ def main() -> int:
     if why := missing():
         print(f"jaxdp: {why}", file=sys.stderr)
         return cli.WRONG_INPUT
-    with Network(PROCESSES.value, MBIT.value, DELAY.value) as network:
-        print(f"{PROCESSES.value} processes, {network.shape}, {CONFIG.value}\n")
-        print("| sync | tokens/s | ratio to gradient_mean | step, ms |")
-        print("|---|---|---|---|")
+    count, prediction = PROCESSES.value, Prediction(cli.config_of_flag(CONFIG))
+    with Network(count) as network:
+        computing = measured(network, COMPUTING).milliseconds
+    with Network(count, MBIT.value, DELAY.value) as network:
+        name = config_flags.get_config_filename(flags.FLAGS["config"])
+        print(f"{count} processes, {network.shape}, {name}, {computing:.1f} ms of computing\n")
+        print(f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|")
         base = 0.0
         for name, keys in CHOICES.items():
-            speed, milliseconds = measured(network, keys)
-            base = base or speed
-            row = f"| {name} | {speed:,.0f} | {speed / base:.2f} | {milliseconds:.1f} |"
-            print(row, flush=True)
+            found = measured(network, keys)
+            base = base or found.speed
+            waiting, sent = prediction(keys)
+            print(
+                f"| {name} | {found.speed:,.0f} | {found.speed / base:.2f} | "
+                f"{found.milliseconds:.1f} | {computing + waiting:.1f} | {found.sent / 1e6:.3f} | "
+                f"{sent / 1e6:.3f} |",
+                flush=True,
+            )
     return 0
 
 
-def measured(network: Network, keys: dict) -> tuple[float, float]:
-    """Trains with some keys of sync; returns tokens per second and milliseconds per step."""
+class Prediction:
+    """What jaxdp.plan predicts of the links."""
+
+    def __init__(self, config: ConfigDict):
+        """Takes the config of all runs, but for the keys of sync."""
+        vocab = vocabulary(config, None, print)
+        self._config = config
+        self._params = parameter_shapes(Transformer(ModelConfig.from_config(config, vocab)))
+        self._opt_state = jax.eval_shape(
+            get_optimizer(config, get_schedule(config)).init, self._params
+        )
+        self._links = scaling.Network(MBIT.value * 1e6 / 8, DELAY.value / 1e3)
+
+    def __call__(self, keys: dict) -> tuple[float, float]:
+        """Returns milliseconds that a step takes for its messages, and bytes that it sends."""
+        config, count = self._config.copy_and_resolve_references(), PROCESSES.value
+        config.sync.update(keys)
+        found = methods.traffic(config, self._params, self._opt_state, count, count)
+        seconds = scaling.communication(found, count, self._links)
+        return 1000 * seconds, sent_per_step(found, count)
+
+
+def measured(network: Network, keys: dict) -> Measured:
+    """Trains with some keys of sync."""
     every, steps = keys.get("every", 10), STEPS.value
+    overrides = config_flags.get_override_values(flags.FLAGS["config"])
+    before = network.sent(0)
     with tempfile.TemporaryDirectory() as folder:
         arguments = [
-            f"--config={CONFIG.value}",
+            f"--config={config_flags.get_config_filename(flags.FLAGS['config'])}",
             f"--workdir={folder}/run",
             *(f"--config.sync.{key}={value}" for key, value in keys.items()),
+            *(f"--config.{key}={value}" for key, value in overrides.items()),
             f"--config.num_train_steps={steps}",
             f"--config.log_every={every}",
             f"--config.eval_every={steps}",
             "--config.eval_max_batches=1",
             f"--config.checkpoint.every={steps}",
             "--config.sample.num_tokens=0",
-            *(f"--config.{key}" for key in KEYS.value),
         ]
         environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "JAX_PLATFORMS": "cpu"}
         with open(Path(folder) / "log", "w") as log:
@@ -83,9 +146,10 @@ def measured(network: Network, keys: dict) -> tuple[float, float]:
             sys.exit(Path(folder, "log").read_text())
         logged = [r for r in read_jsonl(f"{folder}/run") if r.get("tokens_per_second")]
     later = logged[1:] or logged  # The first have begun while the links' buffers were empty.
-    return tuple(
+    medians = (
         float(np.median([r[x] for r in later])) for x in ("tokens_per_second", "step_time_ms")
     )
+    return Measured(*medians, (network.sent(0) - before) / steps)
 
 
 if __name__ == "__main__":

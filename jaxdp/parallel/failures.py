@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import jax
 
 from jaxdp.common.errors import WRONG_INPUT, ConfigError, RunError
-from jaxdp.parallel.links import Links
+from jaxdp.parallel.links import CUT_OFF, Links
 from jaxdp.parallel.processes import client, number
 
 LOOK = 0.5  # Seconds between two looks for a failure of another process.
@@ -30,8 +30,13 @@ def shared(links: Links) -> Iterator[None]:
         yield
         return
     over = threading.Event()
-    watching = threading.Thread(target=_end_with_others, args=(links, over), daemon=True)
-    watching.start()
+    # Two threads, as one waits for ever for an answer of process 0 if that is cut off.
+    threads = [
+        threading.Thread(target=_tell_of_lost, args=(links, over), daemon=True),
+        threading.Thread(target=_end_with_others, args=(over,), daemon=True),
+    ]
+    for thread in threads:
+        thread.start()
     try:
         yield
     except Exception as error:
@@ -40,7 +45,8 @@ def shared(links: Links) -> Iterator[None]:
         raise
     finally:
         over.set()
-        watching.join(10)  # A thread that is still inside of JAX would abort Python's end.
+        for thread in threads:
+            thread.join(10)  # One that is still inside of JAX would abort Python's end.
         links.close()
 
 
@@ -57,14 +63,22 @@ def _tell(failure: list) -> None:
         client().key_value_set(FAILED, json.dumps(failure))
 
 
-def _end_with_others(links: Links, over: threading.Event) -> None:
-    """Ends this process with a line when another one has failed, or has ended."""
+def _tell_of_lost(links: Links, over: threading.Event) -> None:
+    """Tells all processes of one that has ended, or ends this one if it is cut off from them."""
     while not over.wait(LOOK):
         lost = links.lost()
         if lost and over.wait(LOOK):  # Others may say why it has ended.
             return
-        if lost:
-            _tell([lost[0], 1, "it has ended without a word; killed, or out of memory?"])
+        if lost.get(0) == CUT_OFF:  # It can't be told anything, either.
+            print(f"jaxdp: process 0 has failed: {CUT_OFF}", file=sys.stderr, flush=True)
+            os._exit(1)
+        for process, why in lost.items():
+            _tell([process, 1, why])
+
+
+def _end_with_others(over: threading.Event) -> None:
+    """Ends this process with a line when another one has told of a failure."""
+    while not over.wait(LOOK):
         try:
             told = client().key_value_try_get(FAILED)
         except jax.errors.JaxRuntimeError as error:

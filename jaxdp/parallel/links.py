@@ -1,6 +1,7 @@
 """Connections between process 0 and the others: lines of JSON, and who has ended."""
 
 import contextlib
+import errno
 import json
 import select
 import socket
@@ -9,27 +10,43 @@ from typing import Any
 
 GOOD_BYE = b"good-bye\n"
 LONGEST = 2**16  # Bytes of a line.
+# Seconds without an answer of the other machine after which it counts as lost. After 20, gRPC, by
+# which JAX connects processes, gives its own connections up, and JAX aborts.
+SILENCE = 15
+PROBE = 3  # Seconds between two questions to the other machine whether it is there.
+NO_ANSWER = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH)
+ENDED = "it has ended without a word; killed, or out of memory?"
+CUT_OFF = (
+    f"its machine hasn't answered for {SILENCE} s: is it down, or the network cut? Run again to go "
+    "on from the newest checkpoint"
+)
 
 
 class Links:
     """Connections between process 0 and the others, which show at once when one has ended.
 
-    Nothing is sent over them until a process says good-bye.
+    Nothing is sent over them until a process says good-bye. The kernel asks the other machine
+    whether it is there, so they also show, after SILENCE seconds, that it can't be reached.
     """
 
     def __init__(self, connections: dict[int, socket.socket]):
-        """Takes over connections, by the number of the process at the other end."""
+        """Takes over TCP connections, by the number of the process at the other end."""
         self._connections = connections
+        for connection in connections.values():
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, PROBE)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, PROBE)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * SILENCE)
 
-    def lost(self) -> list[int]:
-        """Returns the processes that have ended without a good-bye, since the last call."""
-        found = []
+    def lost(self) -> dict[int, str]:
+        """Returns the processes lost since the last call, without a good-bye: ENDED or CUT_OFF."""
+        found = {}
         for id, connection in list(self._connections.items()):
             said = _received(connection)
             if said is not None:
                 self._connections.pop(id).close()
-                if said == b"":
-                    found.append(id)
+                if said in (ENDED, CUT_OFF):
+                    found[id] = said
         return found
 
     def close(self) -> None:
@@ -66,11 +83,12 @@ def is_open(connection: socket.socket) -> bool:
         return False
 
 
-def _received(connection: socket.socket) -> bytes | None:
-    """Returns what has come over a connection, b"" at its end; None if nothing has."""
+def _received(connection: socket.socket) -> str | None:
+    """Returns what a connection shows: None, nothing; ENDED, CUT_OFF, or another text: no fault."""
     poll = select.poll()
     poll.register(connection, select.POLLIN)
     try:
-        return connection.recv(len(GOOD_BYE)) if poll.poll(0) else None
-    except OSError:  # The network has cut it; that says nothing about the process.
-        return GOOD_BYE
+        return None if not poll.poll(0) else "" if connection.recv(len(GOOD_BYE)) else ENDED
+    except OSError as error:
+        # Whatever else has cut it says nothing about the process.
+        return CUT_OFF if error.errno in NO_ANSWER else ""

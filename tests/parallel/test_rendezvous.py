@@ -12,6 +12,7 @@ from jaxdp.common.errors import ConfigError, RunError
 from jaxdp.parallel import meeting as meetings
 from jaxdp.parallel import rendezvous
 from jaxdp.parallel.identity import Identity
+from jaxdp.parallel.links import ENDED
 
 
 def free_port() -> int:
@@ -176,15 +177,15 @@ def test_who_ends_without_a_good_bye_is_lost():
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert [links[i].lost() for i in range(4)] == [[], [], [], []]
+    assert [links[i].lost() for i in range(4)] == [{}, {}, {}, {}]
     with socket.create_server(("127.0.0.1", int(address.split(":")[1]))):
         pass  # Their connections leave the port to JAX.
     links.pop(1).close()
     del links[2]  # As if its process was killed: the kernel closes what it had.
     gc.collect()
-    lost = []
+    lost = {}
     while not lost:
         lost = links[0].lost()
-    assert lost == [2] and links[0].lost() == []
+    assert lost == {2: ENDED} and links[0].lost() == {}
     links.pop(0).close()
-    assert links[3].lost() == []
+    assert links[3].lost() == {}
