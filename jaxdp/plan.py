@@ -6,6 +6,7 @@
 NVIDIA GPUs that it needn't have (pip install 'jaxdp[plan-gpu]'). It prints the memory that a device
 needs, the largest batch that fits, time per step, and how well each sync.method scales. Nothing is
 allocated. Without --gpu and --tflops, it times a matrix product to learn the speed of a device.
+With --hours=2 it proposes what to train in 2 hours, as keys to paste behind `jaxdp train`.
 
 Exit status: 0; 2 the config or a flag is wrong; anything else is a fault.
 """
@@ -50,6 +51,9 @@ MEMORY = flags.DEFINE_float(
 VOCAB_SIZE = flags.DEFINE_integer(
     "vocab_size", None, "Size of the vocabulary; by default taken from the tokenizer.", 1, MAX_INT32
 )
+HOURS = flags.DEFINE_float(
+    "hours", None, "Plan the best model that can be trained in this time, on these devices."
+)
 PNG = flags.DEFINE_string(
     "png", None, "PNG, SVG or PDF file for a plot of efficiency over devices."
 )
@@ -58,7 +62,7 @@ PNG = flags.DEFINE_string(
 def main() -> int:
     """Prints the plan; returns the exit status."""
     config, display = cli.config_of_flag(CONFIG), Display()
-    cli.check_finite(BANDWIDTH, INSIDE, LATENCY, TFLOPS, MFU, MEMORY)
+    cli.check_finite(BANDWIDTH, INSIDE, LATENCY, TFLOPS, MFU, MEMORY, HOURS)
     if PNG.value:
         pictures.check(PNG.name, PNG.value)
     # XLA warns where a program needs most of a GPU's memory; the plan says it better.
@@ -90,6 +94,7 @@ def main() -> int:
         mfu=MFU.value,
         memory_gib=MEMORY.value,
         vocab_size=VOCAB_SIZE.value,
+        hours=HOURS.value,
         report=display.line,
     )
     for title, rows in found.tables.items():

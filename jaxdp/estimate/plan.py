@@ -5,6 +5,7 @@ is allocated, except for a matrix product that is timed if no rate is given.
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable
 
@@ -17,6 +18,7 @@ from jaxdp.common.files import num_bytes
 from jaxdp.data.cache import open_cache
 from jaxdp.estimate import assumptions, compiled, memory, scaling, tables
 from jaxdp.estimate.assumptions import MFU, Assumptions
+from jaxdp.estimate.budget import Budget, Proposal, propose, timed
 from jaxdp.estimate.compiled import Compiled
 from jaxdp.estimate.schedule import Schedule, covered_share
 from jaxdp.huggingface import load
@@ -37,6 +39,7 @@ class Plan:
       seconds: computing time per step.
       tokens_per_second: of all devices together.
       efficiency: {method: {devices: compute / (compute + communication)}}.
+      proposal: what to train in the hours that were given; None without.
       tables: {title: {row: text}}, all of the above as text.
     """
 
@@ -48,6 +51,7 @@ class Plan:
     seconds: float
     tokens_per_second: float
     efficiency: dict[str, dict[int, float]]
+    proposal: Proposal | None
     tables: dict[str, dict[str, str]]
 
     def __repr__(self) -> str:
@@ -72,6 +76,7 @@ def plan(
     mfu: float = MFU,
     memory_gib: float | None = None,
     vocab_size: int | None = None,
+    hours: float | None = None,
     report: Callable[[str], None] = print,
 ) -> Plan:
     """Compiles a run's training step; says what it needs and predicts its speed.
@@ -91,6 +96,7 @@ def plan(
       memory_gib: GiB per device that programs can have; by default what JAX takes of the GPU's, or
         of this host's.
       vocab_size: vocabulary size; if given, the tokenizer is not opened.
+      hours: if given, the plan is of the best model that can be trained in this time; see `budget`.
       report: called with a line of text before something slow.
 
     Raises:
@@ -99,14 +105,25 @@ def plan(
     config = config.copy_and_resolve_references()
     vocab = vocabulary(config, vocab_size, report)
     count = devices or (1 if gpu else jax.local_device_count())
-    setup = make_setup(config, vocab, count, process_count=hosts, mask_id=0)
     machine = assumptions.machine_of(gpu, count, hosts)
+    rate, room = assumptions.rate_of(config, gpu, tflops, mfu), assumptions.room_of(gpu, memory_gib)
+    proposal = None
+    if hours is not None:
+        cache = open_cache(config, report) if config.data.path and not vocab_size else None
+        text = (cache.train.size, cache.validation.size) if cache else ()
+        there = Budget(hours, vocab, machine.devices, *text)
+        measure = functools.partial(timed, budget=there, room=room[0], report=report)
+        proposal = propose(config, there, rate[0], None if gpu or tflops else measure)
+        config = proposal.config
+        if not (gpu or tflops):
+            rate = proposal.rate, "reached by the compiled step, timed here"
+    setup = make_setup(config, vocab, count, process_count=hosts, mask_id=0)
     kind = machine.devices[0].device_kind
     given = Assumptions(
         *(count, kind, *assumptions.gbps_of(gpu, hosts, bandwidth_gbps, inside_bandwidth_gbps)),
         *(hosts, latency_us),
-        *assumptions.rate_of(config, gpu, tflops, mfu),
-        *assumptions.room_of(gpu, memory_gib),
+        *rate,
+        *room,
     )
 
     def compile_with(config: ConfigDict) -> Compiled:
@@ -130,7 +147,9 @@ def plan(
         seconds=seconds,
         tokens_per_second=config.global_batch_size * config.seq_len / seconds,
         efficiency=efficiency,
-        tables={
+        proposal=proposal,
+        tables=({f"For {hours:g} hours": proposal.rows()} if proposal else {})
+        | {
             "Memory per device": tables.memory_rows(setup, given, step, evaluation, largest),
             "The compiled step": tables.step_rows(setup, schedule),
             "Time": tables.time_rows(setup, given, seconds),

@@ -55,6 +55,8 @@ def test_the_plot_is_written(command, tmp_path):
         (("--mfu=2",), "--mfu"),
         (("--bandwidth_gbps=-1",), "--bandwidth_gbps"),
         (("--tflops=fast",), "--tflops"),
+        (("--hours=0", "--tflops=1"), "--hours=0 is no time"),
+        (("--hours=nan",), "--hours=nan is not finite"),
         (("--config.model.dim=3",), "model.dim"),
         (("--config.model.num_heads=3",), "model.num_heads=3"),
         (
