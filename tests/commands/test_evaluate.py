@@ -156,6 +156,7 @@ def test_the_command_is_equal_to_the_bit_to_the_command(config, tmp_path, comman
     step = json.loads(line)["step"]
     assert json.loads(line) == {"step": step} | logged(tmp_path, step)
     command("evaluate", *arguments, f"--config.global_batch_size={16}", devices=2)
-    for wrong in ("--step=-1", "--config.model.dim=3", "--config.seq_len=8", "--workdir=/nowhere"):
+    wrongs = ("--step=-1", "--config.model.dim=3", "--config.seq_len=8", "--workdir=/nowhere")
+    for wrong in (*wrongs, "--tasks_folder=own"):
         process = command("evaluate", f"--workdir={tmp_path}", wrong, check=2)
         assert process.stderr.startswith("jaxdp: ") and process.stderr.count("\n") == 1
