@@ -117,7 +117,7 @@ def test_however_chats_are_packed_the_same_is_learnt(packing, chats):
     assert cache.tokens_per_byte is None
 
 
-def test_a_chat_model_answers_its_training_question(chats, tmp_path):
+def test_a_chat_model_answers_its_training_question(chats, tmp_path, command):
     chats.data.packing, chats.seq_len, chats.num_train_steps = "documents", 24, 100
     chats.update({"eval_every": 100, "log_every": 100})
     chats.checkpoint.every, chats.optimizer.learning_rate = 100, 0.05
@@ -129,6 +129,10 @@ def test_a_chat_model_answers_its_training_question(chats, tmp_path):
     # Another text keeps the run's tokenizer and template.
     again = Conversation(tmp_path / "run", temperature=0.0, num_tokens=1)
     assert "".join(again.answer("grass")) == "green"
+    # The command answers line by line, up to an empty one.
+    flags = (f"--workdir={tmp_path / 'run'}", "--chat", "--temperature=0", "--num_tokens=9")
+    lines = "sky\ngrass\n\nsky\n"
+    assert command("generate", *flags, stdin=lines).stdout == "blue\ngreen\n"
 
 
 @pytest.mark.parametrize(

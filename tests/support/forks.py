@@ -31,14 +31,16 @@ def server() -> socket.socket:
 class Process:
     """`python -m MODULE ARGUMENTS`, forked; the leader of a process group of its own."""
 
-    def __init__(self, *argv: str, cwd: Path, env: dict[str, str], stdout, stderr) -> None:
-        """Starts it; `stdout` and `stderr` are files, or file descriptors."""
+    def __init__(
+        self, *argv: str, cwd: Path, env: dict[str, str], stdout, stderr, stdin=None
+    ) -> None:
+        """Starts it; the streams are files, or file descriptors; no stdin: nothing to read."""
         self.args = argv
         self.returncode: int | None = None
         self._status, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         job = {"argv": argv, "cwd": str(cwd), "env": env}
         with theirs, open(os.devnull) as nothing:
-            fds = [nothing, stdout, stderr, theirs]
+            fds = [nothing if stdin is None else stdin, stdout, stderr, theirs]
             fds = [fd if isinstance(fd, int) else fd.fileno() for fd in fds]
             socket.send_fds(server(), [json.dumps(job).encode()], fds)
         self.pid = int(self._status.recv(100))

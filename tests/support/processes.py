@@ -21,14 +21,17 @@ def environment_of(devices: int) -> dict[str, str]:
     return os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)}
 
 
-def command(name: str, *arguments: str, devices: int = 1, check: int | None = 0):
+def command(name: str, *arguments: str, devices: int = 1, check: int | None = 0, stdin: str = ""):
     """Runs `python -m jaxdp.NAME ...` in a fork; returns the finished process."""
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+    files = [tempfile.TemporaryFile("w+") for _ in range(3)]
+    with files[0] as given, files[1] as out, files[2] as err:
+        given.write(stdin), given.seek(0)
         process = Process(
             f"jaxdp.{name}",
             *arguments,
             cwd=REPOSITORY,
             env=environment_of(devices),
+            stdin=given,
             stdout=out,
             stderr=err,
         )
