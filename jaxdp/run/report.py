@@ -22,6 +22,7 @@ from jaxdp.model.target import target
 from jaxdp.model.transformer import num_parameters, parameter_shapes
 from jaxdp.run.early_stopping import EarlyStopping
 from jaxdp.run.evaluation import Evaluation
+from jaxdp.step import optimizer
 from jaxdp.step.program import Program
 from jaxdp.step.setup import Setup
 from jaxdp.sync.traffic import Collective, sent_per_step
@@ -51,12 +52,23 @@ def header(setup: Setup, workdir: Path, device_kind: str) -> dict[str, str]:
         "documents": _ends(setup.feed),
         "training": f"{config.num_train_steps:,} steps, {quantity(tokens)} tokens "
         f"({epochs:.2f} epochs), {flops:.2g} FLOPs",
+        "optimizer": optimizer.describe(config),
+        "evaluation": _evaluation(setup.feed),
         "workdir": str(workdir),
         **_sources(setup.feed),
         **_examples(setup.feed),
         **_eval_sets(setup.feeds),
         **_warnings(setup.feeds),
     }
+
+
+def _evaluation(feed: Feed) -> str:
+    """Says when and on what the loss is evaluated, and explains bits/byte where that is given."""
+    c, part = feed.config, "the whole validation split"
+    if c.eval_max_batches:
+        part = f"{c.eval_max_batches:,} batches of the validation split"
+    hint = "; bits/byte is the loss in bits per byte of text, comparable between tokenizers"
+    return f"every {c.eval_every:,} steps, on {part}" + (hint if feed.cache.tokens_per_byte else "")
 
 
 def _ends(feed: Feed) -> str:
@@ -240,9 +252,15 @@ def synchronisation(program: Program, drift: float | None, count: int) -> dict[s
     if program.collectives:
         rows["collectives"] = f"{collectives(program)}, in the compiled program"
     if program.waiting is not None:
-        rows["waiting"] = f"{program.waiting:.1%} of the devices' time in collectives, as profiled"
+        rows["waiting"] = (
+            f"{program.waiting:.1%} of the devices' time in collectives: for others, and for what "
+            "is sent (from a short profile)"
+        )
     if drift is not None:
-        rows["drift"] = f"{drift:.2e} of the parameters' norm, before the last synchronisation"
+        rows["drift"] = (
+            f"{drift:.2e}: how far the replicas were from their mean before the last "
+            "synchronisation, relative to its norm"
+        )
     return rows
 
 

@@ -58,6 +58,28 @@ def get_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.Gradien
     return muon(schedule, c.b1, c.b2, c.weight_decay, decay_mask)
 
 
+def describe(config: ConfigDict) -> str:
+    """Says how the learning rate runs, and what else is done to the updates.
+
+    Examples:
+      >>> from jaxdp.configs import default
+      >>> describe(default.get_config())
+      'adamw, 0.001 after 100 steps of warm-up, cosine to 0.0001, weight decay 0.1, clipped at 1'
+    """
+    c = config.optimizer
+    warmup = f" after {c.warmup_steps:,} steps of warm-up" if c.warmup_steps else ""
+    final = f"{c.learning_rate * c.final_fraction:.3g}"
+    shape = {
+        "cosine": f"cosine to {final}",
+        "linear": f"linear to {final}",
+        "wsd": f"constant, and linear to {final} over the last {c.decay_fraction:.0%} of the steps",
+        "constant": "constant",
+    }[c.schedule]
+    decay = f"weight decay {c.weight_decay:g}" if c.weight_decay else "no weight decay"
+    clip = f"clipped at {c.clip_norm:g}" if c.clip_norm else "not clipped"
+    return f"{c.name}, {c.learning_rate:g}{warmup}, {shape}, {decay}, {clip}"
+
+
 def decay_mask(params):
     """Returns True for matrices and embeddings, which decay; False for biases and norm scales."""
     return jax.tree.map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), params)

@@ -1,4 +1,4 @@
-"""The command `generate`: its prompts, from flags and from stdin, and how often it continues them."""
+"""The command `generate`: prompts from flags and from stdin, and several samples of each."""
 
 import pytest
 

@@ -24,6 +24,8 @@ def test_a_run_and_all_it_leaves(config, tmp_path, command, fresh_command, monke
         "2 x cpu in 1 process",
         "8 sequences x 16 tokens",
         "per host 8, per device 4, micro 4",
+        "adamw, 0.01 after 2 steps of warm-up, cosine to 0.001",
+        "every 30 steps, on the whole validation split; bits/byte is",
         "evaluation at step 30: loss",
         "bits/byte",
         "gradient_mean, 1 all-reduce per step",

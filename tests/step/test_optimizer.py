@@ -4,10 +4,11 @@ import numpy as np
 import optax
 import pytest
 
+from jaxdp.common.choices import CHOICES
 from jaxdp.model.architecture import ModelConfig
 from jaxdp.model.transformer import Transformer
 from jaxdp.step import muon
-from jaxdp.step.optimizer import decay_mask, get_optimizer, get_schedule
+from jaxdp.step.optimizer import decay_mask, describe, get_optimizer, get_schedule
 
 INPUTS = jnp.zeros((1, 16), jnp.int32)
 
@@ -199,3 +200,17 @@ def test_descends(config, name):
     for _ in range(10):
         params, state = step(params, state)
     assert loss(params) < 0.95 * before
+
+
+@pytest.mark.parametrize("schedule", CHOICES["optimizer.schedule"])
+def test_every_schedule_is_described_with_the_rates_that_it_has(schedule, config):
+    c = config.optimizer
+    c.update({"schedule": schedule, "learning_rate": 0.002, "warmup_steps": 0, "clip_norm": 0.0})
+    rates = [float(get_schedule(config)(step)) for step in (0, config.num_train_steps - 1)]
+    first, last = (f"{rate:.3g}" for rate in rates)
+    text = describe(config)
+    assert text.startswith(f"adamw, {first}, ") and text.endswith("weight decay 0.1, not clipped")
+    assert "warm-up" not in text and (schedule == "constant" or f" to {last}" in text)
+    c.warmup_steps, c.weight_decay = 2, 0.0
+    assert "0.002 after 2 steps of warm-up, " in describe(config)
+    assert "no weight decay" in describe(config)

@@ -1,6 +1,7 @@
 """Runs in processes of their own, as a user starts them."""
 
 import contextlib
+import functools
 import os
 import resource
 import signal
@@ -23,8 +24,8 @@ def environment_of(devices: int) -> dict[str, str]:
 
 def command(name: str, *arguments: str, devices: int = 1, check: int | None = 0, stdin: str = ""):
     """Runs `python -m jaxdp.NAME ...` in a fork; returns the finished process."""
-    files = [tempfile.TemporaryFile("w+") for _ in range(3)]
-    with files[0] as given, files[1] as out, files[2] as err:
+    file = functools.partial(tempfile.TemporaryFile, "w+")
+    with file() as given, file() as out, file() as err:
         given.write(stdin), given.seek(0)
         process = Process(
             f"jaxdp.{name}",
