@@ -4,13 +4,14 @@ Shapes: n matrices of I inputs and O outputs, s the smaller of I and O.
 """
 
 import itertools
-import math
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, MuonState, scale_by_muon
+
+from jaxdp.model.matrices import dimensions, fans
 
 RMS = 0.2  # Makes Muon's updates as large as AdamW's, so both take the same learning rate.
 EPSILON = 1e-8
@@ -85,7 +86,7 @@ def _orthogonalise_all(tree):
     leaves, treedef = jax.tree.flatten(tree)
     axes = jax.tree.leaves(dimensions(tree), is_leaf=lambda x: isinstance(x, MuonDimensionNumbers))
     # A hidden matrix's input axes are its first ones.
-    matrices = [x.reshape(-1, *_fans(x, one)) for x, one in zip(leaves, axes, strict=True)]
+    matrices = [x.reshape(-1, *fans(x, one)) for x, one in zip(leaves, axes, strict=True)]
     for batch in _batches(matrices):
         joined = orthogonalise(jnp.concatenate([matrices[i] for i in batch]))
         ends = list(itertools.accumulate(len(matrices[i]) for i in batch))[:-1]
@@ -150,35 +151,9 @@ def _scale_by_shape(updates, params=None):
     del params
 
     def scaled(x, axes):
-        return jnp.sqrt(max(_fans(x, axes))) * RMS * x
+        return jnp.sqrt(max(fans(x, axes))) * RMS * x
 
     return jax.tree.map(scaled, updates, dimensions(updates))
-
-
-def _fans(x: jax.Array, axes: MuonDimensionNumbers) -> tuple[int, int]:
-    """Returns the numbers of inputs and outputs of a hidden matrix."""
-    inputs, outputs = (
-        math.prod(x.shape[i] for i in one) for one in (axes.reduction_axis, axes.output_axis)
-    )
-    return inputs, outputs
-
-
-def dimensions(params):
-    """Returns the input and output axes of each hidden matrix, and None for other parameters.
-
-    Query, key and value kernels are [D, H, K], the attention's output kernel is [H, K, D]. Scanned
-    layers add a leading layer axis, which is not part of the matrix.
-    """
-
-    def axes(path, leaf):
-        if path[-1].key != "kernel" or path[-2].key == "head":
-            return None
-        front = int(path[0].key == "layers")
-        every = tuple(range(front, leaf.ndim))
-        inputs = 2 if path[-2].key == "out" else 1
-        return MuonDimensionNumbers(every[:inputs], every[inputs:])
-
-    return jax.tree.map_with_path(axes, params)
 
 
 def _labels(params):

@@ -108,13 +108,13 @@ class DiLoCo(ParameterMean):
     def init(self, tx, params):
         return tx.init(params), self.outer.init(params)
 
-    def save(self, own, like):
+    def save(self, own, like, params):
         return own
 
     def saved_shapes(self, like, count):
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), like)
 
-    def load(self, saved, old, new):
+    def load(self, saved, params, old, new):
         """Returns the saved moments; for other devices or islands, their mean for each device."""
 
         def spread(x):

@@ -30,7 +30,6 @@ class Sync:
     per_device_opt_state = False  # Each device has its own optimizer state.
     per_device_ema = False  # Each device has its own slice of the parameters' EMA.
     has_outer = False  # An outer optimizer has state, so other methods can't resume from it.
-    elementwise_only = False  # Each device updates slices of arrays, so no optimizer sees a matrix.
     same_on_any_devices = True  # On other numbers of devices only rounding differs.
     starts_late = False  # Can begin after sync.after steps of gradient_mean.
     has_islands = False  # Devices may be grouped into islands, by sync.islands.
@@ -128,10 +127,10 @@ class Sync:
         del like
         return part
 
-    def save(self, own: Tree, like: Tree) -> Tree:
+    def save(self, own: Tree, like: Tree, params: Tree) -> Tree:
         """Converts per-device opt_state or ema, [N, ...], to what a checkpoint holds.
 
-        `like` has the shapes on a single device, unsliced.
+        `like` has the shapes on a single device, unsliced; params: the parameters, or their shapes.
         """
         raise NotImplementedError
 
@@ -140,7 +139,7 @@ class Sync:
         del count
         return like
 
-    def load(self, saved: Tree, old: Islands, new: Islands) -> Tree:
+    def load(self, saved: Tree, params: Tree, old: Islands, new: Islands) -> Tree:
         """Converts what `save` returned on some devices to [N, ...] for others."""
         raise NotImplementedError
 

@@ -16,7 +16,9 @@ from ml_collections import ConfigDict
 from jaxdp.common.choices import NEEDS_FULL_MATRICES
 from jaxdp.common.errors import ConfigError
 from jaxdp.sync import compression, reductions
-from jaxdp.sync.islands import slice_shapes, slices, unslice
+from jaxdp.sync.compression import BITS
+from jaxdp.sync.dealing import collect, deal, is_params
+from jaxdp.sync.islands import slices, unslice
 from jaxdp.sync.local_methods import DiLoCo, ParameterMean
 from jaxdp.sync.method import Sync
 from jaxdp.sync.reductions import Tree
@@ -24,22 +26,44 @@ from jaxdp.sync.traffic import Collective, num_bytes
 
 
 class Sharded(Sync):
-    """sharded: ZeRO stage 1 (Rajbhandari et al. 2020), for elementwise optimizers."""
+    """sharded: ZeRO stage 1 (Rajbhandari et al. 2020).
+
+    A device's slice is an Nth of each array. With Muon, which needs whole matrices, it is whole
+    matrices, an Nth of those of each shape (see `dealing`).
+    """
 
     per_device_opt_state = True
     per_device_ema = True
-    elementwise_only = True
+
+    def __init__(self, config, axis_name, island_count=0):
+        super().__init__(config, axis_name, island_count)
+        self._whole_matrices = config.optimizer.name in NEEDS_FULL_MATRICES
+
+    @classmethod
+    def check(cls, config):
+        if config.optimizer.name in NEEDS_FULL_MATRICES and config.sync.dtype in BITS:
+            raise ConfigError(
+                f"sync.dtype={config.sync.dtype!r} does not go with sync.method='sharded' and "
+                f"optimizer.name={config.optimizer.name!r}: use 'float32' or 'bfloat16', or "
+                "sync.method='gradient_mean'"
+            )
 
     def init(self, tx, params):
         return tx.init(self.ema_slice(params)), ()
 
     def mean(self, sums, figures, residual):
+        cut = self._cut(sums, sums, lax.axis_size(self.axis))
+        flat = jax.tree.map(lambda x: x.reshape(len(x), -1), cut)
         if not self.bits:
-            found = reductions.scatter_mean(sums, figures, self.axis, self.config.dtype)
-            return *found, residual
+            own, figures = reductions.scatter_mean(flat, figures, self.axis, self.config.dtype)
+            return (
+                jax.tree.map(lambda x, all_: x.reshape(all_.shape[1:]), own, cut),
+                figures,
+                residual,
+            )
         figures = lax.psum(figures, self.axis)
-        cut = slices(reductions.divide(sums, figures), lax.axis_size(self.axis))
-        own, sent = compression.scatter_sum(cut, residual["sent"], self.axis, self.bits)
+        shares = reductions.divide(flat, figures)
+        own, sent = compression.scatter_sum(shares, residual["sent"], self.axis, self.bits)
         return own, figures, residual | {"sent": sent}
 
     def norm(self, grads):
@@ -57,33 +81,52 @@ class Sharded(Sync):
         """Returns the updated parameters of all devices' slices, and the new residual."""
         if not self.bits:
             mine = optax.apply_updates(mine, updates)
-            return reductions.all_gather(mine, state.params, self.axis), state.residual
+            return self.join_slices(mine, state.params), state.residual
         lost, count = state.residual["summed"], lax.axis_size(self.axis)
         whole, summed = compression.gather(updates, lost, self.axis, self.bits, count)
         params = jax.tree.map(jnp.add, state.params, unslice(whole, state.params))
         return params, state.residual | {"summed": summed}
 
     def ema_slice(self, params):
-        cut = slices(params, lax.axis_size(self.axis))
+        cut = self._cut(params, params, lax.axis_size(self.axis))
         return jax.tree.map(lambda x: x[lax.axis_index(self.axis)], cut)
 
     def join_slices(self, part, like):
-        return reductions.all_gather(part, like, self.axis)
+        parts = reductions.all_gather(jax.tree.map(jnp.ravel, part), self.axis)
+        return self._join(parts, like, like)
 
-    def save(self, own, like):
-        return unslice(own, like)
-
-    def load(self, saved, old, new):
-        count = new.devices
-        return jax.tree.map(
-            lambda x: slices(x, count) if x.ndim else np.broadcast_to(x, count), saved
+    def save(self, own, like, params):
+        wholes, structure = jax.tree.flatten(like, is_leaf=is_params)
+        parts = jax.tree.leaves(own, is_leaf=is_params)
+        return jax.tree.unflatten(
+            structure,
+            [
+                self._join(part, whole, params) if is_params(whole) else part[0]
+                for part, whole in zip(parts, wholes, strict=True)
+            ],
         )
+
+    def load(self, saved, params, old, new):
+        def spread(x):
+            if is_params(x):
+                return self._cut(x, params, new.devices)
+            return np.broadcast_to(x, (new.devices, *x.shape))
+
+        return jax.tree.map(spread, saved, is_leaf=is_params)
+
+    def _cut(self, tree, params, count):
+        """Cuts parameters, or what has their structure, into the devices' slices, [count, ...]."""
+        return deal(tree, params, count) if self._whole_matrices else slices(tree, count)
+
+    def _join(self, parts, like, params):
+        """Undoes `_cut`; like: the shapes before."""
+        return collect(parts, like, params) if self._whole_matrices else unslice(parts, like)
 
     def traffic(self, params, opt_state, device_count):
         if self.bits:
             return super().traffic(params, opt_state, device_count)
-        own = jax.tree.leaves(slice_shapes(params, device_count))
-        padded = device_count * sum(x.size for x in own)
+        cut = jax.eval_shape(lambda x: self._cut(x, x, device_count), params)
+        padded = sum(x.size for x in jax.tree.leaves(cut))
         size = jnp.dtype(self.config.dtype).itemsize
         return [Collective("reduce-scatter", size * padded), Collective("all-gather", 4 * padded)]
 
@@ -158,11 +201,6 @@ METHODS: dict[str, type[Sync]] = {
 def check(config: ConfigDict) -> None:
     """Raises ConfigError if keys of a config don't go with its sync.method."""
     c, method = config.sync, METHODS[config.sync.method]
-    if method.elementwise_only and config.optimizer.name in NEEDS_FULL_MATRICES:
-        raise ConfigError(
-            f"optimizer.name={config.optimizer.name!r} needs whole matrices, and "
-            f"sync.method={c.method!r} gives each device a slice of them: change one of the two"
-        )
     if c.dtype not in method.dtypes:
         raise ConfigError(
             f"sync.dtype={c.dtype!r} is nothing that sync.method={c.method!r} sends, which is "

@@ -22,7 +22,7 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 
 from jaxdp.sync.buckets import BUCKET_BYTES, by_buckets
-from jaxdp.sync.islands import Islands, slices, unslice
+from jaxdp.sync.islands import Islands
 
 Tree = Any
 Figures = dict[str, jax.Array]
@@ -124,10 +124,9 @@ def outer_step(
 
 
 def scatter_mean(
-    sums: Tree, figures: Figures, axis_name: str, dtype: str = "float32"
+    cut: Tree, figures: Figures, axis_name: str, dtype: str = "float32"
 ) -> tuple[Tree, Figures]:
-    """Computes `gradient_mean`, but returns only this device's slice of each leaf, [S]."""
-    cut = slices(sums, lax.axis_size(axis_name))
+    """Computes `gradient_mean` of slices [N, S], but returns only this device's, [S]."""
 
     def send(joined):
         return lax.psum_scatter(joined.astype(dtype), axis_name).astype(joined.dtype)
@@ -136,12 +135,11 @@ def scatter_mean(
     return divide(by_buckets(send, cut), figures), figures
 
 
-def all_gather(mine: Tree, like: Tree, axis_name: str) -> Tree:
-    """Puts the devices' slices together; like: the shapes of the whole."""
-    count = lax.axis_size(axis_name)
+def all_gather(mine: Tree, axis_name: str) -> Tree:
+    """Returns all devices' slices, [N, S], from this device's, [S]."""
     # A device's part is limited, so that the buckets are as in `scatter_mean`.
-    limit = BUCKET_BYTES // count
-    return unslice(by_buckets(lambda x: lax.all_gather(x, axis_name), mine, limit=limit), like)
+    limit = BUCKET_BYTES // lax.axis_size(axis_name)
+    return by_buckets(lambda x: lax.all_gather(x, axis_name), mine, limit=limit)
 
 
 def pairwise_sum(tree: Tree) -> Tree:

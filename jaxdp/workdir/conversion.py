@@ -27,7 +27,8 @@ class Conversion:
         """Returns the arrays to save; all processes have to call this."""
         tree = fields_of(state)
         for name, like in unsliced_shapes(state, self._setup.method).items():
-            tree[name] = self._setup.method.save(self._replicas.gather_per_device(tree[name]), like)
+            own = self._replicas.gather_per_device(tree[name])
+            tree[name] = self._setup.method.save(own, like, state.params)
         if "residual" in tree:
             tree["residual"] = self._replicas.gather_per_device(tree["residual"])
         return tree
@@ -63,7 +64,7 @@ class Conversion:
         """Converts a field of another number of devices to this one's, [N, ...]."""
         if name == "residual":
             return move_residual(saved, like.params, writer, self._setup.islands)
-        return self._setup.method.load(saved, writer, self._setup.islands)
+        return self._setup.method.load(saved, like.params, writer, self._setup.islands)
 
 
 def first_copies(tree: Any) -> Any:

@@ -148,9 +148,10 @@ def test_a_run_goes_on_with_other_devices_and_islands(config, tmp_path):
         loop.train(config, tmp_path)
 
 
-def test_methods_with_one_state_can_follow_each_other(config, tmp_path):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_methods_with_one_state_can_follow_each_other(config, tmp_path, optimizer):
     """The same losses as gradient_mean alone; DiLoCo's state is another, and it is refused."""
-    config.model.dropout = 0.2
+    config.model.dropout, config.optimizer.name = 0.2, optimizer
     config.optimizer.schedule = "constant"  # Parts of the run know nothing of its length.
     config.num_train_steps = 9
     loop.train(config, tmp_path / "whole", devices=jax.local_devices()[:2])

@@ -134,8 +134,9 @@ def test_resuming_is_not_stopping_and_all_evaluate_it(config, tmp_path, method, 
     assert evaluation.figures(found).items() <= last.items()
 
 
-def test_slices_go_on_as_a_whole_and_on_other_devices(config, tmp_path):
-    config.ema.decay, config.sync.method = 0.8, "sharded"
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_slices_go_on_as_a_whole_and_on_other_devices(config, tmp_path, optimizer):
+    config.ema.decay, config.sync.method, config.optimizer.name = 0.8, "sharded", optimizer
     loop.train(
         config,
         tmp_path,

@@ -106,8 +106,8 @@ def test_wandb_is_refused_where_it_is_not_installed(config, monkeypatch):
         ({"sync__method": "allreduce"}, "sync.method='allreduce' is unknown: choose one of"),
         ({"sync__dtype": "float16"}, "sync.dtype='float16' is unknown"),
         (
-            {"sync__method": "sharded", "optimizer__name": "muon"},
-            "optimizer.name='muon' needs whole matrices, and sync.method='sharded'",
+            {"sync__method": "sharded", "sync__dtype": "int4", "optimizer__name": "muon"},
+            "sync.dtype='int4' does not go with sync.method='sharded' and optimizer.name='muon'",
         ),
         (
             {"sync__method": "diloco", "sync__dtype": "bfloat16"},

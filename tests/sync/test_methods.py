@@ -16,17 +16,20 @@ def sgd(config, momentum=0.9):
 
 
 @pytest.mark.parametrize("devices", [1, 2, 4, 8])
-@pytest.mark.parametrize("optimizer", ["adamw", "lion", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", "lion", "sgd", "muon"])
 def test_sharded_is_gradient_mean(config, devices, optimizer):
     """Also with clipping by the global norm, which no device can compute alone."""
     config.optimizer.update({"name": optimizer, "clip_norm": 0.5, "learning_rate": 1e-3})
     config.model.dropout = 0.3
+    config.model.scan_layers = devices == 8  # Of Muon, stacks of layers are dealt out, too.
     one = train(config, 1)
     assert one[0][0]["grad_norm"] > 0.5
     assert_same_run(one, train(choose(config, "sharded"), devices))
 
 
-def test_sharded_holds_a_part_of_the_optimizers_state(config):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_sharded_holds_a_part_of_the_optimizers_state(config, optimizer):
+    config.optimizer.name, config.model.num_layers = optimizer, 4
     _, _, whole = start(config, 4)
     _, _, parts = start(choose(config, "sharded"), 4)
     size = sum(x.size for x in jax.tree.leaves(whole.opt_state))
@@ -161,6 +164,7 @@ def test_gradient_mean_is_not_the_same_to_the_bit(config):
         ("gradient_mean", {"dtype": "int4"}, 1),
         ("sharded", {}, 2),
         ("sharded", {"dtype": "int8"}, 2),
+        ("sharded, of whole matrices", {}, 2),
         ("fixed_order", {}, 1),
         ("parameter_mean", {}, 2),
         ("parameter_mean", {"islands": 2}, 2),
@@ -171,6 +175,8 @@ def test_gradient_mean_is_not_the_same_to_the_bit(config):
 def test_the_price_is_what_the_compiled_program_moves(config, method, keys, small):
     """Except for a few small collectives: figures, a norm, the drift."""
     config.num_train_steps = 8
+    method, whole_matrices, _ = method.partition(", of whole matrices")
+    config.optimizer.name = "muon" if whole_matrices else "adamw"
     program, replicas, state = start(choose(config, method, every=2, **keys), 4)
     part = list(batches(program.round_length(0)))
     expected = program.traffic()

@@ -7,7 +7,7 @@ from jax import lax
 
 from jaxdp.parallel.replicas import AXIS, Replicas
 from jaxdp.sync import reductions
-from jaxdp.sync.islands import Islands
+from jaxdp.sync.islands import Islands, slices, unslice
 
 RNG = np.random.default_rng(0)
 SUMS = RNG.normal(size=(8, 5)).astype(np.float32)
@@ -117,9 +117,9 @@ def test_outer_step_is_nesterov_on_the_mean_change():
 @pytest.mark.parametrize("count", [1, 3, 8])
 def test_slices_and_back(count):
     tree = {"a": np.arange(10.0).reshape(2, 5), "b": np.arange(3.0)}
-    cut = reductions.slices(tree, count)
+    cut = slices(tree, count)
     assert cut["a"].shape == (count, -(-10 // count))
-    back = reductions.unslice(cut, tree)
+    back = unslice(cut, tree)
     assert all((back[k] == tree[k]).all() and back[k].shape == tree[k].shape for k in tree)
 
 
@@ -130,9 +130,9 @@ def test_scatter_and_gather_are_the_mean(devices, limit, monkeypatch):
 
     def there_and_back(part):
         sums = {"a": part["sums"].sum(0), "b": part["sums"].sum(0).reshape(5, 1)[:2]}
-        mine, _ = reductions.scatter_mean(sums, figures(part), AXIS)
+        mine, _ = reductions.scatter_mean(slices(sums, devices), figures(part), AXIS)
         assert mine["a"].shape == (-(-5 // devices),)
-        return reductions.all_gather(mine, sums, AXIS)
+        return unslice(reductions.all_gather(mine, AXIS), sums)
 
     got = on(devices, there_and_back, {"sums": SUMS, "weights": WEIGHTS})
     np.testing.assert_allclose(got["a"], MEAN, **ROUNDING)
