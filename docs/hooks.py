@@ -1,8 +1,10 @@
 """Generates pages of the documentation from the source, while mkdocs builds the site (hooks).
 
-`config.md` comes from configs/default.py and jaxdp/common/choices.py, `reference/` from the
-docstrings of every module, the flags in `commands.md` from the source of the commands, the table in
-`metrics.md` from jaxdp/workdir/metrics.py. COPIES are files elsewhere in the repository.
+`index.md` is the README up to its tree, which is the page `tree.md`. `config.md` comes from
+configs/default.py and jaxdp/common/choices.py, `functions.md` from what `import jaxdp` offers,
+`reference/` from the docstrings of every module, the flags in `commands.md` from the source of the
+commands, the table in `metrics.md` from jaxdp/workdir/metrics.py. COPIES are files elsewhere in the
+repository.
 """
 
 import ast
@@ -14,6 +16,7 @@ from typing import Any
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
 
+import jaxdp
 from jaxdp.common.choices import CHOICES, MAX_INT32, RANGES
 from jaxdp.common.config import flatten
 from jaxdp.configs import default
@@ -21,15 +24,23 @@ from jaxdp.workdir.metrics import METRICS
 
 ROOT = Path(__file__).parent.parent
 COPIES = {
+    "tree.md": "README.md",
     "index.md": "README.md",
     "benchmarks.md": "benchmarks/RESULTS.md",
     "changes.md": "CHANGELOG.md",
 }
+TREE = "\n## Where things are\n"  # The title of the README's section that is a page of its own.
+WIDE = "---\nhide: [toc]\n---\n\n"
+ANCHOR_OF_TREE = "#where-things-are"
+FUNCTIONS = """# Functions
+
+What `import jaxdp` offers, each when it is used ([an example](commands.md#in-a-notebook)).
+"""
 INTRODUCTION = """# Config
 
 Every key of a run. Set keys in a config file, a Python file whose `get_config()` starts from
 [configs/default.py](../configs/default.py), or on the command line as `--config.KEY=VALUE`. Other
-keys and values are refused before anything is compiled (`pytest tests/common/test_config.py`).
+keys and values are refused before anything is compiled.
 """
 PLACE_OF_METRICS = (
     "<!-- the table of metrics -->\n"  # The line of metrics.md that the table replaces.
@@ -52,27 +63,41 @@ def wings() -> list[str]:
 
 def on_config(config):
     """Adds to the navigation the pages that mkdocs.yml doesn't name, and one for each module."""
-    named = {x if isinstance(x, str) else next(iter(x.values())) for x in config.nav}
-    others = {path.name for path in ROOT.glob("docs/*.md")} - named
-    at = config.nav.index("config.md")
-    config.nav[at:at] = sorted(others)
-    reference = [
-        {wing: [_index(wing), *({_stem(m): _page(m)} for m in modules(wing))]} for wing in wings()
+    sections = {title: pages for section in config.nav for title, pages in section.items()}
+    named = {page for pages in sections.values() for page in map(_page_of, pages)}
+    sections["Explained"] += sorted({path.name for path in ROOT.glob("docs/*.md")} - named)
+    [commands, *folders] = [
+        [_index(wing), *({_stem(m): _page(m)} for m in modules(wing))] for wing in wings()
     ]
-    [commands] = reference.pop(0).values()
-    config.nav.append({"Reference": [*commands, *reference]})
+    folders = [{wing: pages} for wing, pages in zip(wings()[1:], folders, strict=True)]
+    sections["Reference"].append({"Modules": [*commands, *folders]})
     return config
+
+
+def _page_of(entry: str | dict[str, str]) -> str:
+    """Returns the page of an entry of the navigation, with or without a title."""
+    return entry if isinstance(entry, str) else next(iter(entry.values()))
 
 
 def on_files(files, config):
     """Adds the generated pages to the site."""
     made = {page: (ROOT / path).read_text() for page, path in COPIES.items()}
+    made["index.md"], _, made["tree.md"] = made["index.md"].partition(TREE)
+    made["tree.md"] = f"{WIDE}# {TREE[4:]}{made['tree.md'].partition(chr(10) + '## ')[0]}"
     made["config.md"] = config_page()
+    made["functions.md"] = FUNCTIONS + "".join(map(function_section, jaxdp.__all__))
     made |= {_index(wing): wing_page(wing) for wing in wings()}
     made |= {_page(module): f"# {module}\n\n::: {module}\n" for module in modules()}
     for path, text in made.items():
         files.append(File.generated(config, path, content=text))
     return files
+
+
+def function_section(name: str) -> str:
+    """Returns a function or an error that `import jaxdp` offers, as Markdown for mkdocstrings."""
+    found = getattr(jaxdp, name)
+    path = f"{found.__module__}.{found.__name__}"
+    return f"\n## {name}\n\n::: {path}\n    options: {{heading_level: 3}}\n"
 
 
 def wing_page(wing: str) -> str:
@@ -108,6 +133,8 @@ def on_page_markdown(markdown, page, config, files):
         path = (folder / match[1]).resolve()
         if not path.exists():
             raise PluginError(f"{name}: {match[1]} does not exist")
+        if f"{path.name}{match[2]}" == f"README.md{ANCHOR_OF_TREE}":
+            return "](tree.md)"
         target = _target(path.relative_to(ROOT).as_posix(), name)
         if target is None:
             kind = "tree" if path.is_dir() else "blob"

@@ -170,6 +170,25 @@ def test_keys_in_the_documentation_exist(page):
         assert is_key or is_file or hasattr(importlib.import_module(f"jaxdp.{group}"), name), name
 
 
+def test_the_lines_of_the_troubleshooting_page_are_said():
+    """Each is a text in the code; "…" stands for what the code puts in, or leaves out."""
+    said = {text_in(node) for path in MODULES for node in ast.walk(ast.parse(path.read_text()))}
+    said -= {""}
+    lines = re.findall(r"(?m)^\| `([^`]+)` \|", TEXT["troubleshooting.md"])
+    assert len(lines) > 20
+    for line in lines:
+        parts = [re.escape(part) for part in line.split("…")]
+        pattern = re.compile(".*".join(parts), re.DOTALL)
+        assert any(pattern.search(text) for text in said), line
+
+
+def text_in(node: ast.AST) -> str:
+    """The text of a literal, also of an f-string, whose fields are left out; else ""."""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(text_in(value) for value in node.values)
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+
+
 def test_ci_runs_the_readmes_test_command():
     """Split over lines, but the same, with all that tests can use."""
     ci = (REPOSITORY / ".ci" / "run").read_text()

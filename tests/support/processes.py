@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 import time
+from pathlib import Path
 
 from support import environment
 from support.forks import Process
@@ -22,7 +23,14 @@ def environment_of(devices: int) -> dict[str, str]:
     return os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)}
 
 
-def command(name: str, *arguments: str, devices: int = 1, check: int | None = 0, stdin: str = ""):
+def command(
+    name: str,
+    *arguments: str,
+    devices: int = 1,
+    check: int | None = 0,
+    stdin: str = "",
+    cwd: Path = REPOSITORY,
+):
     """Runs `python -m jaxdp.NAME ...` in a fork; returns the finished process."""
     file = functools.partial(tempfile.TemporaryFile, "w+")
     with file() as given, file() as out, file() as err:
@@ -30,7 +38,7 @@ def command(name: str, *arguments: str, devices: int = 1, check: int | None = 0,
         process = Process(
             f"jaxdp.{name}",
             *arguments,
-            cwd=REPOSITORY,
+            cwd=cwd,
             env=environment_of(devices),
             stdin=given,
             stdout=out,

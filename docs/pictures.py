@@ -1,0 +1,49 @@
+"""Makes the pictures of the README: a recorded run, docs/terminal.svg, and its curves.
+
+    python docs/pictures.py
+
+trains the quickstart in runs/, with AdamW as it is and with Muon, and draws the curves
+of both: five minutes on two CPU cores, if there is nothing in runs/ yet.
+"""
+
+import io
+import os
+import re
+import subprocess
+from pathlib import Path
+
+from rich.console import Console
+from rich.terminal_theme import DIMMED_MONOKAI
+from rich.text import Text
+
+DOCS = Path(__file__).parent
+TRAIN = "python -m jaxdp.train --config=configs/quickstart.py --workdir=runs/quickstart"
+COLUMNS = 100
+# A terminal to rich, but for moving lines: what would be left on it at the end is printed.
+TERMINAL = {"TTY_COMPATIBLE": "1", "TTY_INTERACTIVE": "0", "TERM": "xterm-256color"}
+OUTSIDE = re.compile(r"@font-face \{.*?\}", re.DOTALL)  # Fonts from another host.
+
+
+def main() -> None:
+    """Trains, records, draws."""
+    said = record(TRAIN)
+    record(f"{TRAIN}-muon --config.optimizer.name=muon")
+    console = Console(record=True, width=COLUMNS, file=io.StringIO())
+    console.print(Text.from_ansi(f"$ {TRAIN}\n{said}"))
+    svg = console.export_svg(title="jaxdp", theme=DIMMED_MONOKAI, unique_id="terminal")
+    svg = OUTSIDE.sub("", svg).replace("Fira Code", "monospace")
+    (DOCS / "terminal.svg").write_text(svg)
+    record("python -m jaxdp.plot runs/quickstart runs/quickstart-muon --output=docs/curves.svg")
+
+
+def record(command: str) -> str:
+    """Runs a command in the repository; returns what it prints to a terminal."""
+    env = os.environ | TERMINAL | {"COLUMNS": str(COLUMNS)}
+    done = subprocess.run(
+        command.split(), cwd=DOCS.parent, env=env, stdout=subprocess.PIPE, text=True, check=True
+    )
+    return re.sub(r"\x1b\[\?25[lh]\n?", "", done.stdout)  # Hides and shows the cursor.
+
+
+if __name__ == "__main__":
+    main()
