@@ -15,6 +15,8 @@ the last cell of finetuning.ipynb.
 """
 
 import argparse
+import base64
+import io
 import os
 import re
 import subprocess
@@ -96,8 +98,8 @@ def run(name: str, folder: Path, as_on_colab: bool) -> None:
             clean(cell, empty)
     install.source, install.outputs, notebook.metadata = source, [], metadata
     text = nbformat.writes(notebook, indent=1) + "\n"
-    assert len(text) < MOST, f"{path.name} has {len(text):,} bytes"
     (folder / path.name).write_text(text)
+    assert len(text) < MOST, f"{path.name} has {len(text):,} bytes"
     print(f"{name}: {time.monotonic() - began:.0f} s, {len(text):,} bytes", file=sys.stderr)
 
 
@@ -121,9 +123,11 @@ def shown(output: Any) -> str:
 
 
 def clean(cell: Any, folder: str) -> None:
-    """Joins what a cell has printed, without stderr and paths of this machine."""
+    """Joins what a cell has printed, without stderr and paths of this machine; shrinks pictures."""
     kept: list[Any] = []
     for out in cell.get("outputs", []):
+        if "image/png" in out.get("data", {}):
+            out.data["image/png"] = shrunk(out.data["image/png"])
         if "text" in out:
             out.text = out.text.replace(f"{folder}/", "").replace(sys.executable, "python")
         if out.get("name") == "stdout" and kept and kept[-1].get("name") == "stdout":
@@ -132,6 +136,16 @@ def clean(cell: Any, folder: str) -> None:
             kept.append(out)
     if cell.cell_type == "code":
         cell.outputs = kept
+
+
+def shrunk(png: str) -> str:
+    """Returns a picture, in base64, with at most 64 colours."""
+    from PIL import Image  # matplotlib needs it, too.
+
+    small = io.BytesIO()
+    picture = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
+    picture.quantize(64).save(small, "PNG", optimize=True)
+    return base64.b64encode(small.getvalue()).decode()
 
 
 if __name__ == "__main__":
