@@ -63,8 +63,7 @@ def main() -> int:
     """Prints the plan; returns the exit status."""
     config, display = cli.config_of_flag(CONFIG), Display()
     cli.check_finite(BANDWIDTH, INSIDE, LATENCY, TFLOPS, MFU, MEMORY, HOURS)
-    if PNG.value:
-        pictures.check(PNG.name, PNG.value)
+    png = pictures.check(PNG.name, PNG.value) if PNG.value else None
     # XLA warns where a program needs most of a GPU's memory; the plan says it better.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     # Imported here, so that --help and mistakes in flags don't wait seconds for JAX.
@@ -99,8 +98,8 @@ def main() -> int:
     )
     for title, rows in found.tables.items():
         display.table(title, rows)
-    if PNG.value:
-        pictures.save(draw(found.efficiency, found.assumptions), PNG.name, PNG.value)
+    if png:
+        pictures.save(draw(found.efficiency, found.assumptions), PNG.name, png)
     return 0
 
 

@@ -31,7 +31,7 @@ def main(given: Sequence[str]) -> int:
     """Draws the plot and prints its path; returns the exit status."""
     if not given:
         raise ConfigError("WORKDIR is missing: give the folder of a training run, or of several")
-    pictures.check(OUTPUT.name, OUTPUT.value)
+    output = pictures.check(OUTPUT.name, OUTPUT.value)
     # Imported here, so that --help and mistakes in flags don't wait seconds for JAX.
     from jaxdp.workdir import curve_figure, curves
 
@@ -50,8 +50,8 @@ def main(given: Sequence[str]) -> int:
         label: [drawn[name] for name in members]
         for label, members in curves.seeds({name: runs[name] for name in drawn}).items()
     }
-    pictures.save(curve_figure.draw(groups, X.value), OUTPUT.name, OUTPUT.value)
-    print(OUTPUT.value)
+    pictures.save(curve_figure.draw(groups, X.value), OUTPUT.name, output)
+    print(output)
     return 0
 
 

@@ -49,6 +49,7 @@ def run(
     try:
         if _shows_help(main, check_arguments):
             return 0
+        sys.argv = config_file.expanded(sys.argv)
         if check_arguments:
             check_arguments(sys.argv[1:])
         rest = _parse_flags()

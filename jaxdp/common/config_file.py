@@ -21,6 +21,15 @@ def given(argv: list[str]) -> Iterator[str]:
             yield value
 
 
+def expanded(argv: list[str]) -> list[str]:
+    """Returns a command's arguments with ~ in --config=~/FILE replaced, which no shell does."""
+
+    def home(found: re.Match) -> str:
+        return found[1] + os.path.expanduser(found[2])
+
+    return [re.sub("^(--?config=)(~[^:]*)", home, argument) for argument in argv]
+
+
 def check(value: str) -> None:
     """Checks that the file of a --config exists.
 

@@ -4,15 +4,20 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from jaxdp.common.errors import ConfigError, check_text, shown
+from jaxdp.common import paths
+from jaxdp.common.errors import ConfigError, shown
 
 KINDS = (".png", ".svg", ".pdf")
 
 
-def check(flag: str, path: str) -> None:
-    """Raises ConfigError if the path doesn't end in a kind of picture, or matplotlib is missing."""
-    check_text(f"--{flag}", path)
-    if Path(path).suffix.lower() not in KINDS:
+def check(flag: str, path: str) -> Path:
+    """Returns a path that a flag gives to a picture, with ~ replaced by the home folder.
+
+    Raises:
+      ConfigError: it doesn't end in a kind of picture, or matplotlib is missing.
+    """
+    found = paths.local(f"--{flag}", path)
+    if found.suffix.lower() not in KINDS:
         raise ConfigError(
             f"--{flag}={shown(path)} names no kind of picture: let it end in {', '.join(KINDS)}"
         )
@@ -20,6 +25,7 @@ def check(flag: str, path: str) -> None:
         raise ConfigError(
             f"--{flag}={shown(path)} needs the package matplotlib: pip install 'jaxdp[plot]'"
         )
+    return found
 
 
 def new(width: float, height: float) -> Any:
@@ -32,7 +38,7 @@ def new(width: float, height: float) -> Any:
     return figure
 
 
-def save(figure: Any, flag: str, path: str) -> None:
+def save(figure: Any, flag: str, path: Path) -> None:
     """Writes a figure, as the kind of picture that its path ends in.
 
     The same figure gives the same file: nothing in it tells the time.
@@ -47,12 +53,12 @@ def save(figure: Any, flag: str, path: str) -> None:
     """
     import matplotlib
 
-    kind = Path(path).suffix.lower().removeprefix(".")
+    kind = path.suffix.lower().removeprefix(".")
     dated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
     try:
         with matplotlib.rc_context({"svg.hashsalt": "jaxdp"}):
             figure.savefig(path, format=kind, dpi=150, metadata=dated)
     except OSError as error:
         raise ConfigError(
-            f"--{flag}={shown(path)} can't be written ({error.strerror}): choose another file"
+            f"--{flag}={shown(str(path))} can't be written ({error.strerror}): choose another file"
         ) from None

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -42,7 +41,9 @@ class TfdsSource:
         self.keys = {"prompt_key": config.data.prompt_key, "text_key": config.data.text_key}
         self.keys = {key: name for key, name in self.keys.items() if name or key == "text_key"}
         self.path = config.data.path
-        data_dir = os.path.expanduser(config.data.data_dir) or None
+        data_dir = config.data.data_dir or None
+        if data_dir and "://" not in data_dir:  # TFDS knows what gs:// is.
+            data_dir = str(paths.local("data.data_dir", data_dir))
         try:
             if name == "python_stdlib":
                 self.builder = python_stdlib.PythonStdlib(data_dir=data_dir)

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
-from jaxdp.common import files
+from jaxdp.common import files, paths
 from jaxdp.common.errors import ConfigError, check_text, shown
 from jaxdp.common.terminal import quantity
 from jaxdp.data import special_tokens, tokenizer
@@ -57,7 +57,7 @@ def export(
       ConfigError: transformers has no such model, or the folder exists or can't be written.
       RunError: the checkpoint is damaged.
     """
-    workdir, output = Path(workdir), Path(output)
+    workdir, output = Path(workdir), paths.local("output", output)
     _check_absent(output)
     run = finished.open_workdir(workdir)
     family, special = families.family_of(run.model.config), token_roles(run)

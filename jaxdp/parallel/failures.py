@@ -1,9 +1,11 @@
 """How the processes of a run end together when one of them fails, or dies."""
 
 import contextlib
+import ctypes
 import json
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -12,7 +14,7 @@ from collections.abc import Iterator
 import jax
 
 from jaxdp.common.errors import WRONG_INPUT, ConfigError, RunError
-from jaxdp.parallel.links import CUT_OFF, Links
+from jaxdp.parallel.links import Links
 from jaxdp.parallel.processes import client, number
 
 LOOK = 0.5  # Seconds between two looks for a failure of another process.
@@ -29,13 +31,13 @@ def shared(links: Links) -> Iterator[None]:
     if client() is None:
         yield
         return
+    _delay_abort()
     over = threading.Event()
-    # Two threads, as one waits for ever for an answer of process 0 if that is cut off.
-    threads = [
-        threading.Thread(target=_tell_of_lost, args=(links, over), daemon=True),
-        threading.Thread(target=_end_with_others, args=(over,), daemon=True),
+    watching = [
+        threading.Thread(target=watch, args=(links, over), daemon=True)
+        for watch in (_watch_links, _watch_store)
     ]
-    for thread in threads:
+    for thread in watching:
         thread.start()
     try:
         yield
@@ -45,9 +47,20 @@ def shared(links: Links) -> Iterator[None]:
         raise
     finally:
         over.set()
-        for thread in threads:
+        links.wake()
+        for thread in watching:
             thread.join(10)  # One that is still inside of JAX would abort Python's end.
         links.close()
+
+
+def _delay_abort() -> None:
+    """Makes an abort of this process wait for 6 seconds: its signal's handler is sleep(SIGABRT).
+
+    JAX aborts a process as soon as process 0 has ended; `_watch_links` then has time to say so,
+    and to end it with a status in place of a signal and a core dump.
+    """
+    libc = ctypes.CDLL(None)
+    libc.signal(ctypes.c_int(signal.SIGABRT), ctypes.cast(libc.sleep, ctypes.c_void_p))
 
 
 def _tell_failure(error: Exception) -> None:
@@ -63,21 +76,19 @@ def _tell(failure: list) -> None:
         client().key_value_set(FAILED, json.dumps(failure))
 
 
-def _tell_of_lost(links: Links, over: threading.Event) -> None:
-    """Tells all processes of one that has ended, or ends this one if it is cut off from them."""
-    while not over.wait(LOOK):
-        lost = links.lost()
-        if lost and over.wait(LOOK):  # Others may say why it has ended.
-            return
-        if lost.get(0) == CUT_OFF:  # It can't be told anything, either.
-            print(f"jaxdp: process 0 has failed: {CUT_OFF}", file=sys.stderr, flush=True)
-            os._exit(1)
-        for process, why in lost.items():
-            _tell([process, 1, why])
+def _watch_links(links: Links, over: threading.Event) -> None:
+    """Ends this process with a line when process 0 has ended; tells all when another one has."""
+    while not over.is_set():
+        for process, how in links.lost().items():
+            if process == 0:  # It had the key-value store, so JAX aborts this process in a moment.
+                _say(process, how)
+                _exit(1)
+            if not over.wait(LOOK):  # Others may say why it has ended.
+                _tell([process, 1, how])
 
 
-def _end_with_others(over: threading.Event) -> None:
-    """Ends this process with a line when another one has told of a failure."""
+def _watch_store(_: Links, over: threading.Event) -> None:
+    """Ends this process with a line when another one has told that it has failed."""
     while not over.wait(LOOK):
         try:
             told = client().key_value_try_get(FAILED)
@@ -87,8 +98,12 @@ def _end_with_others(over: threading.Event) -> None:
         else:
             if not over.wait(LOOK):  # If this process fails for the same reason, it says so itself.
                 process, status, text = json.loads(told)
-                print(f"jaxdp: process {process} has failed: {text}", file=sys.stderr, flush=True)
+                _say(process, text)
                 exit_after_failure(status)
+
+
+def _say(process: int, why: str) -> None:
+    print(f"jaxdp: process {process} has failed: {why}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -126,6 +141,10 @@ def exit_after_failure(status: int, seconds: float = 5.0) -> None:
         client().wait_at_barrier("jaxdp/end", round(1000 * seconds))
     if number() == 0:
         time.sleep(1)  # The end of process 0 kills the others, which may still be printing.
+    _exit(status)
+
+
+def _exit(status: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

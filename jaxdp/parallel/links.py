@@ -34,22 +34,32 @@ class Links:
     def __init__(self, connections: dict[int, socket.socket]):
         """Takes over TCP connections, by the number of the process at the other end."""
         self._connections = connections
+        self._bell, self._ringer = socket.socketpair()
         for connection in connections.values():
+            connection.setblocking(False)
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, PROBE)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, PROBE)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * SILENCE)
 
     def lost(self) -> dict[int, str]:
-        """Returns the processes lost since the last call, without a good-bye: ENDED or CUT_OFF."""
-        found = {}
-        for id, connection in list(self._connections.items()):
-            said = _received(connection)
-            if said is not None:
-                self._connections.pop(id).close()
-                if said in (ENDED, CUT_OFF):
-                    found[id] = said
-        return found
+        """Waits until a process ends, or until `wake`.
+
+        Returns:
+          The processes lost since the last call, without a good-bye: ENDED or CUT_OFF.
+        """
+        poll = select.poll()
+        for connection in (self._bell, *self._connections.values()):
+            poll.register(connection, select.POLLIN)
+        poll.poll()
+        found = {id: _end(connection) for id, connection in self._connections.items()}
+        for id in [id for id, end in found.items() if end is not None]:
+            self._connections.pop(id).close()
+        return {id: end for id, end in found.items() if end}
+
+    def wake(self) -> None:
+        """Ends the wait of `lost` in another thread, and all later ones."""
+        self._ringer.close()
 
     def close(self) -> None:
         """Says good-bye to all."""
@@ -58,6 +68,8 @@ class Links:
                 connection.sendall(GOOD_BYE)
             connection.close()
         self._connections = {}
+        self._bell.close()
+        self._ringer.close()
 
 
 def lines(connection: socket.socket) -> Iterator[dict[str, Any]]:
@@ -85,12 +97,12 @@ def is_open(connection: socket.socket) -> bool:
         return False
 
 
-def _received(connection: socket.socket) -> str | None:
-    """Returns what a connection shows: None, nothing; ENDED, CUT_OFF, or another text: no fault."""
-    poll = select.poll()
-    poll.register(connection, select.POLLIN)
+def _end(connection: socket.socket) -> str | None:
+    """Returns how the process at the other end was lost, "" if it wasn't; None if it is there."""
     try:
-        return None if not poll.poll(0) else "" if connection.recv(len(GOOD_BYE)) else ENDED
+        return "" if connection.recv(len(GOOD_BYE)) else ENDED
+    except BlockingIOError:
+        return None
     except OSError as error:
         # Whatever else has cut it says nothing about the process.
         return CUT_OFF if error.errno in NO_ANSWER else ""

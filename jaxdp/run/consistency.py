@@ -19,6 +19,7 @@ from jaxdp.data import tokenizer
 from jaxdp.parallel import messages, processes
 from jaxdp.run import workdir_access
 from jaxdp.step.setup import Setup
+from jaxdp.workdir import integrity
 
 # Each process may have a folder of its own for what it makes of the same data.
 OWN_KEYS = ("data.cache_dir",)
@@ -91,6 +92,25 @@ def check_step(step: int) -> None:
             raise RunError(
                 f"process {i} would go on after step {other}, and process {jax.process_index()} "
                 f"after step {step}: check that all see the same --workdir, and run again"
+            )
+
+
+def check_weights(name: str, params: Any) -> None:
+    """Refuses processes that have read different weights; each has to call it.
+
+    Args:
+      name: the value of init_from.
+      params: the parameters that this process has read.
+    """
+    told = messages.gather(json.dumps(integrity.fingerprints_by_path(params)))
+    first = json.loads(told[0])
+    for i, other in enumerate(map(json.loads, told)):
+        differing = [key for key in first if other.get(key) != first[key]]
+        if differing:
+            raise ConfigError(
+                f"init_from={shown(name)} gives other weights in process {i} than in process 0 "
+                f"({differing[0]} is the first of {len(differing)}): give all machines the same "
+                "files"
             )
 
 

@@ -134,7 +134,10 @@ class Run:
         """Creates the state of step 0: random parameters, or the weights that init_from names."""
         name, model = self.config.init_from, self.setup.model.config
         read = functools.partial(load.read, name, model) if name else None
-        return create_state(self.setup, self.replicas, read)
+        state = create_state(self.setup, self.replicas, read)
+        if name:
+            consistency.check_weights(name, state.params)
+        return state
 
     def show_header(self) -> None:
         """Shows a table of what is about to be trained."""

@@ -104,7 +104,8 @@ class Watchdog:
             end(
                 f"no progress for {waited:.0f} s (the longest before took {longest:g} s): "
                 f"{beat.doing} after step {beat.done}{self._who_lags()}; run again to go on from "
-                "the newest checkpoint"
+                "the newest checkpoint, and if it was slow and didn't hang, with a larger "
+                f"hang_seconds (now {self._seconds:g}; 0: wait for ever)"
             )
 
     def _limit(self, beat: Beat) -> float:

@@ -206,7 +206,7 @@ def test_many_points_are_drawn_behind_their_mean(tmp_path):
 def test_every_number_can_be_drawn(tmp_path, value):
     records = [{"step": step, **dict.fromkeys(FIGURES, value)} for step in (0, MAX_INT32)]
     figure = draw({"$x_{$": [plot.curves(log(tmp_path, *records))]})
-    pictures.save(figure, "output", str(tmp_path / "plot.png"))
+    pictures.save(figure, "output", tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 

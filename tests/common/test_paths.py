@@ -4,7 +4,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from jaxdp.common import cli, paths
+from jaxdp.common import cli, config_file, paths, pictures
 from jaxdp.common.errors import ConfigError
 from jaxdp.data.cache import open_cache
 from jaxdp.run import loop
@@ -33,6 +33,14 @@ def test_addresses_are_refused_before_anything_is_made(text, kind, config, tmp_p
 @pytest.mark.parametrize("text", ["runs/a", "/tmp/lr:3e-4", "a:b", "./~x", "runs/x://y"])
 def test_other_names_are_paths(text):
     assert paths.local("--workdir", text) == Path(text)
+
+
+def test_home_is_found_where_the_shell_does_not_look(monkeypatch):
+    """Bash replaces ~ at the beginning of a word only."""
+    monkeypatch.setenv("HOME", "/home/me")
+    assert pictures.check("output", "~/a.png") == Path("/home/me/a.png")
+    given = ["--config=~/gpt2.py:350M", "--config.data.path=~/a.txt", "--workdir=~/run", "~/x"]
+    assert config_file.expanded(given) == ["--config=/home/me/gpt2.py:350M", *given[1:]]
 
 
 @pytest.fixture

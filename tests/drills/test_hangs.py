@@ -20,7 +20,7 @@ def test_a_process_ends_when_another_hangs_or_dies(config, tmp_path, process, nu
         runs[process].process.send_signal(number)
         sent = time.time()
         other = runs[1 - process]
-        assert other.ended(60) not in (0, 75)
+        assert other.ended(60) == 1
         print(f"{time.time() - sent:.1f} s, {other.printed}")
     if number == signal.SIGSTOP:
         # It waits for the other where it fetches metrics, or where it measures the waiting itself.
@@ -28,9 +28,8 @@ def test_a_process_ends_when_another_hangs_or_dies(config, tmp_path, process, nu
         silent = ("process 0 does not answer", "silent: process 1 (")
         assert silent[process] in other.printed
     else:
-        # The end of process 0 lets JAX itself abort the others, perhaps before they say why.
+        # JAX, too, says it when process 0 has ended, and would abort the others.
         words = ("another process of the run has ended", "has failed: it has ended without a word")
-        words += ("another task died",) * (1 - process)
         assert any(x in other.printed for x in words)
         assert "Traceback" not in other.printed
 

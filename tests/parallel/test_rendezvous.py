@@ -1,7 +1,9 @@
 """Processes are threads here; they meet over real sockets."""
 
+import errno
 import gc
 import io
+import os
 import socket
 import sys
 import threading
@@ -12,7 +14,7 @@ from jaxdp.common.errors import ConfigError, RunError
 from jaxdp.parallel import meeting as meetings
 from jaxdp.parallel import rendezvous
 from jaxdp.parallel.identity import Identity
-from jaxdp.parallel.links import ENDED
+from jaxdp.parallel.links import CUT_OFF, ENDED, Links
 
 
 def free_port() -> int:
@@ -177,15 +179,47 @@ def test_who_ends_without_a_good_bye_is_lost():
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert [links[i].lost() for i in range(4)] == [{}, {}, {}, {}]
     with socket.create_server(("127.0.0.1", int(address.split(":")[1]))):
         pass  # Their connections leave the port to JAX.
     links.pop(1).close()
     del links[2]  # As if its process was killed: the kernel closes what it had.
     gc.collect()
     lost = {}
-    while not lost:
+    while not lost:  # Process 1's good-bye ends a wait, too.
         lost = links[0].lost()
-    assert lost == {2: ENDED} and links[0].lost() == {}
+    assert lost == {2: ENDED}
+    links[0].wake()
+    assert links[0].lost() == links[0].lost() == {}
     links.pop(0).close()
     assert links[3].lost() == {}
+
+
+def test_a_machine_that_does_not_answer_is_lost():
+    class Unreachable:
+        """A connection after the kernel's questions have had no answer."""
+
+        def __init__(self, number):
+            self.error, self.options = OSError(number, ""), {}
+            self.pipe, other = os.pipe()
+            os.close(other)
+
+        def fileno(self):
+            return self.pipe
+
+        def setblocking(self, blocking):
+            assert not blocking
+
+        def setsockopt(self, level, option, value):
+            self.options[option] = value
+
+        def recv(self, *_):
+            raise self.error
+
+        def close(self):
+            os.close(self.pipe)
+
+    lost, reset = Unreachable(errno.ETIMEDOUT), Unreachable(errno.ECONNRESET)
+    assert Links({1: lost, 2: reset}).lost() == {1: CUT_OFF}
+    assert lost.options[socket.SO_KEEPALIVE] == 1
+    grpc_gives_up = 20_000  # Milliseconds, after which JAX aborts.
+    assert lost.options[socket.TCP_USER_TIMEOUT] < grpc_gives_up

@@ -2,6 +2,7 @@
 
 import json
 
+import jax.numpy as jnp
 import pytest
 
 from jaxdp.common.errors import ConfigError, RunError
@@ -96,3 +97,17 @@ def test_all_go_on_from_the_same_step(monkeypatch):
     monkeypatch.setattr(messages, "gather", lambda text: [text, "10"])
     with pytest.raises(RunError, match="process 1 would go on after step 10, and process 0 after"):
         consistency.check_step(20)
+
+
+def test_all_start_from_the_same_weights(monkeypatch):
+    """Which a file of the same name may not hold on every machine."""
+    params, other = ({"wte": jnp.arange(6.0), "head": {"w": jnp.full(3, x)}} for x in (1.0, 2.0))
+    told = []
+    monkeypatch.setattr(messages, "gather", lambda text: told.append(text) or [text, told[0]])
+    consistency.check_weights("hf:gpt2", params)
+    with pytest.raises(ConfigError) as error:
+        consistency.check_weights("hf:gpt2", other)
+    assert str(error.value).startswith(
+        "init_from='hf:gpt2' gives other weights in process 1 than in process 0 (head/w is the "
+    )
+    assert_clear(str(error.value))

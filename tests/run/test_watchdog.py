@@ -129,6 +129,7 @@ def test_it_says_who_lags(monkeypatch, case, words):
             break
     assert message.startswith("no progress for 60 s (the longest before took 0.5 s): training")
     assert words in message
+    assert message.endswith("with a larger hang_seconds (now 60; 0: wait for ever)")
 
 
 def test_a_source_that_hangs_is_found_in_one_process(config, tmp_path, monkeypatch):
