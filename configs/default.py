@@ -177,6 +177,9 @@ def get_config() -> ConfigDict:
     # "parameter_mean", "diloco": groups of devices that train as one, with the mean gradient of the
     # group in each step. 0: each device is one; -1: the devices of each process; else their number.
     c.sync.islands = 0
+    # "diloco": parts of the model that are synchronised in turn, each every sync.every steps.
+    c.sync.fragments = 1
+    c.sync.delay = 0  # "diloco": steps that a device makes while it waits for a synchronisation.
     c.sync.after = 0  # "parameter_mean": average gradients for this many steps first.
     c.sync.outer_learning_rate = 0.7  # "diloco": learning rate of the outer optimizer.
     c.sync.outer_momentum = 0.9  # "diloco": Nesterov momentum of the outer optimizer.

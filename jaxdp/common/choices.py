@@ -64,6 +64,8 @@ RANGES = {
     "sync.every": (1, MAX_INT32),
     "sync.after": (0, MAX_INT32),
     "sync.islands": (-1, MAX_INT32),
+    "sync.fragments": (1, MAX_INT32),
+    "sync.delay": (0, MAX_INT32),
     "sync.outer_learning_rate": (0, 1e6),
     "sync.outer_momentum": (0, 0.999999),
     "sync.virtual_replicas": (1, MAX_INT32),

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from jaxdp.parallel.replicas import Replicas
 from jaxdp.step.objective import Batch, Objective
 from jaxdp.step.setup import Setup
-from jaxdp.step.state import State
+from jaxdp.step.state import FIELDS, State
 
 WINDOW = 100  # Number of losses that a spike is compared with.
 # Standard deviation / median absolute deviation, of a normal distribution.
@@ -119,7 +119,8 @@ def diagnose(setup: Setup, replicas: Replicas, trouble: Trouble, state: State) -
         norms, objective=setup.objective, grad_accum_steps=setup.config.grad_accum_steps
     )
     batch = replicas.shard(next(setup.feed.train(step)))
-    bare = replicas.replicate(state.replace(step=np.int32(step), opt_state=(), outer=(), ema=()))
+    unread: dict[str, Any] = dict.fromkeys(set(FIELDS) - {"step", "params"}, ())
+    bare = replicas.replicate(state.replace(step=np.int32(step), **unread))
     found = jax.device_get(replicas.pmap(of_batch)(bare, batch))
     return {
         "step": trouble.step,

@@ -224,8 +224,10 @@ def traffic(config: ConfigDict, round_: list[Collective], count: int) -> dict[st
     steps = round_[0].steps
     when = f"every {steps} steps" if steps > 1 else "per step"
     rounded = "" if config.sync.dtype == "float32" else f", rounded to {config.sync.dtype}"
+    fragments = config.sync.fragments
+    part = f", one of {fragments} fragments at a time" if fragments > 1 else ""
     return {
-        "synchronised": f"{config.sync.method}{rounded}, {_kinds(round_)} {when}, of "
+        "synchronised": f"{config.sync.method}{rounded}{part}, {_kinds(round_)} {when}, of "
         f"{in_bytes(payload)}; on a ring a device sends {in_bytes(sent)} a step, "
         f"{per_token:,.0f} bytes for each token"
     }

@@ -26,6 +26,13 @@ def check(config: ConfigDict, saved: ConfigDict) -> None:
     compressed = [str(dtype) in BITS for dtype in dtypes]
     if compressed[0] != compressed[1]:
         differing.append(f"sync.dtype={dtypes[0]!r} (was {shown(dtypes[1])})")
+    # Devices have parameters of their own only with fragments or a delay, and what compressed sums
+    # have lost is in as many parts as there are fragments.
+    streams = [(flat.get("sync.fragments", 1), flat.get("sync.delay", 0)) for flat in (new, old)]
+    if streams[0][0] != streams[1][0]:
+        differing.append(f"sync.fragments={streams[0][0]!r} (was {shown(streams[1][0])})")
+    elif streams[0][0] == 1 and bool(streams[0][1]) != bool(streams[1][1]):
+        differing.append(f"sync.delay={streams[0][1]!r} (was {shown(streams[1][1])})")
     # No other method can go on from the state of a method with an outer optimizer, or from what
     # compressed sums have lost.
     names = [flat.get("sync.method", "gradient_mean") for flat in (new, old)]

@@ -18,7 +18,7 @@ from jaxdp.step.setup import Setup
 from jaxdp.sync.islands import Islands
 from jaxdp.sync.method import Sync
 
-FIELDS = ("step", "params", "opt_state", "outer", "ema", "residual")
+FIELDS = ("step", "params", "opt_state", "outer", "ema", "residual", "local_params")
 
 
 class State(TrainState):
@@ -31,11 +31,14 @@ class State(TrainState):
       outer: state of DiLoCo's outer optimizer; () without one.
       ema: EMA of the parameters (see `ema`), or each device's slice of it; () without one.
       residual: what a device's compressed sums have lost (see `compression`); () without them.
+      local_params: the parameters that a device goes on from, where those are not `params` (see
+        `fragments`); () elsewhere.
     """
 
     outer: Any = ()
     ema: Any = ()
     residual: Any = ()
+    local_params: Any = ()
 
 
 def create_state(setup: Setup, replicas: Replicas, read: Callable[[], Any] | None = None) -> State:
@@ -76,7 +79,9 @@ def _of_device(setup: Setup, params: Any, unused: Any) -> State:
     ema = setup.method.ema_slice(params) if setup.method.ema_decay else ()
     lost = setup.method.residual(params, setup.islands)
     step = jnp.zeros((), jnp.int32)
-    return State(step, setup.model.apply, params, setup.optimizer, opt_state, outer, ema, lost)
+    own = params if setup.method.per_device_params else ()
+    made = (opt_state, outer, ema, lost, own)
+    return State(step, setup.model.apply, params, setup.optimizer, *made)
 
 
 def per_device_fields(method: Sync) -> set[str]:
@@ -85,6 +90,7 @@ def per_device_fields(method: Sync) -> set[str]:
         "opt_state": method.per_device_opt_state,
         "ema": method.per_device_ema and method.ema_decay > 0,
         "residual": method.bits > 0,
+        "local_params": method.per_device_params,
     }
     return {name for name, is_own in own.items() if is_own}
 
@@ -123,6 +129,7 @@ def unsliced_shapes(state: State, method: Sync) -> dict[str, Any]:
     shapes = {
         "opt_state": lambda: jax.eval_shape(state.tx.init, state.params),
         "ema": lambda: state.params,
+        "local_params": lambda: state.params,
     }
     return {name: shapes[name]() for name in per_device_fields(method) - {"residual"}}
 

@@ -90,18 +90,46 @@ def train_step(
         return _choose(good, updated, skipped), figures
 
     steps, ema, state = len(batch["inputs"]), state.ema, state.replace(ema=())
-    if steps == 1:
-        after, figures = step(state, jax.tree.map(lambda x: x[0], batch))
-        figures = jax.tree.map(lambda x: x[None], figures)
-    else:
-        after, figures = lax.scan(step, state, batch)
+    after, parts, sent, done = method.begin(state), [], (), 0
+    for number, count in enumerate(stretches(steps, method)):
+        sent = method.exchange(number, state, after, sent) if number else ()
+        if count:
+            part = jax.tree.map(lambda x, i=done, n=count: x[i : i + n], batch)
+            found = _repeat(step, after, part)
+            if number:  # Nothing reads what is under way before these steps are made.
+                sent, found = lax.optimization_barrier((sent, found))
+            after, of_part = found
+            parts.append(of_part)
+        done += count
+    figures = jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts)
     rates = figures.pop("learning_rate")
-    after, figures = method.synchronise(state, after, figures)
+    after, figures = method.synchronise(state, after, figures, sent)
     if method.ema_decay:
         part = method.ema_slice(after.params)
         after = after.replace(ema=updated(ema, part, method.ema_decay, state.step, steps))
     figures["loss"] /= jnp.maximum(figures["tokens"].sum(1), 1)
     return after, figures | {"learning_rate": rates}
+
+
+def stretches(steps: int, method: Sync) -> list[int]:
+    """Cuts a round into the steps before the first exchange of a method, and those beside each.
+
+    Examples:
+      >>> from jaxdp.configs import default
+      >>> config = default.get_config()
+      >>> stretches(10, Sync(config, AXIS))
+      [10]
+    """
+    delay, count = min(method.delay, steps - 1), method.exchanges
+    return [steps - delay, *(delay // count + (i < delay % count) for i in range(count))]
+
+
+def _repeat(step: Callable, state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
+    """Makes a step with each batch [steps, ...]; returns the state, and figures [steps, ...]."""
+    if len(batch["inputs"]) > 1:
+        return lax.scan(step, state, batch)
+    state, figures = step(state, jax.tree.map(lambda x: x[0], batch))
+    return state, jax.tree.map(lambda x: x[None], figures)
 
 
 def _choose(first: jax.Array, one: State, other: State) -> State:

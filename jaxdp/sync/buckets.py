@@ -1,7 +1,8 @@
 """Collectives that send several arrays of a tree at a time."""
 
 import itertools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,34 +14,57 @@ BUCKET_BYTES = 2**24
 Tree = Any
 
 
-def by_buckets(send: Callable, *trees: Tree, limit: int = BUCKET_BYTES) -> Any:
-    """Maps a collective over the leaves of trees, of which it takes several at a time.
+class Buckets:
+    """Groups of a tree's leaves, of which each is sent as one array.
 
     A collective for each leaf would take its latency each time; a single one could not start before
     the backward pass has ended (as in PyTorch's DDP, Li et al. 2020).
 
-    Args:
-      send: maps an array of each tree, leaves joined along their last axis, to its results: an
-        array with the same last axis, or a tuple of such.
-      *trees: trees of equal structure, with equal last axes.
-      limit: bytes of the first tree's leaves from which on a bucket is full.
-
-    Returns:
-      A tree of results, or a tuple of such.
+    Attributes:
+      sizes: numbers along the last axis of each bucket.
     """
-    treedef = jax.tree.structure(trees[0])
-    buckets: list[list[tuple]] = [[]]
-    for leaves in zip(*map(jax.tree.leaves, trees), strict=True):
-        if buckets[-1] and sum(x[0].nbytes for x in buckets[-1]) >= limit:
-            buckets.append([])
-        buckets[-1].append(leaves)
-    found: list[Any] = []
-    for bucket in buckets:
-        joined = [jnp.concatenate(leaves, -1) for leaves in zip(*bucket, strict=True)]
-        results = send(*joined)
-        several = isinstance(results, tuple)
-        ends = list(itertools.accumulate(leaves[0].shape[-1] for leaves in bucket))[:-1]
-        cut = [jnp.split(x, ends, -1) for x in (results if several else (results,))]
-        found += zip(*cut, strict=True)
-    made = tuple(jax.tree.unflatten(treedef, x) for x in zip(*found, strict=True))
-    return made if several else made[0]
+
+    def __init__(self, like: Tree, limit: int = BUCKET_BYTES):
+        """Groups leaves by their order.
+
+        Args:
+          like: the tree, or its shapes.
+          limit: bytes of the leaves from which on a bucket is full.
+        """
+        leaves, self._treedef = jax.tree.flatten(like)
+        self._buckets: list[list[int]] = [[]]  # The last axis of each leaf.
+        held = 0
+        for leaf in leaves:
+            if self._buckets[-1] and held >= limit:
+                self._buckets.append([])
+                held = 0
+            self._buckets[-1].append(leaf.shape[-1])
+            held += math.prod(leaf.shape) * leaf.dtype.itemsize
+        self.sizes = [sum(bucket) for bucket in self._buckets]
+
+    def join(self, tree: Tree) -> list[jax.Array]:
+        """Joins the leaves of each bucket along their last axis."""
+        leaves = iter(jax.tree.leaves(tree))
+        return [
+            jnp.concatenate(list(itertools.islice(leaves, len(bucket))), -1)
+            for bucket in self._buckets
+        ]
+
+    def split(self, joined: Sequence[jax.Array]) -> Tree:
+        """Undoes `join`, also for arrays with other axes before the last."""
+        leaves = []
+        for x, bucket in zip(joined, self._buckets, strict=True):
+            leaves += jnp.split(x, list(itertools.accumulate(bucket))[:-1], -1)
+        return jax.tree.unflatten(self._treedef, leaves)
+
+
+def by_buckets(send: Callable, tree: Tree, limit: int = BUCKET_BYTES) -> Tree:
+    """Maps a collective over the buckets of a tree.
+
+    Args:
+      send: maps an array, leaves joined along their last axis, to another with the same last axis.
+      tree: arrays.
+      limit: see `Buckets`.
+    """
+    buckets = Buckets(tree, limit)
+    return buckets.split([send(x) for x in buckets.join(tree)])

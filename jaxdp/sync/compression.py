@@ -13,14 +13,14 @@ largest integer, and numbers are rounded to the nearest.
 Shapes: n devices that exchange, S numbers in a slice of a leaf.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxdp.sync.buckets import BUCKET_BYTES, by_buckets
+from jaxdp.sync.buckets import BUCKET_BYTES, Buckets
 from jaxdp.sync.islands import Groups, Islands, slice_shapes, slices, unslice
 from jaxdp.sync.traffic import Collective
 
@@ -104,10 +104,85 @@ def empty_residual(tree: Tree, count: int) -> dict[str, Tree]:
     }
 
 
+class Exchange(NamedTuple):
+    """The two exchanges of a sum, cut in halves: other work may go on while one is under way.
+
+    Attributes:
+      axis: name of the device axis.
+      bits: 8 or 4.
+      devices: n.
+      groups: groups of n devices that sum among each other; all by default.
+      bucket_bytes: bytes of the numbers that are sent at a time, about.
+    """
+
+    axis: str
+    bits: int
+    devices: int
+    groups: Groups = None
+    bucket_bytes: int = BUCKET_BYTES
+
+    def send_slices(self, cut: Tree, residual: Tree) -> tuple[list[jax.Array], Tree]:
+        """Begins the first exchange.
+
+        Args:
+          cut: slices for all devices, leaves [n, S] float32.
+          residual: what earlier such exchanges have lost, [n, S] per leaf.
+
+        Returns:
+          What is received, for `sum_slices`, and the new residual.
+        """
+        buckets = self._buckets(jax.tree.map(lambda x: x[0], cut))
+        sent, lost = self._rounded(cut, residual, buckets)
+        groups = self.groups
+        received = [
+            lax.all_to_all(x, self.axis, 0, 0, axis_index_groups=groups, tiled=True) for x in sent
+        ]
+        return received, lost
+
+    def sum_slices(self, received: list[jax.Array], like: Tree) -> Tree:
+        """Ends the first exchange: returns this device's slices of the sums, [S] as in `like`."""
+        buckets = self._buckets(like)
+        return buckets.split([x.sum(0) for x in self._decoded(received, buckets)])
+
+    def send_sums(self, parts: Tree, residual: Tree) -> tuple[list[jax.Array], Tree]:
+        """Begins the second exchange.
+
+        Args:
+          parts: this device's slices of the sums, leaves [S] float32.
+          residual: what earlier such exchanges have lost, [S] per leaf.
+
+        Returns:
+          What is received, for `whole_sums`, and the new residual.
+        """
+        sent, lost = self._rounded(parts, residual, self._buckets(parts))
+        return [lax.all_gather(x, self.axis, axis_index_groups=self.groups) for x in sent], lost
+
+    def whole_sums(self, received: list[jax.Array], like: Tree) -> Tree:
+        """Ends the second exchange: returns all devices' slices of the sums, [n, S]; like: [S]."""
+        buckets = self._buckets(like)
+        return buckets.split(self._decoded(received, buckets))
+
+    def _buckets(self, like: Tree) -> Buckets:
+        return Buckets(like, self.bucket_bytes // self.devices)
+
+    def _decoded(self, received: list[jax.Array], buckets: Buckets) -> list[jax.Array]:
+        return [decode(x, size, self.bits) for x, size in zip(received, buckets.sizes, strict=True)]
+
+    def _rounded(
+        self, tree: Tree, residual: Tree, buckets: Buckets
+    ) -> tuple[list[jax.Array], Tree]:
+        """Returns what to send of a tree, by bucket, and what rounding has lost of it."""
+        joined = zip(buckets.join(tree), buckets.join(residual), strict=True)
+        numbers = [x + lost for x, lost in joined]
+        sent = [encode(x, self.bits) for x in numbers]
+        read = [decode(x, y.shape[-1], self.bits) for x, y in zip(sent, numbers, strict=True)]
+        return sent, buckets.split([x - y for x, y in zip(numbers, read, strict=True)])
+
+
 def compressed_sum(
-    tree: Tree, residual: dict[str, Tree], axis: str, bits: int, count: int, groups: Groups = None
+    tree: Tree, residual: dict[str, Tree], axis: str, bits: int, count: int
 ) -> tuple[Tree, dict[str, Tree]]:
-    """Sums a tree over devices.
+    """Sums a tree over all devices.
 
     Args:
       tree: float32 leaves of this device.
@@ -115,49 +190,30 @@ def compressed_sum(
       axis: name of the device axis.
       bits: 8 or 4.
       count: n.
-      groups: groups of n devices that sum among each other; all by default.
 
     Returns:
-      The sums, equal on all n devices, and the new residual.
+      The sums, equal on all devices, and the new residual.
     """
-    parts, sent = scatter_sum(slices(tree, count), residual["sent"], axis, bits, groups)
-    whole, summed = gather(parts, residual["summed"], axis, bits, count, groups)
+    parts, sent = scatter_sum(slices(tree, count), residual["sent"], axis, bits, count)
+    whole, summed = gather(parts, residual["summed"], axis, bits, count)
     return unslice(whole, tree), {"sent": sent, "summed": summed}
 
 
-def _rounded(x: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
-    """Returns what is sent for some numbers, and what rounding has lost of them."""
-    sent = encode(x, bits)
-    return sent, x - decode(sent, x.shape[-1], bits)
-
-
-def scatter_sum(
-    cut: Tree, residual: Tree, axis: str, bits: int, groups: Groups = None
-) -> tuple[Tree, Tree]:
+def scatter_sum(cut: Tree, residual: Tree, axis: str, bits: int, count: int) -> tuple[Tree, Tree]:
     """Makes the first exchange: leaves [n, S] -> this device's slices of the sums [S].
 
     Also returns the new residual, [n, S] per leaf.
     """
-
-    def send(numbers, lost):
-        sent, lost = _rounded(numbers + lost, bits)
-        got = lax.all_to_all(sent, axis, 0, 0, axis_index_groups=groups, tiled=True)
-        return decode(got, numbers.shape[-1], bits).sum(0), lost
-
-    return by_buckets(send, cut, residual)
+    exchange = Exchange(axis, bits, count)
+    received, residual = exchange.send_slices(cut, residual)
+    return exchange.sum_slices(received, jax.tree.map(lambda x: x[0], cut)), residual
 
 
-def gather(
-    parts: Tree, residual: Tree, axis: str, bits: int, count: int, groups: Groups = None
-) -> tuple[Tree, Tree]:
+def gather(parts: Tree, residual: Tree, axis: str, bits: int, count: int) -> tuple[Tree, Tree]:
     """Makes the second exchange: leaves [S] -> all devices' slices [n, S], and the new residual."""
-
-    def send(numbers, lost):
-        sent, lost = _rounded(numbers + lost, bits)
-        every = lax.all_gather(sent, axis, axis_index_groups=groups)
-        return decode(every, numbers.size, bits), lost
-
-    return by_buckets(send, parts, residual, limit=BUCKET_BYTES // count)
+    exchange = Exchange(axis, bits, count)
+    received, residual = exchange.send_sums(parts, residual)
+    return exchange.whole_sums(received, parts), residual
 
 
 def move_residual(

@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxdp.common.choices import MAX_INT32
 from jaxdp.common.errors import ConfigError
 from jaxdp.sync import compression, reductions
-from jaxdp.sync.islands import slice_shapes
+from jaxdp.sync.compression import Exchange
+from jaxdp.sync.islands import slice_shapes, slices, unslice
 from jaxdp.sync.method import Sync
 from jaxdp.sync.traffic import Collective, num_bytes
 
@@ -37,12 +39,14 @@ class ParameterMean(Sync):
 
     @classmethod
     def check(cls, config):
-        every = config.sync.every
+        every, name = config.sync.every // config.sync.fragments, "sync.every"
+        if config.sync.fragments > 1:
+            name = "sync.every / sync.fragments"
         dues = {"eval_every": config.eval_every, "checkpoint.every": config.checkpoint.every}
         for key, value in (dues | {"sync.after": config.sync.after}).items():
             if value % every:
                 raise ConfigError(
-                    f"{key}={value} is not a multiple of sync.every={every}, the steps between "
+                    f"{key}={value} is not a multiple of {name}={every}, the steps between "
                     f"synchronisations: use {value // every * every + every}, or another sync.every"
                 )
 
@@ -59,13 +63,18 @@ class ParameterMean(Sync):
         sums, figures = self._islands.sum_inside((sums, figures), self.axis)
         return reductions.divide(sums, figures), figures, residual
 
-    def synchronise(self, before, after, figures):
+    def synchronise(self, before, after, figures, sent):
         figures = self._islands.sum_small(figures, self.axis)
-        figures["grad_norm"] /= self._islands.islands
         mean, new = self._average(before, after, figures["tokens"].sum(0))
-        apart = reductions.drift(after.params, mean, self.axis)
-        figures["drift"] = jnp.full(len(figures["loss"]), apart)
-        return new, figures
+        return new, self._with_drift(figures, after.params, mean)
+
+    def _with_drift(self, figures, params, mean):
+        """Returns the figures of a round with the distance of its replicas from their mean."""
+        apart = reductions.drift(params, mean, self.axis)
+        return figures | {
+            "grad_norm": figures["grad_norm"] / self._islands.islands,
+            "drift": jnp.full(len(figures["loss"]), apart),
+        }
 
     def _average(self, before, after, tokens):
         """Returns the mean parameters of the replicas, and the state that all go on with."""
@@ -98,6 +107,7 @@ class DiLoCo(ParameterMean):
     per_device_opt_state = True
     has_outer = True
     starts_late = False
+    has_fragments = True
     dtypes = ("float32", "int8", "int4")
 
     def __init__(self, config, axis_name, island_count=0):
@@ -128,28 +138,76 @@ class DiLoCo(ParameterMean):
         return super().residual(own, islands)
 
     def traffic(self, params, opt_state, device_count):
-        found = self._traffic(params, params, device_count)
+        return self._traffic_of(params, params, device_count)
+
+    def _traffic_of(self, params, exchanged, device_count):
+        """Returns the collectives of a round in which islands exchange a part of `params`."""
+        found = self._traffic(params, exchanged, device_count)
         if not self.bits:
             return found
         islands = self.islands(device_count)
-        own = slice_shapes(params, islands.size)
+        own = slice_shapes(exchanged, islands.size)
         sent = compression.traffic(own, self.bits, islands.islands, self.every)
         return [*sent, *(c for c in found if c.inside)]
 
     def _average(self, before, after, tokens):
+        mine, received = reductions.share(tokens, self.axis, self._islands), ()
+        residual = after.residual
+        for number in range(1, 1 + self._exchange_count):
+            received, residual = self._exchange(
+                number, before.params, after.params, mine, received, residual
+            )
+        mean, delta = self._outer_gradient(before.params, received)
+        params, outer = reductions.outer_step(self.outer, before.params, delta, before.outer)
+        return mean, after.replace(params=params, outer=outer, residual=residual)
+
+    @property
+    def _exchange_count(self):
+        return 2 if self.bits else 1
+
+    def _exchange(self, number, before, after, mine, received, residual):
+        """Makes one of the exchanges between islands, one after the other.
+
+        Args:
+          number: from 1 to `_exchange_count`.
+          before: parameters that all devices have, or a part of them.
+          after: this device's; only the first exchange needs them.
+          mine: [], this island's weight.
+          received: what the exchange before has received; () in the first.
+          residual: what earlier exchanges have lost, if they are compressed.
+
+        Returns:
+          What is received, and the new residual.
+        """
         islands, axis = self._islands, self.axis
         if not self.bits:
-            mean = reductions.parameter_mean(after.params, before.params, tokens, axis, islands)
-            delta = jax.tree.map(jnp.subtract, before.params, mean)
-        else:
-            mine = reductions.share(tokens, axis, islands)
-            moved = jax.tree.map(lambda b, x: (b - x) * mine, before.params, after.params)
-            own, residual = compression.compressed_sum(
-                *(islands.own_slice(moved, axis), after.residual, axis, self.bits),
-                *(islands.islands, islands.between),
-            )
-            delta = islands.join(own, before.params, axis)
-            mean = jax.tree.map(jnp.subtract, before.params, delta)
-            after = after.replace(residual=residual)
-        params, outer = reductions.outer_step(self.outer, before.params, delta, before.outer)
-        return mean, after.replace(params=params, outer=outer)
+            own = jax.tree.map(lambda x: x * mine, after)
+            return islands.sum_between(own, axis), residual
+        if number == 1:
+            moved = jax.tree.map(lambda b, x: (b - x) * mine, before, after)
+            cut = slices(islands.own_slice(moved, axis), islands.islands)
+            received, lost = self._compressed.send_slices(cut, residual["sent"])
+            return received, residual | {"sent": lost}
+        parts = self._compressed.sum_slices(received, self._parts(before))
+        received, lost = self._compressed.send_sums(parts, residual["summed"])
+        return received, residual | {"summed": lost}
+
+    def _outer_gradient(self, before, received):
+        """Returns the mean of the islands' parameters, and `before` minus it."""
+        islands = self._islands
+        if not self.bits:
+            return received, jax.tree.map(jnp.subtract, before, received)
+        whole = self._compressed.whole_sums(received, self._parts(before))
+        own = unslice(whole, slice_shapes(before, islands.size))
+        delta = islands.join(own, before, self.axis)
+        return jax.tree.map(jnp.subtract, before, delta), delta
+
+    @property
+    def _compressed(self):
+        # A single bucket, as no backward pass waits to be sent, and XLA starts it early.
+        islands = self._islands
+        return Exchange(self.axis, self.bits, islands.islands, islands.between, MAX_INT32)
+
+    def _parts(self, params):
+        """Returns the shapes of what a device sums of its island's slice of parameters."""
+        return slice_shapes(slice_shapes(params, self._islands.size), self._islands.islands)

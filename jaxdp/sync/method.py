@@ -24,18 +24,23 @@ class Sync:
 
     A step is accumulate -> mean -> norm -> update; a round is `every` steps, then synchronise.
     Between rounds the state is equal on all devices, except for opt_state with
-    `per_device_opt_state` and ema with `per_device_ema`: these are [N, ...], one entry per device.
+    `per_device_opt_state`, ema with `per_device_ema` and local_params with `per_device_params`:
+    these are [N, ...], one entry per device.
     """
 
     per_device_opt_state = False  # Each device has its own optimizer state.
     per_device_ema = False  # Each device has its own slice of the parameters' EMA.
+    per_device_params = False  # Between rounds, each device has its own parameters, too.
     has_outer = False  # An outer optimizer has state, so other methods can't resume from it.
     same_on_any_devices = True  # On other numbers of devices only rounding differs.
     starts_late = False  # Can begin after sync.after steps of gradient_mean.
     has_islands = False  # Devices may be grouped into islands, by sync.islands.
+    has_fragments = False  # Can synchronise the model in parts, and late.
     # Values of sync.dtype that it can send.
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "int8", "int4")
     every = 1  # Optimizer steps in a round.
+    delay = 0  # The last of them, which are made while the devices synchronise ...
+    exchanges = 0  # ... in so many exchanges, one after the other.
 
     def __init__(self, config: ConfigDict, axis_name: str, island_count: int = 0):
         """Takes a valid config, the name of the device axis, and the number of islands.
@@ -110,12 +115,30 @@ class Sync:
         """Returns the state after an optimizer step with this gradient."""
         return state.apply_gradients(grads=grads)
 
-    def synchronise(self, before: Any, after: Any, figures: Figures) -> tuple[Any, Figures]:
+    def begin(self, state: Any) -> Any:
+        """Begins a round: returns the state that this device makes its steps from."""
+        return state
+
+    def exchange(self, number: int, before: Any, after: Any, sent: Any) -> Any:
+        """Makes one of the `exchanges`, whose result isn't needed before some more steps are made.
+
+        Args:
+          number: from 1 to `exchanges`.
+          before: the state at the start of the round.
+          after: the state now.
+          sent: what the exchange before returned; () in the first.
+        """
+        raise NotImplementedError
+
+    def synchronise(
+        self, before: Any, after: Any, figures: Figures, sent: Any
+    ) -> tuple[Any, Figures]:
         """Ends a round: returns its synchronised state, and its figures summed over devices.
 
-        `before` and `after` are the states at its start and end, figures are [steps, ...] each.
+        `before` and `after` are the states at its start and end, figures are [steps, ...] each,
+        `sent` is what the last `exchange` returned, () without one.
         """
-        del before
+        del before, sent
         return after, figures
 
     def ema_slice(self, params: Tree) -> Tree:
@@ -142,6 +165,10 @@ class Sync:
     def load(self, saved: Tree, params: Tree, old: Islands, new: Islands) -> Tree:
         """Converts what `save` returned on some devices to [N, ...] for others."""
         raise NotImplementedError
+
+    def load_residual(self, saved: Tree, like: Tree, old: Islands, new: Islands) -> Tree:
+        """Converts residuals of some devices to those of others; see `move_residual`."""
+        return compression.move_residual(saved, like, old, new)
 
     def traffic(self, params: Tree, opt_state: Tree, device_count: int) -> list[Collective]:
         """Returns the collectives of a round that grow with the model; trees are one device's."""

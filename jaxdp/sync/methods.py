@@ -18,6 +18,7 @@ from jaxdp.common.errors import ConfigError
 from jaxdp.sync import compression, reductions
 from jaxdp.sync.compression import BITS
 from jaxdp.sync.dealing import collect, deal, is_params
+from jaxdp.sync.fragments import StreamingDiLoCo
 from jaxdp.sync.islands import slices, unslice
 from jaxdp.sync.local_methods import DiLoCo, ParameterMean
 from jaxdp.sync.method import Sync
@@ -62,8 +63,9 @@ class Sharded(Sync):
                 residual,
             )
         figures = lax.psum(figures, self.axis)
+        count = lax.axis_size(self.axis)
         shares = reductions.divide(flat, figures)
-        own, sent = compression.scatter_sum(shares, residual["sent"], self.axis, self.bits)
+        own, sent = compression.scatter_sum(shares, residual["sent"], self.axis, self.bits, count)
         return own, figures, residual | {"sent": sent}
 
     def norm(self, grads):
@@ -200,24 +202,33 @@ METHODS: dict[str, type[Sync]] = {
 
 def check(config: ConfigDict) -> None:
     """Raises ConfigError if keys of a config don't go with its sync.method."""
-    c, method = config.sync, METHODS[config.sync.method]
+    c, method = config.sync, class_of(config)
     if c.dtype not in method.dtypes:
         raise ConfigError(
             f"sync.dtype={c.dtype!r} is nothing that sync.method={c.method!r} sends, which is "
             f"{_or(method.dtypes)}: use one of these, or sync.method="
             f"{_or(repr(name) for name, x in METHODS.items() if c.dtype in x.dtypes)}"
         )
-    for key, value, allowed in (
-        ("sync.after", c.after, "starts_late"),
-        ("sync.islands", c.islands, "has_islands"),
+    for key, off, allowed in (
+        ("after", 0, "starts_late"),
+        ("islands", 0, "has_islands"),
+        ("fragments", 1, "has_fragments"),
+        ("delay", 0, "has_fragments"),
     ):
-        if value and not getattr(method, allowed):
+        if c[key] != off and not getattr(method, allowed):
             able = _or(repr(name) for name, x in METHODS.items() if getattr(x, allowed))
             raise ConfigError(
-                f"{key}={value} has no meaning with sync.method={c.method!r}: set it to 0, or use "
-                f"{able}"
+                f"sync.{key}={c[key]} has no meaning with sync.method={c.method!r}: set it to "
+                f"{off}, or use {able}"
             )
     method.check(config)
+
+
+def class_of(config: ConfigDict) -> type[Sync]:
+    """Returns the class of a config's sync method."""
+    method, c = METHODS[config.sync.method], config.sync
+    streaming = method.has_fragments and (c.fragments > 1 or c.delay)
+    return StreamingDiLoCo if streaming else method
 
 
 def _or(names: Iterable[str]) -> str:
@@ -233,7 +244,7 @@ def make(config: ConfigDict, axis_name: str, process_count: int) -> Sync:
       process_count: number of processes, which are the islands with sync.islands=-1.
     """
     count = config.sync.islands
-    return METHODS[config.sync.method](config, axis_name, process_count if count < 0 else count)
+    return class_of(config)(config, axis_name, process_count if count < 0 else count)
 
 
 def traffic(

@@ -8,7 +8,6 @@ import numpy as np
 from jaxdp.parallel.replicas import Replicas, to_local
 from jaxdp.step.setup import Setup
 from jaxdp.step.state import State, fields_of, per_device_fields, unsliced_shapes
-from jaxdp.sync.compression import move_residual
 from jaxdp.sync.islands import Islands
 
 
@@ -62,9 +61,10 @@ class Conversion:
 
     def _load(self, name: str, saved: Any, like: State, writer: Islands) -> Any:
         """Converts a field of another number of devices to this one's, [N, ...]."""
+        method = self._setup.method
         if name == "residual":
-            return move_residual(saved, like.params, writer, self._setup.islands)
-        return self._setup.method.load(saved, like.params, writer, self._setup.islands)
+            return method.load_residual(saved, like.params, writer, self._setup.islands)
+        return method.load(saved, like.params, writer, self._setup.islands)
 
 
 def first_copies(tree: Any) -> Any:

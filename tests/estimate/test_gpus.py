@@ -140,3 +140,20 @@ def test_a_missing_compiler_is_said_in_a_line(monkeypatch):
     monkeypatch.setenv("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # Set there; unset after the test.
     with pytest.raises(ConfigError, match=r"NVIDIA H100 .*: pip install 'jaxdp\[plan-gpu\]'"):
         compiled.absent_machine("h100", 8)
+
+
+@needs_compiler
+@pytest.mark.parametrize(("dtype", "delay"), [("float32", 2), ("int4", 4)])
+def test_exchanges_are_under_way_while_the_steps_of_a_delay_run(dtype, delay):
+    """All of them but the few bytes of the metrics, of a program for eight H100s."""
+    config = gpt2_124m.get_config()
+    config.update({"global_batch_size": 8, "grad_accum_steps": 1, "seq_len": 128})
+    config.model.update({"num_layers": 1, "num_heads": 2, "embed_dim": 128})
+    config.sync.update({"method": "diloco", "every": 12, "fragments": 2})
+    config.sync.update({"dtype": dtype, "delay": delay})
+    text = compiled.compile_step(config, 512, compiled.absent_machine("h100", 8)).text
+    large = [x for x in Schedule(text, 8).transfers() if x.bytes > 4000]
+    assert {x.kind for x in large} == (
+        {"all-reduce"} if dtype == "float32" else {"all-to-all", "all-gather"}
+    )
+    assert all(x.covered for x in large)

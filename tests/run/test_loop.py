@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jaxdp.common.errors import ConfigError, RunError
-from jaxdp.run import loop, session
+from jaxdp.run import evaluation, loop, session
 from jaxdp.run.early_stopping import EarlyStopping
 from jaxdp.sync.methods import METHODS
 from jaxdp.workdir import integrity
@@ -128,9 +128,30 @@ def test_resuming_is_not_stopping_however_replicas_agree(config, tmp_path, metho
     assert figures(tmp_path / "whole") == figures(tmp_path / "parts")
 
 
-def test_a_run_goes_on_with_other_devices_and_islands(config, tmp_path):
+def test_resuming_is_not_stopping_with_fragments_and_a_delay(config, tmp_path):
+    """Bit by bit, also each device's own parameters; evaluated are those that all share."""
+    config.sync.update({"method": "diloco", "every": 4, "fragments": 2, "delay": 1, "islands": 2})
+    config.sync.dtype = "int4"
+    config.eval_every = config.checkpoint.every = 2
+    devices = jax.local_devices()[:4]
+    whole = loop.train(config, tmp_path / "whole", devices=devices)
+    stopped = loop.train(config, tmp_path / "parts", devices=devices, stop_requested=after(4))
+    assert (stopped.step, stopped.finished) == (2, False)
+    parts = loop.train(config, tmp_path / "parts", devices=devices)
+    for a, b in zip(*map(jax.tree.leaves, (whole.state, parts.state)), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    assert figures(tmp_path / "whole") == figures(tmp_path / "parts")
+    own = jax.device_get(parts.state.local_params["embed"]["embedding"])
+    assert (own[0] == own[1]).all() and (own[1] != own[2]).any()  # By islands.
+    _, found = evaluation.evaluate_checkpoint(tmp_path / "parts", devices=devices)
+    assert found[""].loss == parts.evaluation.loss
+
+
+@pytest.mark.parametrize("fragments", [1, 2])
+def test_a_run_goes_on_with_other_devices_and_islands(config, tmp_path, fragments):
     """Without what was lost or the moments of its islands, its losses would be others."""
-    config.sync.update({"method": "diloco", "every": 2, "dtype": "int4"})
+    config.sync.update({"method": "diloco", "every": 2 * fragments, "dtype": "int4"})
+    config.sync.fragments = fragments
     config.eval_every = config.checkpoint.every = 2
     found = []
     for devices, islands in ((4, 2), (4, 4), (2, 1)):

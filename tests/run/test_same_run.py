@@ -86,6 +86,20 @@ def test_a_run_may_not_change_to_or_from_diloco(config, methods):
         same_run.check(new, old)
 
 
+@pytest.mark.parametrize("key", ["fragments", "delay"])
+def test_fragments_stay_what_they_are(config, key):
+    """Only with them, or with a delay, do devices have parameters of their own."""
+    old = changed(config, sync__method="diloco")
+    new = with_key(old, f"sync.{key}", 2)
+    for a, b in ((new, old), (old, new)):
+        values = rf"sync\.{key}={a.sync[key]} \(was {b.sync[key]}\)"
+        with pytest.raises(ConfigError, match=values):
+            same_run.check(a, b)
+    same_run.check(with_key(new, "sync.delay", 1), with_key(new, "sync.delay", 3))
+    del old.sync.fragments, old.sync.delay  # As a version without the keys saved it.
+    same_run.check(changed(config, sync__method="diloco"), old)
+
+
 def test_the_momentum_of_sgd_is_a_state_or_none(config):
     """AdamW has one whatever its rate."""
     old = changed(config, optimizer__name="sgd")

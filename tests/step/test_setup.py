@@ -136,6 +136,31 @@ def test_wandb_is_refused_where_it_is_not_installed(config, monkeypatch):
             "synchronisations: use 12",
         ),
         (
+            {"sync__method": "diloco", "sync__every": 10, "sync__fragments": 4},
+            "sync.every=10 is not a multiple of sync.fragments=4, of which one is sent every "
+            "sync.every / sync.fragments steps: use sync.every=12",
+        ),
+        (
+            {"sync__method": "diloco", "sync__every": 12, "sync__fragments": 4, "sync__delay": 3},
+            "sync.delay=3 is too long: with sync.every=12 and sync.fragments=4 the next exchange "
+            "comes 3 steps later: use at most 2",
+        ),
+        (
+            {"sync__method": "diloco", "sync__every": 8, "sync__fragments": 4},
+            "eval_every=3 is not a multiple of sync.every / sync.fragments=2, the steps between "
+            "synchronisations: use 4",
+        ),
+        (
+            {"sync__method": "parameter_mean", "sync__fragments": 3},
+            "sync.fragments=3 has no meaning with sync.method='parameter_mean': set it to 1, or "
+            "use 'diloco'",
+        ),
+        (
+            {"sync__method": "gradient_mean", "sync__delay": 1},
+            "sync.delay=1 has no meaning with sync.method='gradient_mean': set it to 0, or use "
+            "'diloco'",
+        ),
+        (
             {"sync__method": "sharded", "sync__after": 3},
             "sync.after=3 has no meaning with sync.method='sharded'",
         ),

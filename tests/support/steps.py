@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxdp.parallel.replicas import Replicas
+from jaxdp.parallel.replicas import AXIS, Replicas
 from jaxdp.step.objective import Objective, plain
 from jaxdp.step.program import Program
 from jaxdp.step.setup import make_setup
@@ -34,12 +34,13 @@ def batches(steps, uneven=True):
         }
 
 
-def start(config, devices, transform=plain):
-    """A program, its devices and its first state."""
+def start(config, devices, transform=plain, method=None):
+    """A program, its devices and its first state; with another class of sync method, if given."""
     replicas = Replicas(jax.local_devices()[:devices])
     objective = Objective(config.seed, transform, config.loss_chunks)
     setup = make_setup(config, VOCAB, devices, mask_id=0)
-    setup = dataclasses.replace(setup, objective=objective)
+    own = method(config, AXIS) if method else setup.method
+    setup = dataclasses.replace(setup, objective=objective, method=own)
     return Program(setup, replicas), replicas, create_state(setup, replicas)
 
 
