@@ -1,12 +1,15 @@
-"""Compares all sync methods: loss after the same tokens, bytes sent, and time per step.
+"""Compares sync methods: loss after the same tokens, bytes sent, and time per step.
 
-    python benchmarks/sync.py --config=configs/shakespeare_char_cpu.py --devices=4 \
-        --config.data.path=tinyshakespeare.txt --workdir=runs/sync
+    python benchmarks/sync.py --config=configs/shakespeare_char_cpu.py --devices=4 --seeds=3 \
+        --config.data.path=tinyshakespeare.txt --config.optimizer.name=muon \
+        --config.optimizer.learning_rate=0.02 --workdir=runs/sync --plot=loss_over_bytes.svg
 
-Each method trains the config to its end, in a workdir of its own (if this is run again, finished
-runs are not repeated). Then steps of all methods are timed in turns in one process, so that other
-load on the machine affects all of them alike. The figure is the median over turns of a method's
-time, divided by gradient_mean's time in the same turn.
+Each of `CONTESTANTS`, or those in --only, trains the config to its end with each seed, in a workdir
+of its own (if this is run again, finished runs are not repeated), and is evaluated on the whole
+validation split. Then steps of all are timed in turns in one process, so that other load on the
+machine affects all of them alike. The figure is the median over turns of a method's time, divided
+by gradient_mean's time in the same turn. Each device is an island: all bytes count as sent between
+islands.
 """
 
 import itertools
@@ -17,9 +20,9 @@ from pathlib import Path
 import jax
 import numpy as np
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
-from jaxdp.common import cli
+from jaxdp.common import cli, pictures
 from jaxdp.data.batch import with_process
 from jaxdp.data.cache import open_cache
 from jaxdp.data.feed import Feed
@@ -29,54 +32,107 @@ from jaxdp.step.program import Program
 from jaxdp.step.setup import make_setup
 from jaxdp.step.state import create_state
 from jaxdp.sync import traffic
-from jaxdp.sync.methods import METHODS
 from jaxdp.workdir.metrics import read_jsonl
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config().")
-WORKDIR = flags.DEFINE_string("workdir", "runs/sync", "Folder for a workdir of each method.")
+WORKDIR = flags.DEFINE_string("workdir", "runs/sync", "Folder for the workdirs of all runs.")
 DEVICES = flags.DEFINE_integer("devices", 4, "Number of devices; the CPU is split into as many.")
-TURNS = flags.DEFINE_integer("turns", 15, "Number of turns in the timing.")
+SEEDS = flags.DEFINE_integer("seeds", 1, "Number of seeds: 0, 1 ...")
+TURNS = flags.DEFINE_integer("turns", 15, "Number of turns in the timing; 0: no timing.")
+ONLY = flags.DEFINE_list("only", [], "Names of the contestants; all by default.")
+PLOT = flags.DEFINE_string(
+    "plot", "", "PNG or SVG file for a plot of the loss over the bytes sent."
+)
+
+
+def local(method: str, every: int, **keys):
+    """Returns the keys of a method that synchronises every few steps."""
+    return {"method": method, "every": every, **keys}
+
+
+# The keys of config.sync. Names are those of workdirs.
+CONTESTANTS = {
+    "gradient_mean": {},
+    "gradient_mean-int4": {"dtype": "int4"},
+    "sharded": {"method": "sharded"},
+    "fixed_order": {"method": "fixed_order"},
+    "parameter_mean-10": local("parameter_mean", 10),
+    "diloco-10": local("diloco", 10),
+    "diloco-3-int4": local("diloco", 3, outer_momentum=0.5, dtype="int4"),
+    "diloco-10-int4": local("diloco", 10, outer_momentum=0.5, dtype="int4"),
+    "diloco-14-int4": local("diloco", 14, outer_momentum=0.5, dtype="int4"),
+    "diloco-52-int4": local("diloco", 52, outer_momentum=0.5, dtype="int4"),
+}
 
 
 def main() -> int:
-    """Trains and times each method, and prints a table."""
+    """Trains and times each contestant, and prints a table."""
     cli.prepare_jax()
+    picture = pictures.check("plot", PLOT.value) if PLOT.value else None
     jax.config.update("jax_num_cpu_devices", DEVICES.value)
-    configs = {name: with_method(name) for name in METHODS}
-    losses = {name: final_loss(name, config) for name, config in configs.items()}
+    configs = {name: with_keys(name) for name in ONLY.value or CONTESTANTS}
+    losses = {name: final_losses(name, config) for name, config in configs.items()}
     timed = {name: Timed(config) for name, config in configs.items()}
-    seconds = {name: [] for name in METHODS}
+    times = in_turns(timed) if TURNS.value else dict.fromkeys(timed, "")
+    base = timed["gradient_mean"].bytes_per_token if "gradient_mean" in timed else np.nan
+    print(f"\n{DEVICES.value} x {jax.devices()[0].device_kind}, JAX {jax.__version__}")
+    print("| sync | validation loss | seeds | bytes sent per token | fewer | collectives | time |")
+    print("|---|---|---|---|---|---|---|")
+    for name, run in timed.items():
+        seeds = ", ".join(f"{loss:.4f}" for loss in losses[name])
+        print(
+            f"| {name} | {np.mean(losses[name]):.4f} | {seeds} | {run.bytes_per_token:,.0f} | "
+            f"{base / run.bytes_per_token:.1f} | {run.collectives} | {times[name]} |"
+        )
+    if picture:
+        plot({name: (run.bytes_per_token, losses[name]) for name, run in timed.items()}, picture)
+    return 0
+
+
+def with_keys(name: str) -> ConfigDict:
+    """Returns the config of a contestant; it is evaluated and saved only at its end."""
+    config = CONFIG.value.copy_and_resolve_references()
+    config.sync.update(CONTESTANTS[name])
+    total, every = config.global_batch_size, config.sync.every
+    if config.sync.method == "fixed_order":
+        config.sync.virtual_replicas = max(n for n in (1, 2, 4, 8) if total % n == 0)
+    config.eval_every = config.checkpoint.every = -(-config.num_train_steps // every) * every
+    return config
+
+
+def final_losses(name: str, config: ConfigDict) -> list[float]:
+    """Trains to the end with each seed; returns the last losses on the validation split."""
+    losses = []
+    for config.seed in range(SEEDS.value):
+        workdir = Path(WORKDIR.value) / f"{name}-seed{config.seed}"
+        loop.train(config, workdir, devices=jax.local_devices()[: DEVICES.value])
+        losses.append([r["eval/loss"] for r in read_jsonl(workdir) if "eval/loss" in r][-1])
+    return losses
+
+
+def in_turns(timed: dict) -> dict[str, str]:
+    """Times all contestants in turns; returns their times as multiples of gradient_mean's."""
+    seconds = {name: [] for name in timed}
     for _ in range(TURNS.value):
         for name, run in timed.items():
             seconds[name].append(run())
     base = np.array(seconds["gradient_mean"])
-    print(f"\n{DEVICES.value} x {jax.devices()[0].device_kind}, JAX {jax.__version__}")
-    print("| sync.method | validation loss | bytes sent per token | collectives | step time |")
-    print("|---|---|---|---|---|")
-    for name, run in timed.items():
-        ratio = np.median(np.array(seconds[name]) / base)
-        print(
-            f"| {name} | {losses[name]:.4f} | {run.bytes_per_token:,.0f} | {run.collectives} | "
-            f"{ratio:.2f} ({1e3 * np.median(seconds[name]):.1f} ms) |"
-        )
-    return 0
+    return {
+        name: f"{np.median(np.array(found) / base):.2f} ({1e3 * np.median(found):.1f} ms)"
+        for name, found in seconds.items()
+    }
 
 
-def with_method(name: str):
-    """Returns the config with a sync method, and virtual replicas that divide its batch."""
-    config = CONFIG.value.copy_and_resolve_references()
-    config.sync.method = name
-    total = config.global_batch_size
-    if name == "fixed_order":
-        config.sync.virtual_replicas = max(n for n in (1, 2, 4, 8) if total % n == 0)
-    return config
-
-
-def final_loss(name: str, config) -> float:
-    """Trains to the end; returns the last loss on the validation split."""
-    workdir = Path(WORKDIR.value) / name
-    loop.train(config, workdir, devices=jax.local_devices()[: DEVICES.value])
-    return [r["eval/loss"] for r in read_jsonl(workdir) if "eval/loss" in r][-1]
+def plot(found: dict, picture: Path) -> None:
+    """Draws (bytes per token, losses of all seeds) of each contestant."""
+    figure = pictures.new(7, 4.5)
+    axes = figure.subplots()
+    for name, (sent, losses) in found.items():
+        axes.plot([sent] * len(losses), losses, "o", color="tab:blue", alpha=0.5)
+        axes.annotate(name, (sent, np.mean(losses)), (6, 4), textcoords="offset points", fontsize=8)
+    axes.margins(x=0.2)
+    axes.set(xscale="log", xlabel="bytes sent per token", ylabel="validation loss")
+    pictures.save(figure, "plot", picture)
 
 
 class Timed:
