@@ -189,6 +189,16 @@ def text_in(node: ast.AST) -> str:
     return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
 
 
+def test_pictures_are_small_and_load_nothing():
+    pictures = {path.name: path.read_text() for path in REPOSITORY.glob("docs/*.svg")}
+    assert pictures.keys() == {"terminal.svg", "curves.svg"}
+    for name, text in pictures.items():
+        assert len(text) < 300_000, name
+        links = re.findall(r"""href=["']([^"']*)|url\(([^)]*)""", text)
+        assert all("".join(link).startswith("#") for link in links), name
+        assert "@font-face" not in text and "@import" not in text, name
+
+
 def test_ci_runs_the_readmes_test_command():
     """Split over lines, but the same, with all that tests can use."""
     ci = (REPOSITORY / ".ci" / "run").read_text()
