@@ -18,7 +18,6 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -27,8 +26,6 @@ from network import Network, missing
 from jaxdp.common import cli
 from jaxdp.estimate import scaling
 from jaxdp.estimate.plan import vocabulary
-from jaxdp.model.transformer import ModelConfig, Transformer, parameter_shapes
-from jaxdp.step.optimizer import get_optimizer, get_schedule
 from jaxdp.sync import methods
 from jaxdp.sync.traffic import sent_per_step
 from jaxdp.workdir.metrics import read_jsonl
@@ -50,6 +47,7 @@ CHOICES = {
     "diloco, every 50, int4": {"method": "diloco", "every": 50, "dtype": "int4"},
 }
 COMPUTING = CHOICES["diloco, every 50, int4"]
+TCP = 1448 / 1538  # What Ethernet, IP and TCP leave of a link's rate, with usual packets.
 COLUMNS = (
     "sync",
     "tokens/s",
@@ -102,11 +100,8 @@ class Prediction:
         """Takes the config of all runs, but for the keys of sync."""
         vocab = vocabulary(config, None, print)
         self._config = config
-        self._params = parameter_shapes(Transformer(ModelConfig.from_config(config, vocab)))
-        self._opt_state = jax.eval_shape(
-            get_optimizer(config, get_schedule(config)).init, self._params
-        )
-        self._links = scaling.Network(MBIT.value * 1e6 / 8, DELAY.value / 1e3)
+        self._params, self._opt_state = scaling.shapes(config, vocab)
+        self._links = scaling.Network(TCP * MBIT.value * 1e6 / 8, DELAY.value / 1e3)
 
     def __call__(self, keys: dict) -> tuple[float, float]:
         """Returns milliseconds that a step takes for its messages, and bytes that it sends."""

@@ -16,7 +16,7 @@ from jaxdp.common import config as configs
 from jaxdp.common.choices import MAX_INT32
 from jaxdp.common.files import num_bytes
 from jaxdp.data.cache import open_cache
-from jaxdp.estimate import assumptions, compiled, memory, scaling, tables
+from jaxdp.estimate import advice, assumptions, compiled, memory, scaling, tables
 from jaxdp.estimate.assumptions import MFU, Assumptions
 from jaxdp.estimate.budget import Budget, Proposal, propose, timed
 from jaxdp.estimate.compiled import Compiled
@@ -137,6 +137,7 @@ def plan(
     needed = max(step.memory, evaluation)
     schedule = Schedule(step.text, count)
     efficiency = scaling.efficiencies(config, vocab, count, given.flop_rate, given.network)
+    ways = advice.ways(config, vocab, count, hosts, given.flop_rate, given.network)
     seconds = scaling.compute_seconds(config, vocab, count, given.flop_rate)
     return Plan(
         assumptions=given,
@@ -154,7 +155,8 @@ def plan(
             "The compiled step": tables.step_rows(setup, schedule),
             "Time": tables.time_rows(setup, given, seconds),
             tables.efficiency_title(given): tables.efficiency_rows(efficiency),
-        },
+        }
+        | ({f"Ways to synchronise {count} devices": advice.rows(ways)} if count > 1 else {}),
     )
 
 

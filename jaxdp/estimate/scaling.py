@@ -4,7 +4,7 @@ Only shapes are used; nothing is allocated, except for a matrix product that `me
 """
 
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +69,12 @@ def measure_rate(config: ConfigDict) -> float:
     return done * 2 * rows * width * hidden / seconds / sharing
 
 
+def shapes(config: ConfigDict, vocab: int) -> tuple[Any, Any]:
+    """Returns the shapes of a config's parameters, and of its optimizer's state."""
+    params = parameter_shapes(Transformer(ModelConfig.from_config(config, vocab)))
+    return params, jax.eval_shape(get_optimizer(config, get_schedule(config)).init, params)
+
+
 def communication(collectives: list[Collective], count: int, network: Network) -> float:
     """Returns seconds per optimizer step: bytes / bandwidth, and latency of consecutive messages.
 
@@ -105,8 +111,7 @@ def efficiencies(
       {method: {devices: compute / (compute + communication)}}.
     """
     compute = compute_seconds(config, vocab, count, rate)
-    params = parameter_shapes(Transformer(ModelConfig.from_config(config, vocab)))
-    opt_state = jax.eval_shape(get_optimizer(config, get_schedule(config)).init, params)
+    params, opt_state = shapes(config, vocab)
     table: dict[str, dict[int, float]] = {}
     for name, method in methods.METHODS.items():
         other = with_value(config, "sync.method", name)

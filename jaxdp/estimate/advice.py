@@ -1,0 +1,96 @@
+"""Which way to synchronise some devices over some links: what changes the results least."""
+
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+
+from jaxdp.common.terminal import in_bytes
+from jaxdp.estimate import scaling
+from jaxdp.estimate.scaling import Network
+from jaxdp.sync import methods
+from jaxdp.sync.traffic import sent_per_step
+
+# What to try, the smallest change of the results first: the mean gradient, the same rounded, and
+# replicas that train alone for some steps, whose means are rounded.
+WAYS: tuple[dict[str, str | int], ...] = (
+    {"method": "gradient_mean", "dtype": "float32"},
+    {"method": "gradient_mean", "dtype": "int8"},
+    {"method": "gradient_mean", "dtype": "int4"},
+    {"method": "diloco", "every": 10, "dtype": "int4"},
+    {"method": "diloco", "every": 50, "dtype": "int4"},
+    {"method": "diloco", "every": 250, "dtype": "int4"},
+)
+ENOUGH = 0.9  # The share of the time in which devices should compute.
+
+
+class Way(NamedTuple):
+    """A way to synchronise.
+
+    Attributes:
+      keys: {key of sync: value}.
+      efficiency: compute / (compute + communication).
+      sent: bytes that a device sends to other islands, or to all devices, per optimizer step.
+    """
+
+    keys: dict[str, str | int]
+    efficiency: float
+    sent: float
+
+    @property
+    def flags(self) -> str:
+        """The keys as flags of a command."""
+        return " ".join(f"--config.sync.{key}={value}" for key, value in self.keys.items())
+
+
+def ways(
+    config: ConfigDict, vocab: int, devices: int, hosts: int, rate: float, network: Network
+) -> list[Way]:
+    """Predicts the efficiency of each of WAYS.
+
+    Args:
+      config: a valid config; its keys of sync are replaced.
+      vocab: vocabulary size.
+      devices: devices that share config.global_batch_size.
+      hosts: machines that they are in; an island each, if there are several devices in each.
+      rate: FLOP/s of a device.
+      network: the devices' links.
+    """
+    compute = scaling.compute_seconds(config, vocab, devices, rate)
+    params, opt_state = scaling.shapes(config, vocab)
+    found = []
+    for way in WAYS:
+        keys = dict(way)
+        if way["method"] == "diloco" and 1 < hosts < devices:
+            keys["islands"] = -1
+        other = config.copy_and_resolve_references()
+        other.sync.update({"islands": 0} | keys)
+        sent = methods.traffic(other, params, opt_state, devices, hosts)
+        waiting = scaling.communication(sent, devices, network)
+        outside = [c for c in sent if not c.inside]
+        found.append(Way(keys, compute / (compute + waiting), sent_per_step(outside, devices)))
+    return found
+
+
+def best(found: list[Way]) -> Way | None:
+    """Returns the first way that is efficient enough; None if none is."""
+    return next((way for way in found if way.efficiency >= ENOUGH), None)
+
+
+def rows(found: list[Way]) -> dict[str, str]:
+    """Returns the ways as rows of a table, and the advice as the last."""
+    table = {}
+    for way in found:
+        method, *others = (str(x) for key, x in way.keys.items() if key != "islands")
+        every = [f"every {x}" if x.isdigit() else x for x in others]
+        islands = ["islands" * ("islands" in way.keys)]
+        name = ", ".join(filter(None, [method, *every, *islands]))
+        table[name] = f"{way.efficiency:.1%}, a device sends {in_bytes(round(way.sent))} a step"
+        if "islands" in way.keys:
+            table[name] += " to other machines"
+    chosen = best(found)
+    table["advice"] = (
+        f"{chosen.flags} (of those above {ENOUGH:.0%}, it changes the results least)"
+        if chosen
+        else f"none reaches {ENOUGH:.0%}: take a larger batch, a smaller model, or faster links"
+    )
+    return table
