@@ -133,7 +133,7 @@ def _prepare(
     eval_sets.check(config)
     cache = open_cache(config, say)
     feed = Feed(config, cache, resuming.newest_position(workdir, config, say))
-    preflight.check_data(feed)
+    preflight.check_data(feed, say)
     preflight.check_init(config, workdir, feed.cache.vocab_size, say)
     feeds = {"": feed} | preflight.open_eval_sets(config, feed.cache, say)
     resolve_steps(config, feed, say)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxdp.common.errors import ConfigError
+from jaxdp.common.errors import ConfigError, shown
 from jaxdp.common.terminal import in_bytes
 from jaxdp.data import eval_sets, special_tokens
 from jaxdp.data.cache import TokenCache
@@ -26,8 +27,11 @@ from jaxdp.workdir import integrity
 from jaxdp.workdir.checkpoints import folder_of
 
 
-def check_data(feed: Feed) -> None:
-    """Refuses splits without a single sequence, and a sample prompt that can't be tokenised."""
+def check_data(feed: Feed, say: Callable[[str], None] = print) -> None:
+    """Refuses splits without a single sequence, and a sample prompt that can't be tokenised.
+
+    `say` is called with a warning if validation is on text that is trained on.
+    """
     # A single process imports TensorFlow later, while its step compiles; several processes would
     # drift apart.
     if "tensorflow" in sys.modules or jax.process_count() > 1:
@@ -36,6 +40,13 @@ def check_data(feed: Feed) -> None:
     for split in SPLITS:
         check_split(feed, split)
     config, cache = feed.config, feed.cache
+    train, evaluation = config.data.train_split, config.data.eval_split
+    named = re.search("tfds:|hf:", config.data.path)  # Else data.eval_fraction splits the files.
+    if named and (evaluation == train or evaluation.startswith(f"{train}[")):
+        say(
+            f"Evaluation is on text that is trained on: data.eval_split={shown(evaluation)} is in "
+            f"data.train_split={shown(train)}."
+        )
     if config.objective == "causal" and config.sample.num_tokens:
         try:
             sampled.prompt_tokens(config, cache)
@@ -150,9 +161,10 @@ def check_memory(setup: Setup) -> None:
     for key, needed in (("model", parameters), ("global_batch_size", parameters + batch)):
         if needed > room:
             raise ConfigError(
-                f"{key} is too large: model.num_layers={model.num_layers} and model.embed_dim="
-                f"{model.embed_dim} with {sizes.micro} sequences at once take at least "
-                f"{in_bytes(needed)} and a device has {in_bytes(room)}: make them smaller"
+                f"{key} is too large: model.num_layers={model.num_layers}, model.embed_dim="
+                f"{model.embed_dim}, and {sizes.micro} sequences of seq_len={model.seq_len} at "
+                f"once take at least {in_bytes(needed)} and a device has {in_bytes(room)}: make "
+                "them smaller"
             )
     least = memory.least_bytes(setup)
     if least > room:

@@ -5,7 +5,7 @@ import json
 import time
 from typing import Any
 
-from jaxdp.common.errors import RunError
+from jaxdp.common.errors import ConfigError, RunError
 from jaxdp.common.files import write_atomically
 from jaxdp.parallel import processes
 from jaxdp.parallel.replicas import free
@@ -66,13 +66,17 @@ def _diagnosis(run: Run, trouble: Trouble, state: State) -> RunError:
     found = divergence.diagnose(run.setup, run.replicas, trouble, state)
     run.display.table("Diverged", report.diagnosis(found))
     path = run.workdir / "diagnosis.json"
+    where = str(path)
     if processes.is_main():
         # JSON has neither infinity nor NaN, which matter most here: they become strings.
         values = json.loads(json.dumps(found), parse_constant=str)
-        write_atomically(path, json.dumps(values, indent=2) + "\n")
+        try:
+            write_atomically(path, json.dumps(values, indent=2) + "\n")
+        except ConfigError as error:
+            where = f"the table above ({error})"
     return RunError(
         f"diverged at step {trouble.step}: {trouble.reason}, after {run.judge.rollbacks} "
-        f"roll-backs; {path} names the data and the norms of each layer: lower "
+        f"roll-backs; {where} names the data and the norms of each layer: lower "
         "optimizer.learning_rate, or raise divergence.max_rollbacks, and run again to go on "
         "from the newest checkpoint"
     )

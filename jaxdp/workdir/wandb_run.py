@@ -1,5 +1,6 @@
 """The run in Weights & Biases (wandb) that a workdir's metrics are sent to."""
 
+import contextlib
 import json
 import uuid
 from collections.abc import Callable, Mapping
@@ -73,7 +74,8 @@ class WandbRun:
         """
         import wandb
 
-        self._say = say
+        self._say, self._told, self._teardown = say, False, wandb.teardown
+        self._folder = workdir / "wandb"
         options: dict[str, Any] = {
             "project": config.wandb_project,
             "dir": workdir,
@@ -89,15 +91,25 @@ class WandbRun:
         except Exception as error:  # As above; the server can refuse, be slow, or be away.
             say(
                 f"wandb can't be used ({first_line(error)}): training goes on, and logs for it in "
-                f"{workdir / 'wandb'}; send that later with wandb sync FOLDER."
+                f"{self._folder}; send that later with wandb sync FOLDER."
             )
             self._call(wandb.teardown)  # Its service still holds the id.
             self._run = self._call(wandb.init, **options, mode="offline")
+        # Asks wandb's service; steps before this one would be ignored.
+        self._first = self._call(lambda: self._run.step if self._run else 0) or 0
 
     def log(self, values: Mapping[str, float | None], step: int) -> None:
         """Logs the values of a step; after a failure, no more are logged."""
-        if self._run is not None:
+        if self._run is None:
+            return
+        if step >= self._first:
             self._call(self._run.log, dict(values), step=step)
+        elif not self._told:
+            self._told = True
+            self._say(
+                f"wandb has this run up to step {self._first - 1:,} already, and can't replace "
+                "that: until then its curves are those of before; metrics.jsonl has the new ones."
+            )
 
     def finish(self) -> None:
         """Ends the run; waits FINISH_SECONDS at most for what is still to be sent."""
@@ -109,5 +121,10 @@ class WandbRun:
             return function(*args, **options)
         except Exception as error:
             self._run = None
-            self._say(f"wandb has failed ({first_line(error)}): training goes on without it.")
+            self._say(
+                f"wandb has failed ({first_line(error)}): training goes on without it; what it has "
+                f"until now is in {self._folder}."
+            )
+            with contextlib.suppress(Exception):  # Else it would print a traceback at the end.
+                self._teardown()
             return None

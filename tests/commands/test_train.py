@@ -1,5 +1,6 @@
 """`python -m jaxdp.train` as a user starts it."""
 
+import contextlib
 import json
 import os
 import signal
@@ -14,12 +15,27 @@ from support.runs import CLOCKED, TIMES, figures, flags
 from support.texts import REPOSITORY
 
 
+@contextlib.contextmanager
+def nameless(folder):
+    """Makes the user of new interpreters a number without a name and a home, as in containers."""
+    (folder / "sitecustomize.py").write_text(
+        "import pwd\ndef unknown(_): raise KeyError\npwd.getpwuid = pwd.getpwnam = unknown\n"
+    )
+    with pytest.MonkeyPatch.context() as changed:
+        changed.setenv("PYTHONPATH", f"{folder}{os.pathsep}{REPOSITORY}")
+        for name in ("HOME", "XDG_CACHE_HOME", "KERAS_HOME"):
+            changed.delenv(name, raising=False)
+        yield
+    assert not (REPOSITORY / "~").exists()
+
+
 def test_a_run_and_all_it_leaves(config, tmp_path, command, fresh_command, monkeypatch):
-    """Also where stdout can't encode a character, as on clusters with an old locale."""
+    """Also where stdout can't encode a character (an old locale), and the user has no home."""
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
     workdir = tmp_path / "größe"
     config.num_train_steps, config.sample.num_tokens = 60, 8
-    out = fresh_command("train", *flags(config, workdir, eval_every=30), devices=2).stdout
+    with nameless(tmp_path):
+        out = fresh_command("train", *flags(config, workdir, eval_every=30), devices=2).stdout
     for text in (
         "2 x cpu in 1 process",
         "8 sequences x 16 tokens",

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxdp.common.errors import RunError
-from jaxdp.run import loop
+from jaxdp.run import divergence, loop, report
 from jaxdp.run.divergence import WINDOW, Divergence, Trouble, by_layer
 from jaxdp.run.rollback import roll_back
 from jaxdp.step.objective import Objective
@@ -219,3 +219,14 @@ def test_a_run_that_goes_back_too_often_ends_with_a_diagnosis(diverging, tmp_pat
     assert list(found["norms"]) == ["embed", "position_embed", "layer_0", "layer_1", "final_norm"]
     assert math.isfinite(found["norms"]["layer_1"]["parameters"])
     assert found["norms"]["layer_1"]["gradient"] == "NaN"
+
+
+def test_a_diagnosis_that_can_not_be_written_is_shown(config, tmp_path, monkeypatch):
+    (tmp_path / "diagnosis.json").mkdir()
+    monkeypatch.setattr(divergence, "diagnose", lambda *_: {"norms": {}})
+    monkeypatch.setattr(report, "diagnosis", dict)
+    run = Mock(config=config, workdir=tmp_path)
+    run.judge.rollbacks, run.judge.trouble = config.divergence.max_rollbacks, Trouble(5, "why")
+    with pytest.raises(RunError, match=r"at step 5: why.*; the table above \(.*json can't be wri"):
+        roll_back(run, None)
+    assert run.display.table.called

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from jaxdp.common.errors import ConfigError
+from jaxdp.data.cache import open_cache
+from jaxdp.data.feed import Feed
 from jaxdp.estimate import memory
 from jaxdp.run import loop, preflight, rounds, workdir_access
 from jaxdp.step.setup import make_setup
@@ -143,3 +145,20 @@ def test_files_that_only_their_owner_can_replace_are_refused(tmp_path, monkeypat
         ConfigError, match=r"config\.json belongs to user \d+, and user 54321 .*: change its owner"
     ):
         workdir_access.check_workdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("path", "train", "evaluation", "warned"),
+    [
+        ("tfds:a", "train", "train", True),
+        ("hf:a", "train", "train[99%:]", True),
+        ("tfds:a", "train[:99%]", "train[99%:]", False),
+        ("hf:a", "train", "", False),
+        ("text:a", "train", "train", False),  # It has no splits of its own.
+    ],
+)
+def test_evaluation_on_what_is_trained_on_is_said(config, path, train, evaluation, warned):
+    feed, said = Feed(config, open_cache(config)), []
+    config.data.update({"path": path, "train_split": train, "eval_split": evaluation})
+    preflight.check_data(feed, said.append)
+    assert bool(said) == warned and all("text that is trained on" in line for line in said)

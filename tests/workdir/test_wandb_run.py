@@ -1,7 +1,10 @@
 """Runs in Weights & Biases; the server is never asked."""
 
+import os
 import shutil
+import signal
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +16,12 @@ from jaxdp.workdir.metrics import MetricsWriter, read_jsonl
 
 def never(line):
     raise AssertionError(line)
+
+
+def children():
+    """The processes that this one has started, by Linux's list of its threads' children."""
+    tasks = Path(f"/proc/{os.getpid()}/task").glob("*/children")
+    return {int(number) for path in tasks for number in path.read_text().split()}
 
 
 @pytest.fixture
@@ -66,13 +75,13 @@ def fake(monkeypatch, config):
 
         return call
 
-    run = SimpleNamespace(log=does("log"), finish=does("finish"))
+    run = SimpleNamespace(log=does("log"), finish=does("finish"), step=0)
     errors = SimpleNamespace(UsageError=type("UsageError", (Exception,), {}))
     module = SimpleNamespace(Settings=dict, errors=errors)
     for name in ("init", "login", "teardown"):
         setattr(module, name, does(name))
     monkeypatch.setitem(sys.modules, "wandb", module)
-    return SimpleNamespace(calls=calls, failing=failing, errors=errors)
+    return SimpleNamespace(calls=calls, failing=failing, errors=errors, run=run)
 
 
 def test_without_a_key_a_run_is_refused(fake, config):
@@ -104,6 +113,17 @@ def test_the_training_goes_on_whatever_fails_in_wandb(name, fake, config, tmp_pa
     assert (("init", "offline") in fake.calls) == (name == "init")
 
 
+def test_what_wandb_would_ignore_is_said(fake, config, tmp_path):
+    """After a kill, a run goes on from a checkpoint before the last step that wandb has."""
+    fake.run.step = 4
+    said: list[str] = []
+    with MetricsWriter(tmp_path, config, 1, say=said.append) as writer:
+        for step in (2, 3, 4, 5):
+            writer.write(step, {"train/loss": 2.0})
+    assert [name for name, _ in fake.calls].count("log") == 2
+    assert len(said) == 1 and "wandb has this run up to step 3 already" in said[0]
+
+
 def test_wandb_itself_offline(config, place, monkeypatch, tmp_path):
     """A restart goes on with its run, and another workdir of the same name doesn't."""
     pytest.importorskip("wandb", reason="needs the extra wandb, of 70 MB")
@@ -119,3 +139,21 @@ def test_wandb_itself_offline(config, place, monkeypatch, tmp_path):
     ]
     own = [wandb_run.run_id(place(name), never) for name in ("a", "b")]
     assert ids == [[own[0]] * 2, [own[1]]]
+
+
+def test_wandb_itself_loses_its_service(config, place, monkeypatch):
+    """The last test: in this process wandb has no service from then on."""
+    wandb = pytest.importorskip("wandb", reason="needs the extra wandb, of 70 MB")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    config.wandb_project = "mine"
+    wandb.teardown()  # So that the service belongs to this run alone.
+    before, said = children(), []
+    with MetricsWriter(place("a"), config, 0, say=said.append) as writer:
+        writer.write(1, {"train/loss": 2.0})
+        for service in children() - before:
+            os.kill(service, signal.SIGKILL)
+        step = 1
+        while not said and step < 1000:
+            writer.write(step := step + 1, {"train/loss": 2.0})
+    assert [r["step"] for r in read_jsonl(place("a"))] == list(range(1, step + 1))
+    assert len(said) == 1 and "wandb has failed" in said[0] and "goes on without it" in said[0]
