@@ -63,7 +63,7 @@ def ways(
         if way["method"] == "diloco" and 1 < hosts < devices:
             keys["islands"] = -1
         other = config.copy_and_resolve_references()
-        other.sync.update({"islands": 0} | keys)
+        other.sync.update({"islands": 0, "fragments": 1, "delay": 0} | keys)
         sent = methods.traffic(other, params, opt_state, devices, hosts)
         waiting = scaling.communication(sent, devices, network)
         outside = [c for c in sent if not c.inside]

@@ -102,7 +102,18 @@ class ParameterMean(Sync):
 
 
 class DiLoCo(ParameterMean):
-    """diloco: DiLoCo (Douillard et al. 2023); each device keeps its inner optimizer's moments."""
+    """diloco: DiLoCo (Douillard et al. 2023); each device keeps its inner optimizer's moments.
+
+    From the parameters θ that all had at first, replica m comes to θₘ in H steps. Then
+
+        Δ = Σ wₘ (θ - θₘ)
+        v = μ v + Δ
+        θ = θ - η (Δ + μ v)
+
+    with η = sync.outer_learning_rate and μ = sync.outer_momentum: the mean change is the gradient
+    of an outer optimizer with Nesterov momentum. Our choice: wₘ is the replica's share of the
+    tokens, where the paper has 1 / K for K replicas, which it is if all have the same number.
+    """
 
     per_device_opt_state = True
     has_outer = True

@@ -42,6 +42,14 @@ def test_machines_of_several_devices_are_islands(config):
     assert islands[3].sent / single[3].sent == pytest.approx(1 / 4 / (7 / 4), rel=0.2)
 
 
+def test_ways_are_the_same_whatever_the_config_has(config):
+    before = found(config, 1e6)
+    config.sync.update(
+        {"method": "diloco", "every": 100, "fragments": 20, "delay": 4, "islands": 2}
+    )
+    assert found(config, 1e6) == before
+
+
 def test_a_plan_of_several_devices_ends_with_advice(config):
     def shown(**options):
         return repr(plan(config, tflops=1e-4, memory_gib=1e-6, report=lambda line: None, **options))
