@@ -69,6 +69,7 @@ class Budget(NamedTuple):
       devices: those that train.
       train: tokens of training text; 0: not known.
       validation: tokens of the validation split; 0: not known.
+      ratio: tokens for each parameter.
     """
 
     hours: float
@@ -76,6 +77,7 @@ class Budget(NamedTuple):
     devices: Sequence[jax.Device]
     train: int = 0
     validation: int = 0
+    ratio: float = TOKENS_PER_PARAMETER
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +184,7 @@ def best_size(config: ConfigDict, budget: Budget, rate: float) -> Size:
         """Log of how many times as many tokens there is time for as the rule asks for."""
         (a, b), (c, d) = (cost_of(size.width, n) for n in (1, 2))  # Each layer adds the same.
         parameters, per_token = a + (size.layers - 1) * (c - a), b + (size.layers - 1) * (d - b)
-        return math.log(flops / per_token / parameters / TOKENS_PER_PARAMETER)
+        return math.log(flops / per_token / parameters / budget.ratio)
 
     def distance(size: Size) -> float:
         return abs(excess(size)) + 0.1 * abs(math.log(size.width / size.layers / 64))
