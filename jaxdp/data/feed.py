@@ -78,7 +78,7 @@ class Feed:
         if c.num_epochs:
             after = min(after, max(end, before))
         taken = turns.taken(after) + self.origin.ahead(turns)
-        return pipeline.Position(step, tuple(taken.tolist()))
+        return pipeline.Position(step, tuple(taken.tolist()), self.origin.shuffle)
 
     def first_tokens(self, step: int) -> list[int]:
         """Returns the training tokens at which the sequences of a step's global batch begin."""

@@ -21,7 +21,9 @@ from jaxdp.workdir import integrity
 from jaxdp.workdir.checkpoints import folder_of
 from jaxdp.workdir.reading import patiently
 
-POSITION = "sequences"  # In a checkpoint's JSON: the sequences taken from each source.
+# In a checkpoint's JSON: the sequences taken from each source, and how they are shuffled.
+POSITION = "sequences"
+SHUFFLE = "shuffle"
 
 # Keys that decide the learning rate of a step.
 SCHEDULE = (
@@ -57,8 +59,9 @@ def newest_position(
                 extra = patiently(read, str(folder / str(step)), say)
                 found = position_of(workdir, config, step, extra)
                 break
-    step, taken = json.loads(messages.from_main(json.dumps([found.step, found.taken])))
-    return Position(step, tuple(taken))
+    told = json.dumps([found.step, found.taken, found.shuffle])
+    step, taken, shuffle = json.loads(messages.from_main(told))
+    return Position(step, tuple(taken), shuffle)
 
 
 def position_of(workdir: Path, config: ConfigDict, step: int, extra: dict[str, Any]) -> Position:
@@ -80,7 +83,7 @@ def position_of(workdir: Path, config: ConfigDict, step: int, extra: dict[str, A
             f"data.path={shown(config.data.path)} has {len(shares)} sources, and checkpoint {step} "
             f"was trained on {len(taken)}: use the old data.path, or another --workdir"
         )
-    return Position(step, tuple(taken))
+    return Position(step, tuple(taken), extra.get(SHUFFLE, 1))
 
 
 def _taken_by_config(workdir: Path, config: ConfigDict, step: int) -> list[int]:

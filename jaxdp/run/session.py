@@ -260,6 +260,7 @@ class Run:
         """
         self.watchdog.beat("saving", done, slow=True)
         line = self._writer.line(done)
+        position = self.setup.feed.position(done)
         extra: dict[str, Any] = {
             "digest": self.setup.feed.cache.digest,
             "tokenizer": self._tokenizer_digest,
@@ -267,7 +268,8 @@ class Run:
             "stopping": self.stopping.to_json(),
             "loss": self._loss.to_json(),
             "micro": self.setup.sizes.micro,
-            resuming.POSITION: list(self.setup.feed.position(done).taken),
+            resuming.POSITION: list(position.taken),
+            resuming.SHUFFLE: position.shuffle,
         }
         if evaluating:
             extra["line"] = line

@@ -82,22 +82,22 @@ def save_extra(workdir, step, extra):
 
 def test_the_position_is_the_newest_checkpoints(config, tmp_path):
     assert resuming.newest_position(tmp_path, config) == Position()
-    save_extra(tmp_path, 3, integrity.sealed({"sequences": [24]}))
-    path = save_extra(tmp_path, 12, integrity.sealed({"sequences": [99]}))
-    assert resuming.newest_position(tmp_path, config) == Position(12, (99,))
+    save_extra(tmp_path, 3, integrity.sealed({"sequences": [24], "shuffle": 2}))
+    path = save_extra(tmp_path, 12, integrity.sealed({"sequences": [99], "shuffle": 1}))
+    assert resuming.newest_position(tmp_path, config) == Position(12, (99,), 1)
     path.write_text(path.read_text().replace("99", "98"))  # Damaged: restoring will say so.
-    assert resuming.newest_position(tmp_path, config) == Position(3, (24,))
+    assert resuming.newest_position(tmp_path, config) == Position(3, (24,), 2)
 
 
 def test_an_older_versions_checkpoint_had_the_batch_size_of_its_config(config, tmp_path):
     configs.save(config, tmp_path / "config.json")
     config.global_batch_size = 64
-    assert resuming.position_of(tmp_path, config, 5, {}) == Position(5, (40,))
+    assert resuming.position_of(tmp_path, config, 5, {}) == Position(5, (40,), 1)
     config.data.path = MIXTURE
     config.global_batch_size = 8
     configs.save(config, tmp_path / "config.json")
     config.data.path = "0.5*text:a.txt+0.5*text:b.txt"
-    assert resuming.position_of(tmp_path, config, 5, {}) == Position(5, (30, 10))
+    assert resuming.position_of(tmp_path, config, 5, {}) == Position(5, (30, 10), 1)
 
 
 def test_another_number_of_sources_is_refused(config, tmp_path):
