@@ -133,6 +133,14 @@ def test_pytest_commands_find_tests(page):
             assert not words or any(word in found for word in words), (file, words)
 
 
+def test_the_commands_that_test_claims_stand_on_one_page():
+    """But for one that prints a table of the page it stands on."""
+    for page, text in TEXT.items():
+        if page.startswith("docs/") and page.endswith(".md") and page != "docs/tests.md":
+            named = [line for line in text.splitlines() if "pytest tests/" in line]
+            assert all("| grep" in line for line in named), f"{page}: move it to docs/tests.md"
+
+
 def test_pytest_commands_are_found():
     """So that the test above has something to do."""
     found = [command for text in TEXT.values() for command in pytest_commands(text)]
