@@ -34,7 +34,7 @@ CONFIG = config_flags.DEFINE_config_file("config", "configs/quickstart.py", "Its
 PROCESSES = flags.DEFINE_integer("processes", 2, "Processes, each an island of one device.", 2, 4)
 MBIT = flags.DEFINE_float("mbit", 100.0, "Mbit/s that each process can send.", 1e-3)
 DELAY = flags.DEFINE_float("delay_ms", 0.0, "Milliseconds until it arrives.", 0.0)
-STEPS = flags.DEFINE_integer("steps", 100, "Steps of each run, a multiple of 50.", 50)
+STEPS = flags.DEFINE_integer("steps", 100, "Steps of each run, a multiple of 50.", 100)
 flags.register_validator("steps", lambda steps: steps % 50 == 0, "rounds have up to 50 steps")
 
 CHOICES = {
