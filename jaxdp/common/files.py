@@ -5,10 +5,11 @@ import errno
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from jaxdp.common.errors import ConfigError
 
@@ -125,6 +126,27 @@ def require_space(folder: Path, size: int) -> None:
     """Raises OSError (ENOSPC) if the disk of a folder has less than `size` bytes free."""
     if shutil.disk_usage(folder).free < size:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def temporary_file() -> IO[bytes]:
+    """Opens a file without a name, which is gone when it is closed.
+
+    Raises:
+      ConfigError: no folder for temporary files can be written.
+    """
+    try:
+        return tempfile.TemporaryFile()
+    except OSError as error:
+        raise no_temporary_files(error) from None
+
+
+def no_temporary_files(error: OSError) -> ConfigError:
+    """Returns the error to raise where a temporary file can't be made or written."""
+    folder = tempfile.tempdir or "TMPDIR"
+    return ConfigError(
+        f"{folder} takes no temporary file ({reason(error)}): {way_out(reason(error))}, or set "
+        "TMPDIR to another folder"
+    )
 
 
 def first_line(error: BaseException) -> str:

@@ -7,13 +7,13 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from jaxdp.common.errors import ConfigError, RunError, shown
+from jaxdp.common.files import temporary_file
 
 # The time that training takes grows with the square of the length of a word, and some texts are
 # one word of millions of letters: DNA, base64, logs. So longer words are cut.
@@ -56,7 +56,7 @@ def train(
       RunError: that process ended before it was done, for lack of memory, for example.
     """
     job = {"size": size, "specials": specials}
-    with tempfile.TemporaryFile() as result, tempfile.TemporaryFile() as errors:
+    with temporary_file() as result, temporary_file() as errors:
         process = subprocess.Popen(
             [sys.executable, "-m", __name__],
             stdin=subprocess.PIPE,

@@ -5,11 +5,11 @@ Each kind has a function to count the records of a file and one to read those af
 
 import contextlib
 import csv
+import errno
 import itertools
 import json
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from jaxdp.common.errors import ConfigError, shown
+from jaxdp.common.files import no_temporary_files, temporary_file
 from jaxdp.data import files
 from jaxdp.data.example import Example
 
@@ -177,11 +178,16 @@ def _parquet(path: Path) -> Iterator[Any]:
         try:
             file: Any = str(path)
             if path.suffix.lower() in files.COMPRESSED:
-                file = stack.enter_context(tempfile.TemporaryFile())
+                file = stack.enter_context(temporary_file())
                 with files.opened(path) as source:
                     shutil.copyfileobj(source, file)
+                    file.flush()
             opened = stack.enter_context(pyarrow.parquet.ParquetFile(file))
         except (OSError, EOFError, pyarrow.ArrowException) as error:
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                with contextlib.suppress(OSError):  # It tries to write again.
+                    file.close()
+                raise no_temporary_files(error) from None
             raise ConfigError(
                 f"data.path: {path} can't be read as Parquet ({shown(error, as_text=str)}): fetch "
                 "it again, or leave it out"

@@ -1,6 +1,7 @@
 """A conversation with a model that was trained on chats."""
 
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ class Conversation:
                 f"--chat needs a chat template, and --workdir={workdir} has none: train on chats, "
                 "with data.messages_key"
             )
-        self._template = Template(source, self._run.words)
+        self._template = Template(source, self._run.words, datetime.now())
         self._params, _ = self._run.params("newest", report)
         self._stop = self._template.stop_ids()
         self._num_tokens, self._options = num_tokens, options

@@ -1,11 +1,15 @@
 import errno
+import gzip
 import os
 import shutil
+import tempfile
 
 import pytest
 
 from jaxdp.common.errors import ConfigError
 from jaxdp.common.files import PatientFile, reason, way_out, write_atomically
+from jaxdp.data import records
+from jaxdp.data.cache import open_cache
 from support.processes import limited
 
 
@@ -97,3 +101,16 @@ def test_a_file_that_is_removed_is_begun_again(tmp_path, full_disk):
     full_disk.room = 100
     file.write(b"three\n")
     assert path.read_bytes() == b"two\nthree\n" and file.renewed
+
+
+def test_temporary_files_need_a_folder_with_room(tmp_path, monkeypatch, config):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    config.tokenizer, config.data.cache_dir = "train:bpe:300", str(tmp_path / "cache")
+    with pytest.raises(ConfigError, match=rf"{tmp_path}/none takes no temporary file .*TMPDIR"):
+        open_cache(config)
+    (tmp_path / "a.parquet.gz").write_bytes(gzip.compress(b"x"))
+    full = open("/dev/full", "w+b", 4096)  # noqa: SIM115  The reader closes it.
+    monkeypatch.setattr(records, "temporary_file", lambda: full)
+    config.data.path, config.tokenizer = f"{tmp_path}/a.parquet.gz", "byte"
+    with pytest.raises(ConfigError, match=r"takes no temporary file \(No space left.*make room"):
+        open_cache(config)

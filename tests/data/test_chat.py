@@ -1,6 +1,7 @@
 """Chats: what of them is learnt, however they are packed; and that it is learnt."""
 
 import json
+from datetime import datetime
 
 import numpy as np
 import pytest
@@ -92,6 +93,13 @@ def test_turns_that_are_written_in_another_way_later_are_learnt_apart(tmp_path):
         "<s> user sky <end> <s> assistant blue <end> <s> user grass <end> "
         "<s> assistant [?] [green] [<end>]",
     ]
+
+
+def test_texts_to_train_on_do_not_depend_on_the_day(tmp_path):
+    words, source = save(tmp_path), TEMPLATE + "{{ strftime_now('%d %b %Y') }}"
+    assert Template(source, words).render(TWO_TURNS, False).endswith("26 Jul 2024")
+    now = Template(source, words, datetime(2030, 1, 2))
+    assert now.render(TWO_TURNS, False).endswith("02 Jan 2030")
 
 
 def test_an_answer_ends_with_the_turn_or_the_document(tmp_path):
