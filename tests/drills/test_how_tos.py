@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,6 @@ from support.processes import command
 from support.steps import start, train
 from support.texts import REPOSITORY, TEXT
 
-PAGES = ("first_model", "finetune", "gpus", "machines", "out_of_memory", "sizes", "sweeps")
 # Blocks that are not run here, by page and beginning, and why.
 NOT_RUN = {
     ("first_model", "git clone"): "installs jaxdp, as CI does",
@@ -35,6 +35,7 @@ NOT_RUN = {
         "sizes",
         "python -m jaxdp.plan",
     ): "takes the time that it is given; tests/estimate/test_budget.py",
+    ("which_sync", "python -m jaxdp.plan"): "compiles for H100s, for minutes",
     ("new_method", "JAX_NUM_CPU_DEVICES=4"): "needs the method's name in the code; tried below",
 }
 ON_THE_HUB = {"Qwen/Qwen3-0.6B": "first"}  # The model that first_model.md exports takes its place.
@@ -216,10 +217,12 @@ def test_a_new_method_does_what_its_page_says(sign_vote, config, tmp_path, capsy
     assert "sign_vote" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("page", [*PAGES, "new_method"])
-def test_each_block_runs_or_has_a_reason_not_to(page):
-    found = blocks(page)
-    assert found
-    for at, begins in NOT_RUN:
-        if at == page:
-            assert sum(block.startswith(begins) for block in found) == 1, begins
+def test_each_how_to_is_tried_and_each_reason_is_of_a_block():
+    """Pages are tried above by their names; those that only explain have no blocks."""
+    for (page, begins), why in NOT_RUN.items():
+        assert why and sum(block.startswith(begins) for block in blocks(page)) == 1, begins
+    site = (REPOSITORY / "mkdocs.yml").read_text()
+    how_tos = site.partition("- How to:")[2].partition("- Explained:")[0]
+    for page in ["first_model", *re.findall(r"(\w+)\.md", how_tos)]:
+        run = [block for block in blocks(page) if not reason(page, block)]
+        assert not run or f'run_page("{page}"' in Path(__file__).read_text(), page
