@@ -4,8 +4,9 @@
         --config.data.path=tinyshakespeare.txt
 
 Rotary positions (Su et al. 2021), SwiGLU (Shazeer 2020) and Muon (Jordan et al. 2024) replace
-learned positions, GELU and AdamW; the rest is as in shakespeare_char_cpu.py.
-Expect: validation loss 1.55 over the entire validation split (1.554, 1.559 and 1.551 with seeds 0
+learned positions, GELU and AdamW, and there are norms of queries and keys, projections that start
+as zeros, and embeddings added to each block's input; docs/recipes.md says what each gains.
+Expect: validation loss 1.546 over the entire validation split (1.551, 1.549 and 1.538 with seeds 0
 to 2), in 4 minutes on 2 CPU cores; nanoGPT publishes 1.88 for as many parameters, steps and tokens.
 """
 
@@ -20,5 +21,11 @@ def get_config() -> ConfigDict:
     c.model.positions = "rotary"
     c.model.activation = "swiglu"
     c.model.mlp_dim = 344  # 8/3 of 128: as many parameters as GELU's 4 x 128.
+    c.model.qk_norm = True
+    c.model.zero_init = True
+    c.model.embed_residual = True
     c.optimizer.name = "muon"
+    c.optimizer.learning_rate = 6e-3
+    c.optimizer.schedule = "linear"
+    c.optimizer.final_fraction = 0.0
     return c
