@@ -10,9 +10,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxdp.common.config import save
 from jaxdp.common.errors import ConfigError, RunError, Stopped
-from jaxdp.common.files import way_out, write_atomically
+from jaxdp.common.files import way_out
 from jaxdp.common.terminal import Display
 from jaxdp.data import tokenizer
 from jaxdp.data.batch import Batch
@@ -37,6 +36,7 @@ from jaxdp.step.program import Program, pmapped_evaluation
 from jaxdp.step.setup import Setup
 from jaxdp.step.state import State, abstract_state, create_state, fields_of, per_device_fields
 from jaxdp.sync.fingerprints import ReplicaCheck
+from jaxdp.workdir import finished
 from jaxdp.workdir.checkpoints import Checkpoints
 from jaxdp.workdir.metrics import MetricsWriter
 
@@ -154,7 +154,9 @@ class Run:
 
     def begin(self, start: int) -> None:
         """Writes config and tokenizer, opens the metrics files, and starts to measure speed."""
-        messages.on_main(self._describe)
+        messages.on_main(
+            lambda: finished.describe(self.workdir, self.config, self.setup.feed.cache)
+        )
         self.watchdog.beat("opening the metrics", start, slow=True)
         self._writer = self._resources.enter_context(
             MetricsWriter(
@@ -175,13 +177,6 @@ class Run:
         )
         profile = Profile(self.config, self.workdir, start, self.display.line)
         self.rounds = Rounds(self.program, self.log, profile, self.display, self.watchdog, start)
-
-    def _describe(self) -> None:
-        save(self.config, self.workdir / "config.json")
-        text = self.setup.feed.cache.tokenizer.to_str(pretty=True)
-        write_atomically(self.workdir / "tokenizer.json", text)
-        if template := self.setup.feed.cache.chat_template:
-            write_atomically(self.workdir / tokenizer.TEMPLATE, template)
 
     def asked_to_stop(self) -> bool:
         """Returns whether all processes stop here; all have to call this at the same points."""
@@ -279,7 +274,7 @@ class Run:
         if processes.is_main() and not (self.workdir / "config.json").exists():
             with contextlib.suppress(ConfigError, OSError):  # Then the checkpoint fails, too.
                 self.workdir.mkdir(parents=True, exist_ok=True)
-                self._describe()
+                finished.describe(self.workdir, self.config, self.setup.feed.cache)
         self.saved = done
         self.checkpoints.save(done, state, extra)
 

@@ -1,4 +1,4 @@
-"""A trained model, opened from the workdir of its run."""
+"""A trained model in the workdir of its run: what describes it there is written and opened."""
 
 import dataclasses
 from collections.abc import Callable
@@ -10,7 +10,9 @@ from tokenizers import Tokenizer
 
 from jaxdp.common import config as configs
 from jaxdp.common import paths
+from jaxdp.common.files import write_atomically
 from jaxdp.data import tokenizer
+from jaxdp.data.cache import TokenCache
 from jaxdp.model.architecture import ModelConfig
 from jaxdp.model.transformer import Transformer, parameter_shapes
 from jaxdp.workdir import parameters
@@ -42,6 +44,18 @@ class Trained:
         expected = {"tokenizer": tokenizer.digest(self.words)}
         shapes = parameter_shapes(self.model)
         return parameters.load_params(self.workdir, shapes, expected, report, which=which)
+
+
+def describe(workdir: Path, config: ConfigDict, cache: TokenCache) -> None:
+    """Writes what `open_workdir` reads: the config, the tokenizer, and the template of chats.
+
+    Raises:
+      ConfigError: a file can't be written.
+    """
+    configs.save(config, workdir / "config.json")
+    write_atomically(workdir / "tokenizer.json", cache.tokenizer.to_str(pretty=True))
+    if cache.chat_template:
+        write_atomically(workdir / tokenizer.TEMPLATE, cache.chat_template)
 
 
 def open_workdir(workdir: str | Path) -> Trained:
