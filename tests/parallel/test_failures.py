@@ -1,11 +1,13 @@
 import json
+import os
+import threading
 
 import jax
 import pytest
 
 from jaxdp.common.errors import ConfigError, RunError
 from jaxdp.parallel import failures, processes
-from jaxdp.parallel.links import Links
+from jaxdp.parallel.links import ENDED, Links
 
 
 class Store:
@@ -41,3 +43,23 @@ def test_the_first_failure_is_told_to_the_others(monkeypatch, error, status, tex
     with pytest.raises(ValueError), failures.shared(Links({})):
         raise ValueError("later")
     assert json.loads(store.values[failures.FAILED])[0] == 3
+
+
+class Lost(Links):
+    """Connections that have lost process 0."""
+
+    def __init__(self):
+        super().__init__({})
+        self.told = [{0: ENDED}]
+
+    def lost(self):
+        return self.told.pop() if self.told else super().lost()
+
+
+def test_the_end_of_process_0_ends_this_one_before_jax_does(monkeypatch, capsys):
+    ended = threading.Event()
+    monkeypatch.setattr(processes.distributed.global_state, "client", Store())
+    monkeypatch.setattr(os, "_exit", lambda status: status == 1 and ended.set())
+    with failures.shared(Lost()):
+        assert ended.wait(60)
+    assert capsys.readouterr().err == f"jaxdp: process 0 has failed: {ENDED}\n"
