@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 from optax.contrib import MuonDimensionNumbers, MuonState, scale_by_muon
 
 from jaxdp.model.matrices import dimensions, fans
@@ -116,8 +117,9 @@ def orthogonalise(x: jax.Array) -> jax.Array:
     These values are from 0.73 to 1.27 in the end, but for those that were below 0.01: they grow up
     to 78 times.
 
-    No matrix is transposed: XLA may sum a transposed matrix in another order in programs for one
-    device than in those for several, and fixed_order's results would depend on their number.
+    XLA adds in another order where it has other numbers of threads or devices, which fixed_order
+    must not depend on: in sums over whole matrices, and in products of a matrix that is transposed
+    in the same operation. So there are none of these here.
 
     Args:
       x: [n, I, O] float32.
@@ -125,12 +127,17 @@ def orthogonalise(x: jax.Array) -> jax.Array:
     Returns:
       [n, I, O] float32. A matrix of zeros stays one.
     """
-    # So that powers of small numbers don't underflow.
-    x /= jnp.sqrt(jnp.sum(jnp.square(x), (1, 2), keepdims=True)) + EPSILON
     tall = x.shape[1] > x.shape[2]
-    gram = jnp.einsum("nji,njk->nik" if tall else "nij,nkj->nik", x, x)  # [n, s, s]
+    if tall:
+        gram = lax.optimization_barrier(jnp.swapaxes(x, 1, 2)) @ x  # [n, s, s]
+    else:
+        gram = jnp.einsum("nij,nkj->nik", x, x)
+    # Divided by X's Frobenius norm, so that powers of small numbers don't underflow.
+    size = jnp.sqrt(jnp.trace(gram, axis1=1, axis2=2))[:, None, None] + EPSILON
+    gram /= jnp.square(size)
     square = gram @ gram
-    norm = jnp.sqrt(jnp.sqrt(jnp.sum(jnp.square(square), (1, 2), keepdims=True))) + EPSILON
+    rows = jnp.square(square) @ jnp.ones((gram.shape[-1], 1), gram.dtype)
+    norm = jnp.sqrt(jnp.sqrt(jnp.sum(rows, 1, keepdims=True))) + EPSILON
     gram, square = gram / norm, square / jnp.square(norm)
 
     def polynomial(coefficients, gram, square):
@@ -138,7 +145,7 @@ def orthogonalise(x: jax.Array) -> jax.Array:
         return a * jnp.eye(gram.shape[-1], dtype=gram.dtype) + b * gram + c * square
 
     factor = polynomial(POLYNOMIALS[0], gram, square)
-    total = factor / jnp.sqrt(norm)
+    total = factor / (jnp.sqrt(norm) * size)
     for coefficients in POLYNOMIALS[1:]:
         gram = factor @ (factor @ gram)  # The Gram matrix of X after the last factor.
         factor = polynomial(coefficients, gram, gram @ gram)
