@@ -16,7 +16,7 @@ CONFIGS = {
     "synchronisation": default.get_config,
     "finetuning": default.get_config,
 }
-RECORDED = ("quickstart", "synchronisation")  # They keep what they showed.
+RECORDED = CONFIGS  # They keep what they showed.
 SMALL_RUN = """
     "data.path": {text!r},
     "data.cache_dir": "tokens",
