@@ -192,6 +192,9 @@ def load(path: Path) -> ConfigDict:
         values = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise TypeError("no JSON object")
+        for key, default_value in default.get_config().items():
+            if isinstance(default_value, ConfigDict) and not isinstance(values.get(key, {}), dict):
+                raise TypeError(f"{key} holds no keys")
         _add_missing(values)
         config = ConfigDict(values)
         _check_saved(config)

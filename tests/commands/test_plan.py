@@ -49,7 +49,7 @@ def test_the_plot_is_written(command, tmp_path):
     [
         ((), "--config is missing"),
         (("--devices=0",), "--devices"),
-        (("--devices=3",), "global_batch_size=8"),
+        (("--devices=3",), "--devices=3 is more than this machine has"),
         (("--gpu=h100", "--devices=8", "--hosts=3"), "--hosts=3"),
         (("--gpu=b300",), "--gpu='b300'"),
         (("--mfu=2",), "--mfu"),

@@ -224,7 +224,9 @@ def test_saving_replaces_the_file_and_leaves_no_other(config, tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", "\xff", '{"model": {"a.b": 1}}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "3", "null", "\xff", '{"model": {"a.b": 1}}', '{"data": 3}']
+)
 def test_a_damaged_config_is_refused_in_one_line(text, tmp_path):
     path = tmp_path / "config.json"
     path.write_text(text, encoding="latin-1")

@@ -10,7 +10,7 @@ from jaxdp.common.errors import ConfigError
 from jaxdp.data import eval_sets
 from jaxdp.data.cache import open_cache
 from jaxdp.run import evaluation, loop
-from jaxdp.workdir import curves
+from jaxdp.workdir import curve_figure, curves
 from support.bad_input import Reached, assert_clear, tries
 from support.runs import after, figures
 
@@ -113,7 +113,7 @@ def test_a_run_may_go_on_with_other_sets(config, train, tmp_path):
 def test_the_plot_draws_them(train, tmp_path):
     train(tmp_path / "run")
     run = curves.curves(str(tmp_path / "run"))
-    loss = curves.draw({"run": run}).axes[0]
+    loss = curve_figure.draw({"run": [run]}).axes[0]
     drawn = [line.get_ydata().tolist() for line in loss.lines]
     for name in ("eval/loss", "eval/easy/loss", "eval/hard/loss"):
         assert list(losses(tmp_path / "run", name).values()) in drawn
