@@ -58,10 +58,10 @@ CONTESTANTS = {
     "fixed_order": {"method": "fixed_order"},
     "parameter_mean-10": local("parameter_mean", 10),
     "diloco-10": local("diloco", 10),
-    "diloco-3-int4": local("diloco", 3, outer_momentum=0.5, dtype="int4"),
+    "diloco-3-int4": local("diloco", 3, outer_momentum=0.3, dtype="int4"),
     "diloco-10-int4": local("diloco", 10, outer_momentum=0.5, dtype="int4"),
-    "diloco-14-int4": local("diloco", 14, outer_momentum=0.5, dtype="int4"),
-    "diloco-52-int4": local("diloco", 52, outer_momentum=0.5, dtype="int4"),
+    "diloco-14-int4": local("diloco", 14, outer_momentum=0.7, dtype="int4"),
+    "diloco-52-int4": local("diloco", 52, outer_momentum=0.7, dtype="int4"),
 }
 
 
