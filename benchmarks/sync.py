@@ -50,7 +50,7 @@ def local(method: str, every: int, **keys):
     return {"method": method, "every": every, **keys}
 
 
-# The keys of config.sync. Names are those of workdirs.
+# {name, with which the workdirs' names begin: the keys of config.sync to change}
 CONTESTANTS = {
     "gradient_mean": {},
     "gradient_mean-int4": {"dtype": "int4"},

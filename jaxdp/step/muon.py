@@ -80,7 +80,7 @@ def orthogonalised_momentum(beta: float) -> optax.GradientTransformation:
 
 
 def _orthogonalise_all(tree):
-    """Maps `orthogonalise` over hidden matrices, of which those of one shape are joined.
+    """Orthogonalises all hidden matrices, in batches of one shape.
 
     One product of many small matrices takes less time than many products.
     """

@@ -15,7 +15,7 @@ Tree = Any
 
 
 class Buckets:
-    """Groups of a tree's leaves, of which each is sent as one array.
+    """Groups of a tree's leaves; a collective sends each group as one array.
 
     A collective for each leaf would take its latency each time; a single one could not start before
     the backward pass has ended (as in PyTorch's DDP, Li et al. 2020).

@@ -1,8 +1,8 @@
 """Slices of parameters in which hidden matrices stay whole, for optimizers that need these.
 
-All hidden matrices of one shape are a stack, of which each device is dealt the same number. Zeros
-fill it up where the number of devices doesn't divide that of matrices. All other parameters are cut
-as by `islands.slices`. The functions also take trees of a masked optimizer's moments, which have
+All hidden matrices of one shape are stacked, and each device gets an equal number of them. Where
+the matrices can't be divided equally, matrices of zeros are added. All other parameters are cut as
+by `islands.slices`. The functions also take trees of a masked optimizer's moments, which have
 optax's MaskedNode for some parameters.
 
 Shapes: n matrices of I inputs and O outputs, k of them for each device, S numbers in a slice.

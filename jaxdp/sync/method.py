@@ -167,7 +167,7 @@ class Sync:
         raise NotImplementedError
 
     def load_residual(self, saved: Tree, like: Tree, old: Islands, new: Islands) -> Tree:
-        """Converts residuals of some devices to those of others; see `move_residual`."""
+        """Converts residuals saved on some devices for other devices; see `move_residual`."""
         return compression.move_residual(saved, like, old, new)
 
     def traffic(self, params: Tree, opt_state: Tree, device_count: int) -> list[Collective]:

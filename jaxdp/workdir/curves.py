@@ -128,7 +128,7 @@ def seeds(runs: Mapping[str, str]) -> dict[str, list[str]]:
         members = [name for same in group.values() for name in same]
         if len(members) == len(group) > 1:
             found[f"{members[0]} ... {members[-1]} ({len(group)} seeds)"] = members
-        else:  # A single run, or the same seed twice, of which a mean says nothing.
+        else:  # A single run; or one seed twice, and their mean would say nothing.
             found |= {name: [name] for name in members}
     return found
 

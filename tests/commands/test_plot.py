@@ -113,7 +113,7 @@ def test_runs_that_differ_only_in_their_seed_are_their_mean_in_a_band(tmp_path):
     mean, _, other, _ = figure.axes[0].lines
     assert mean.get_xydata().tolist() == [[1, 2], [2, 3]]  # Of 1, 2, 3 and of 2, 3, 4.
     assert other.get_xydata().tolist() == [[1, 1], [2, 2]]
-    [training, _] = figure.axes[0].collections  # Its band, and that of the validation.
+    [training, _] = figure.axes[0].collections  # The bands of both losses.
     low, high = training.get_datalim(figure.axes[0].transData).intervaly
     assert (low, high) == (1, 4)
     said = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
