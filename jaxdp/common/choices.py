@@ -11,7 +11,7 @@ CHOICES = {
     "optimizer.name": ("adamw", "lion", "sgd", "muon"),
     "optimizer.schedule": ("cosine", "linear", "wsd", "constant"),
     "sync.method": ("gradient_mean", "parameter_mean", "diloco", "sharded", "fixed_order"),
-    "sync.dtype": ("float32", "bfloat16", "int8", "int4"),
+    "sync.dtype": ("float32", "bfloat16", "int8", "int4", "int2", "int1"),
 }
 
 # Optimizers whose update of a weight matrix needs the whole matrix, not a slice of it.

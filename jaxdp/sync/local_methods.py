@@ -119,7 +119,7 @@ class DiLoCo(ParameterMean):
     has_outer = True
     starts_late = False
     has_fragments = True
-    dtypes = ("float32", "int8", "int4")
+    dtypes = ("float32", *compression.BITS)
 
     def __init__(self, config, axis_name, island_count=0):
         super().__init__(config, axis_name, island_count)

@@ -37,7 +37,7 @@ class Sync:
     has_islands = False  # Devices may be grouped into islands, by sync.islands.
     has_fragments = False  # Can synchronise the model in parts, and late.
     # Values of sync.dtype that it can send.
-    dtypes: tuple[str, ...] = ("float32", "bfloat16", "int8", "int4")
+    dtypes: tuple[str, ...] = ("float32", "bfloat16", *BITS)
     every = 1  # Optimizer steps in a round.
     delay = 0  # The last of them, which are made while the devices synchronise ...
     exchanges = 0  # ... in so many exchanges, one after the other.

@@ -105,7 +105,7 @@ def test_a_run_that_is_asked_to_stop_evaluates_when_it_resumes(config, tmp_path,
     assert loop.train(config, tmp_path / "parts", devices=devices).evaluations == {}
 
 
-COMPRESSED = {"gradient_mean": "int4", "sharded": "int8", "diloco": "int4"}
+COMPRESSED = {"gradient_mean": "int4", "sharded": "int8", "diloco": "int1"}
 
 
 @pytest.mark.parametrize("method", METHODS)

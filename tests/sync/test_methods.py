@@ -169,7 +169,7 @@ def test_gradient_mean_is_not_the_same_to_the_bit(config):
         ("parameter_mean", {}, 2),
         ("parameter_mean", {"islands": 2}, 2),
         ("diloco", {}, 2),
-        ("diloco", {"islands": 2, "dtype": "int4"}, 2),
+        ("diloco", {"islands": 2, "dtype": "int2"}, 2),
         ("diloco", {"fragments": 2}, 1),
         ("diloco", {"fragments": 2, "dtype": "int8"}, 1),
         ("diloco", {"delay": 1}, 1),
