@@ -192,12 +192,10 @@ def load(path: Path) -> ConfigDict:
         values = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise TypeError("no JSON object")
-        for key, default_value in default.get_config().items():
-            if isinstance(default_value, ConfigDict) and not isinstance(values.get(key, {}), dict):
-                raise TypeError(f"{key} holds no keys")
-        _add_missing(values)
+        defaults = flatten(default.get_config())
+        _add_missing(values, defaults)
         config = ConfigDict(values)
-        _check_saved(config)
+        _check_saved(config, defaults)
         return config
     except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(
@@ -207,19 +205,24 @@ def load(path: Path) -> ConfigDict:
         raise ConfigError(f"{path} is damaged ({error}): restore it from a copy") from None
 
 
-def _add_missing(values: dict[str, Any]) -> None:
-    """Adds keys that an older version's config lacks; it behaved as their defaults."""
-    defaults = flatten(default.get_config())
-    for key in NEW_KEYS:
+def _add_missing(values: dict[str, Any], defaults: dict[str, Any]) -> None:
+    """Adds keys that an older version's config lacks; it behaved as their defaults.
+
+    Raises:
+      TypeError: a group holds no keys.
+    """
+    for key, value in defaults.items():
         group, _, name = key.rpartition(".")
-        inner = values.get(group) if group else values
-        if isinstance(inner, dict):
-            inner.setdefault(name, defaults[key])
+        inner = values.get(group, {}) if group else values
+        if not isinstance(inner, dict):
+            raise TypeError(f"{group} holds no keys")
+        if key in NEW_KEYS:
+            inner.setdefault(name, value)
 
 
-def _check_saved(config: ConfigDict) -> None:
+def _check_saved(config: ConfigDict, defaults: dict[str, Any]) -> None:
     """Checks only the IDENTITY keys of a saved config, so that other versions can read it."""
-    flat, known = identity(flatten(config)), identity(flatten(default.get_config()))
+    flat, known = identity(flatten(config)), identity(defaults)
     unknown = flat.keys() - known.keys()
     if unknown:
         raise ConfigError(f"{min(unknown)} is unknown to this version")
