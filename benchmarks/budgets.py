@@ -24,7 +24,7 @@ from jaxdp.estimate import assumptions, scaling
 from jaxdp.estimate.budget import TOKENS_PER_PARAMETER, USED, Budget, Proposal, propose, timed
 from jaxdp.estimate.plan import vocabulary
 from jaxdp.parallel import cpu
-from jaxdp.workdir.metrics import read_jsonl
+from jaxdp.workdir.metrics import last_loss
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config().")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for a workdir of each run.", required=True)
@@ -81,8 +81,7 @@ def trained(proposal: Proposal, workdir: Path) -> tuple[float, float]:
     done = subprocess.run((*command, *keys), capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stdout + done.stderr)
-    seconds = time.perf_counter() - began
-    return seconds, [r["eval/loss"] for r in read_jsonl(workdir) if "eval/loss" in r][-1]
+    return time.perf_counter() - began, last_loss(workdir)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from ml_collections import config_flags
 
 from jaxdp.common import cli
 from jaxdp.configs import shakespeare_char_cpu
-from jaxdp.workdir.metrics import read_jsonl
+from jaxdp.workdir.metrics import last_loss
 
 CONFIG = config_flags.DEFINE_config_dict("config", shakespeare_char_cpu.get_config())
 NANOGPT = flags.DEFINE_string("nanogpt", None, "A checkout of nanoGPT; it is not changed.")
@@ -53,7 +53,7 @@ def ours(folder: Path, seed: int) -> float:
     workdir = folder / f"ours{seed}"
     train = (sys.executable, "-m", "jaxdp.train", config, f"--workdir={workdir}")
     subprocess.run([*train, *given, *changes], stdout=sys.stderr, check=True)
-    return [record["eval/loss"] for record in read_jsonl(workdir) if "eval/loss" in record][-1]
+    return last_loss(workdir)
 
 
 def theirs(folder: Path, seed: int) -> float:

@@ -32,7 +32,7 @@ from jaxdp.step.program import Program
 from jaxdp.step.setup import make_setup
 from jaxdp.step.state import create_state
 from jaxdp.sync import traffic
-from jaxdp.workdir.metrics import read_jsonl
+from jaxdp.workdir.metrics import last_loss
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config().")
 WORKDIR = flags.DEFINE_string("workdir", "runs/sync", "Folder for the workdirs of all runs.")
@@ -106,7 +106,7 @@ def final_losses(name: str, config: ConfigDict) -> list[float]:
     for config.seed in range(SEEDS.value):
         workdir = Path(WORKDIR.value) / f"{name}-seed{config.seed}"
         loop.train(config, workdir, devices=jax.local_devices()[: DEVICES.value])
-        losses.append([r["eval/loss"] for r in read_jsonl(workdir) if "eval/loss" in r][-1])
+        losses.append(last_loss(workdir))
     return losses
 
 

@@ -207,6 +207,11 @@ def read_jsonl(workdir: str | Path, report: Callable[[str], None] = _warn) -> li
     return [record for line in lines if (record := _parse(line))]
 
 
+def last_loss(workdir: str | Path) -> float:
+    """Returns the last loss on the validation split in a run's metrics.jsonl, nats per token."""
+    return [record["eval/loss"] for record in read_jsonl(workdir) if "eval/loss" in record][-1]
+
+
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line.decode())

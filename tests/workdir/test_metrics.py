@@ -2,7 +2,7 @@ import json
 import math
 import time
 
-from jaxdp.workdir.metrics import MetricsWriter, read_jsonl
+from jaxdp.workdir.metrics import MetricsWriter, last_loss, read_jsonl
 from support.runs import logged
 
 
@@ -76,6 +76,14 @@ def test_each_line_has_the_time_at_which_its_step_was_logged(tmp_path, config):
     # Milliseconds are kept.
     assert before - 1e-3 <= times[0] and times[1] <= time.time() + 1e-3
     assert {tag for _, tag in logged(tmp_path)} == {"train/loss"}
+
+
+def test_the_last_loss_is_that_of_the_last_evaluation(tmp_path, config):
+    with MetricsWriter(tmp_path, config, 0) as writer:
+        writer.write(1, {"eval/loss": 3.0})
+        writer.write(2, {"eval/loss": 2.0})
+        writer.write(3, {"train/loss": 1.0, "eval/set/loss": 4.0})
+    assert last_loss(tmp_path) == 2.0
 
 
 def test_a_flushed_step_is_on_disk(tmp_path, config):
