@@ -91,6 +91,16 @@ def get_source(config: ConfigDict, report: Report = print) -> Source:
     return TextSource(paths, config)
 
 
+def has_splits(path: str) -> bool:
+    """Returns whether a source that data.path names has splits of its own; files have none.
+
+    Examples:
+      >>> has_splits("0.7*tfds:lm1b+0.3*text:books/*.txt"), has_splits("books/*.txt")
+      (True, False)
+    """
+    return any(source.startswith(("tfds:", "hf:")) for source in mixture.parse(path))
+
+
 def share_files(one: str, other: str) -> bool:
     """Returns whether two values of data.path have a file in common, under whatever name."""
     return not _files(one).isdisjoint(_files(other))
@@ -100,7 +110,7 @@ def _files(path: str) -> set[str]:
     """Returns the real paths of the files that data.path names; TFDS and the hub have none."""
     found: set[str] = set()
     for source in mixture.parse(path):
-        if not source.startswith(("tfds:", "hf:")):
+        if not has_splits(source):
             with contextlib.suppress(ConfigError):  # Files that are no longer there.
                 found |= {str(file.resolve()) for file in _find(source, lambda _: None)[2]}
     return found

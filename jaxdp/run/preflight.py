@@ -2,7 +2,6 @@
 
 import logging
 import os
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ from jaxdp.data import eval_sets, special_tokens
 from jaxdp.data.cache import TokenCache
 from jaxdp.data.feed import Feed
 from jaxdp.data.layout import SPLITS
+from jaxdp.data.sources import has_splits
 from jaxdp.estimate import memory
 from jaxdp.huggingface import load
 from jaxdp.model.architecture import ModelConfig
@@ -41,7 +41,7 @@ def check_data(feed: Feed, say: Callable[[str], None] = print) -> None:
         check_split(feed, split)
     config, cache = feed.config, feed.cache
     train, evaluation = config.data.train_split, config.data.eval_split
-    named = re.search("tfds:|hf:", config.data.path)  # Else data.eval_fraction splits the files.
+    named = has_splits(config.data.path)  # Else data.eval_fraction splits the files.
     if named and (evaluation == train or evaluation.startswith(f"{train}[")):
         say(
             f"Evaluation is on text that is trained on: data.eval_split={shown(evaluation)} is in "

@@ -155,6 +155,7 @@ def test_files_that_only_their_owner_can_replace_are_refused(tmp_path, monkeypat
         ("tfds:a", "train[:99%]", "train[99%:]", False),
         ("hf:a", "train", "", False),
         ("text:a", "train", "train", False),  # It has no splits of its own.
+        ("texts/hf:a.txt", "train", "train", False),  # Nor has this one.
     ],
 )
 def test_evaluation_on_what_is_trained_on_is_said(config, path, train, evaluation, warned):
