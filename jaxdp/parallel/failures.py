@@ -29,7 +29,8 @@ def shared(links: Links) -> Iterator[None]:
       links: what `connect` has returned; they are closed at the end.
     """
     if client() is None:
-        yield
+        with contextlib.closing(links):
+            yield
         return
     _delay_abort()
     over = threading.Event()

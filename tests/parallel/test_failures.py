@@ -45,6 +45,15 @@ def test_the_first_failure_is_told_to_the_others(monkeypatch, error, status, tex
     assert json.loads(store.values[failures.FAILED])[0] == 3
 
 
+def test_the_links_of_a_process_that_is_alone_are_closed_too():
+    links = Links({})
+    with pytest.raises(OSError), failures.shared(links):
+        raise OSError
+    links.wake()  # Else one that isn't closed would wait for ever.
+    with pytest.raises(ValueError, match="file descriptor"):
+        links.lost()
+
+
 class Lost(Links):
     """Connections that have lost process 0."""
 
