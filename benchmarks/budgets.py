@@ -21,8 +21,9 @@ from ml_collections import config_flags
 from jaxdp.common import cli
 from jaxdp.data.cache import open_cache
 from jaxdp.estimate import assumptions, scaling
-from jaxdp.estimate.budget import TOKENS_PER_PARAMETER, USED, Budget, Proposal, propose, timed
+from jaxdp.estimate.budget import TOKENS_PER_PARAMETER, USED, Budget, Proposal, propose
 from jaxdp.estimate.plan import vocabulary
+from jaxdp.estimate.timing import timed
 from jaxdp.parallel import cpu
 from jaxdp.workdir.metrics import last_loss
 
@@ -53,12 +54,12 @@ def main() -> int:
     vocab, cache = vocabulary(config, None, cli.warn), open_cache(config, cli.warn)
     text, devices = (cache.train.size, cache.validation.size), jax.local_devices()
     guess, (room, _) = scaling.measure_rate(config), assumptions.room_of(None, None)
+    measure = functools.partial(timed, vocab=vocab, devices=devices, room=room, report=cli.warn)
     print(f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|")
     for minutes in map(float, MINUTES.value):
         for factor in (1.0, 4.0, 0.25) if SIZES.value else (1.0,):
             ratio = factor * TOKENS_PER_PARAMETER
             budget = Budget(minutes / 60, vocab, devices, *text, ratio)
-            measure = functools.partial(timed, budget=budget, room=room, report=cli.warn)
             found = propose(config, budget, guess, measure)
             seconds, loss = trained(found, Path(WORKDIR.value) / f"{minutes:g}-{ratio:g}")
             c = found.config

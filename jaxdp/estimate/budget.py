@@ -16,28 +16,19 @@ import bisect
 import dataclasses
 import functools
 import math
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from jaxdp.common import config as configs
 from jaxdp.common.choices import MAX_INT32
 from jaxdp.common.errors import ConfigError
 from jaxdp.common.terminal import quantity
-from jaxdp.data.batch import training_shapes
-from jaxdp.estimate import scaling
 from jaxdp.model.architecture import ModelConfig
 from jaxdp.model.flops import flops_per_token
 from jaxdp.model.transformer import Transformer, num_parameters, parameter_shapes
-from jaxdp.parallel.replicas import Replicas
-from jaxdp.step.program import pmapped, sizes_of
-from jaxdp.step.setup import make_setup
-from jaxdp.step.state import create_state
 from jaxdp.sync import methods
 from jaxdp.sync.methods import METHODS
 
@@ -50,7 +41,6 @@ LEAST_STEPS = 20
 HIGHEST_RATE = 0.01
 SAID = ("model.num_layers", "model.embed_dim", "model.num_heads", "num_train_steps")  # Always.
 TRIALS = 4  # Sizes that are timed, at most.
-MEASURE_SECONDS, MEASURE_ROUNDS = 4.0, 5  # The least that a size is timed for.
 
 
 class Size(NamedTuple):
@@ -281,42 +271,3 @@ def learning_rate(parameters: int, tokens: float) -> float:
       tokens: tokens to train on.
     """
     return min(1.79 * parameters**-0.713 * tokens**0.307, HIGHEST_RATE)
-
-
-def timed(
-    config: ConfigDict, budget: Budget, room: int, report: Callable[[str], None]
-) -> tuple[ConfigDict, float]:
-    """Compiles a training step and times it on tokens without a meaning.
-
-    Args:
-      config: a config to train.
-      budget: the devices, which are this machine's, and the vocabulary.
-      room: bytes of memory that each has.
-      report: called with a line of text before it compiles.
-
-    Returns:
-      The config, with as many micro-batches as it takes to fit, and FLOP/s that a device reaches.
-    """
-    devices, vocab = list(budget.devices), budget.vocab
-    replicas, c = Replicas(devices), config.model
-    report(
-        f"Timing {c.num_layers} layers x {c.embed_dim}, {config.global_batch_size} sequences ..."
-    )
-    while True:
-        setup = make_setup(config, vocab, len(devices))
-        state = create_state(setup, replicas)
-        every, rows = setup.method.every, setup.sizes.per_device
-        shapes = replicas.shapes(training_shapes(config, every, rows))
-        batch = replicas.put(jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), shapes))
-        step = pmapped(setup, replicas, state).lower(state, batch).compile()
-        if sizes_of(step).total <= room or rows % (2 * config.grad_accum_steps):
-            break
-        config = configs.with_value(config, "grad_accum_steps", 2 * config.grad_accum_steps)
-    seconds: list[float] = []
-    while sum(seconds) < MEASURE_SECONDS or len(seconds) < MEASURE_ROUNDS:
-        start = time.perf_counter()
-        state, metrics = step(state, batch)
-        jax.block_until_ready(metrics)
-        seconds.append(time.perf_counter() - start)
-    flops = scaling.compute_seconds(config, vocab, len(devices), rate=1)
-    return config, flops * every / statistics.median(seconds[1:])

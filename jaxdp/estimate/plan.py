@@ -18,9 +18,10 @@ from jaxdp.common.files import num_bytes
 from jaxdp.data.cache import open_cache
 from jaxdp.estimate import advice, assumptions, compiled, memory, scaling, tables
 from jaxdp.estimate.assumptions import MFU, Assumptions
-from jaxdp.estimate.budget import Budget, Proposal, propose, timed
+from jaxdp.estimate.budget import Budget, Proposal, propose
 from jaxdp.estimate.compiled import Compiled
 from jaxdp.estimate.schedule import Schedule, covered_share
+from jaxdp.estimate.timing import timed
 from jaxdp.huggingface import load
 from jaxdp.step.setup import Setup, make_setup, validate
 from jaxdp.sync.methods import METHODS
@@ -112,7 +113,9 @@ def plan(
         cache = open_cache(config, report) if config.data.path and not vocab_size else None
         text = (cache.train.size, cache.validation.size) if cache else ()
         there = Budget(hours, vocab, machine.devices, *text)
-        measure = functools.partial(timed, budget=there, room=room[0], report=report)
+        measure = functools.partial(
+            timed, vocab=vocab, devices=machine.devices, room=room[0], report=report
+        )
         proposal = propose(config, there, rate[0], None if gpu or tflops else measure)
         config = proposal.config
         if not (gpu or tflops):

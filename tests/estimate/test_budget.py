@@ -8,7 +8,7 @@ import pytest
 from jaxdp.common.config import flatten
 from jaxdp.common.errors import ConfigError
 from jaxdp.estimate import budget
-from jaxdp.estimate.budget import Budget, Size, cost, learning_rate, propose, timed
+from jaxdp.estimate.budget import Budget, Size, cost, learning_rate, propose
 from jaxdp.estimate.plan import plan
 
 VOCAB = 4096
@@ -89,16 +89,6 @@ def test_a_layer_adds_what_a_layer_added(config):
     costs = [cost(config, Size(layers, 64), VOCAB) for layers in (1, 2, 5)]
     for one, two, five in zip(*costs, strict=True):
         assert five == one + 4 * (two - one)
-
-
-def test_a_step_is_timed_in_as_many_parts_as_it_takes_to_fit(config, monkeypatch):
-    monkeypatch.setattr(budget, "MEASURE_SECONDS", 0)
-    config.global_batch_size = 16
-    said: list[str] = []
-    fits, rate = timed(config, budget_of(), 2**40, said.append)
-    assert fits.grad_accum_steps == 1 and 0 < rate < math.inf
-    assert said == ["Timing 1 layers x 16, 16 sequences ..."]
-    assert timed(config, budget_of(), 1, said.append)[0].grad_accum_steps == 8
 
 
 @pytest.mark.parametrize(
