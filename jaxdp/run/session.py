@@ -158,16 +158,9 @@ class Run:
             lambda: finished.describe(self.workdir, self.config, self.setup.feed.cache)
         )
         self.watchdog.beat("opening the metrics", start, slow=True)
-        self._writer = self._resources.enter_context(
-            MetricsWriter(
-                self.workdir,
-                self.config,
-                start,
-                processes.is_main(),
-                self._line,
-                self.display.line,
-            )
-        )
+        main, say = processes.is_main(), self.display.line
+        writer = MetricsWriter(self.workdir, self.config, start, main, self._line, say)
+        self._writer = self._resources.enter_context(writer)
         self._resources.enter_context(self.display)
         parameters = num_parameters(parameter_shapes(self.setup.model))
         flops = flops_per_token(self.setup.model.config, parameters)
