@@ -8,7 +8,8 @@ from ml_collections import ConfigDict
 from jaxdp.common import paths
 from jaxdp.common.errors import ConfigError, shown
 from jaxdp.data.example import Example
-from jaxdp.data.records import Fields, no_key
+from jaxdp.data.fields import Fields
+from jaxdp.data.records import no_key
 
 
 class HfSource:

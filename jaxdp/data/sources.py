@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from jaxdp.common.errors import ConfigError, shown
 from jaxdp.data import files, mixture, records
 from jaxdp.data.example import Example
+from jaxdp.data.fields import Fields
 from jaxdp.data.hf_source import HfSource
 from jaxdp.data.tfds_source import TfdsSource
 
@@ -222,7 +223,7 @@ class RecordSource:
         """Takes the files of a corpus, in their order; reads nothing yet."""
         self.reader, self.kind, self.paths = records.READERS[kind], kind, paths
         self.eval_fraction = config.data.eval_fraction
-        self.fields = records.Fields(config)
+        self.fields = Fields(config)
 
     def identity(self) -> dict:
         """Returns the identity of the files, where they are split, and the keys that are read."""
