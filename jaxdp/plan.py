@@ -4,9 +4,10 @@
 
 `python -m jaxdp.plan` is the same. It compiles the training step, for this machine's devices or for
 NVIDIA GPUs that it needn't have (pip install 'jaxdp[plan-gpu]'). It prints the memory that a device
-needs, the largest batch that fits, time per step, and how well each sync.method scales. Nothing is
+needs, the largest batch that fits, time per step, and how well each sync.method scales. No model is
 allocated. Without --gpu and --tflops, it times a matrix product to learn the speed of a device.
-With --hours=2 it proposes what to train in 2 hours, as keys to paste behind `jaxdp train`.
+With --hours=2 it proposes what to train in 2 hours, as keys to paste behind `jaxdp train`, and for
+this machine trains models of some sizes for a few seconds to time their steps.
 
 Exit status: 0; 2 the config or a flag is wrong; anything else is a fault.
 """
