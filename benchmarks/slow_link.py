@@ -9,7 +9,7 @@ those that jaxdp.plan predicts, and the bytes that a process sends in a step: as
 interface counts them, start and end of the run included, and as the method's definition has them.
 
 The prediction adds what the links take to the milliseconds of computing, which are measured first:
-a step of processes that are synchronised only every 50 steps, over links without a limit.
+a step of processes that are synchronised only every 27 steps, over links without a limit.
 """
 
 import os
@@ -34,8 +34,7 @@ CONFIG = config_flags.DEFINE_config_file("config", "configs/quickstart.py", "Its
 PROCESSES = flags.DEFINE_integer("processes", 2, "Processes, each an island of one device.", 2, 4)
 MBIT = flags.DEFINE_float("mbit", 100.0, "Mbit/s that each process can send.", 1e-3)
 DELAY = flags.DEFINE_float("delay_ms", 0.0, "Milliseconds until it arrives.", 0.0)
-STEPS = flags.DEFINE_integer("steps", 100, "Steps of each run, a multiple of 50.", 100)
-flags.register_validator("steps", lambda steps: steps % 50 == 0, "rounds have up to 50 steps")
+STEPS = flags.DEFINE_integer("steps", 100, "Steps of each run, and what fills its last round.", 54)
 
 CHOICES = {
     "gradient_mean": {"method": "gradient_mean"},
@@ -44,10 +43,11 @@ CHOICES = {
     "sharded, int4": {"method": "sharded", "dtype": "int4"},
     "parameter_mean, every 10": {"method": "parameter_mean", "every": 10},
     "diloco, every 10": {"method": "diloco", "every": 10},
-    "diloco, every 10, int4": {"method": "diloco", "every": 10, "dtype": "int4"},
-    "diloco, every 50, int4": {"method": "diloco", "every": 50, "dtype": "int4"},
+    "diloco, every 3, int4": {"method": "diloco", "every": 3, "dtype": "int4"},
+    "diloco, every 4, int1": {"method": "diloco", "every": 4, "dtype": "int1"},
+    "diloco, every 27, int2": {"method": "diloco", "every": 27, "dtype": "int2"},
 }
-COMPUTING = CHOICES["diloco, every 50, int4"]
+COMPUTING = CHOICES["diloco, every 27, int2"]
 TCP = 1448 / 1538  # What Ethernet, IP and TCP leave of a link's rate, with usual packets.
 COLUMNS = (
     "sync",
@@ -116,7 +116,8 @@ class Prediction:
 
 def measured(network: Network, keys: dict) -> Measured:
     """Trains with some keys of sync."""
-    every, steps = keys.get("every", 10), STEPS.value
+    every = keys.get("every", 10)
+    steps = -(-STEPS.value // every) * every
     overrides = config_flags.get_override_values(flags.FLAGS["config"])
     before = network.sent(0)
     with tempfile.TemporaryDirectory() as folder:

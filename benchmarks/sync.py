@@ -2,7 +2,8 @@
 
     python benchmarks/sync.py --config=configs/shakespeare_char_cpu.py --devices=4 --seeds=3 \
         --config.data.path=tinyshakespeare.txt --config.optimizer.name=muon \
-        --config.optimizer.learning_rate=0.02 --workdir=runs/sync --plot=loss_over_bytes.svg
+        --config.optimizer.learning_rate=0.01 --config.optimizer.schedule=linear \
+        --config.optimizer.final_fraction=0.0 --workdir=runs/sync --plot=loss_over_bytes.svg
 
 Each of `CONTESTANTS`, or those in --only, trains the config to its end with each seed, in a workdir
 of its own (if this is run again, finished runs are not repeated), and is evaluated on the whole
@@ -59,9 +60,8 @@ CONTESTANTS = {
     "parameter_mean-10": local("parameter_mean", 10),
     "diloco-10": local("diloco", 10),
     "diloco-3-int4": local("diloco", 3, outer_momentum=0.3, dtype="int4"),
-    "diloco-10-int4": local("diloco", 10, outer_momentum=0.5, dtype="int4"),
-    "diloco-14-int4": local("diloco", 14, outer_momentum=0.7, dtype="int4"),
-    "diloco-52-int4": local("diloco", 52, outer_momentum=0.7, dtype="int4"),
+    "diloco-4-int1": local("diloco", 4, outer_momentum=0.3, dtype="int1"),
+    "diloco-27-int2": local("diloco", 27, outer_momentum=0.7, dtype="int2"),
 }
 
 

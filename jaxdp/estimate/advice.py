@@ -16,9 +16,10 @@ WAYS: tuple[dict[str, str | int], ...] = (
     {"method": "gradient_mean", "dtype": "float32"},
     {"method": "gradient_mean", "dtype": "int8"},
     {"method": "gradient_mean", "dtype": "int4"},
-    {"method": "diloco", "every": 10, "dtype": "int4"},
-    {"method": "diloco", "every": 50, "dtype": "int4"},
-    {"method": "diloco", "every": 250, "dtype": "int4"},
+    {"method": "diloco", "every": 3, "dtype": "int4"},
+    {"method": "diloco", "every": 4, "dtype": "int1"},
+    {"method": "diloco", "every": 27, "dtype": "int2"},
+    {"method": "diloco", "every": 250, "dtype": "int2"},
 )
 ENOUGH = 0.9  # The share of the time in which devices should compute.
 
