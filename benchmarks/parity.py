@@ -4,8 +4,10 @@
         --config.data.path=tinyshakespeare.txt
 
 nanoGPT trains as its README says: 2,000 steps of 12 x 64 tokens, AdamW, cosine from 1e-3 to 1e-4.
-jaxdp uses the same learning rate. Both are evaluated on the full validation split, in consecutive
-windows of the context's length; nanoGPT itself estimates its loss on random windows.
+jaxdp uses the same learning rate. It trains in its own order of the data and, by
+`random_windows.py`, on windows at random places, as nanoGPT does. All are evaluated on the full
+validation split, in consecutive windows of the context's length; nanoGPT itself estimates its loss
+on random windows.
 """
 
 import statistics
@@ -45,15 +47,20 @@ print("loss", total / (len(tokens) - 1))
 """
 
 
-def ours(folder: Path, seed: int) -> float:
-    """Trains with `python -m jaxdp.train`; returns the validation loss, nats per token."""
+def ours(folder: Path, seed: int, train: tuple[str, ...] = ("-m", "jaxdp.train")) -> float:
+    """Trains with jaxdp's command; returns the validation loss, nats per token."""
     given = [x for x in sys.argv[1:] if x.startswith("--config.")]
     changes = (f"--config.seed={seed}", f"--config.optimizer.learning_rate={LEARNING_RATE}")
     config = "--config=" + shakespeare_char_cpu.__file__
-    workdir = folder / f"ours{seed}"
-    train = (sys.executable, "-m", "jaxdp.train", config, f"--workdir={workdir}")
-    subprocess.run([*train, *given, *changes], stdout=sys.stderr, check=True)
+    workdir = folder / f"{Path(train[-1]).stem}{seed}"
+    command = (sys.executable, *train, config, f"--workdir={workdir}", *given, *changes)
+    subprocess.run(command, stdout=sys.stderr, check=True)
     return last_loss(workdir)
+
+
+def at_random_places(folder: Path, seed: int) -> float:
+    """Trains with `random_windows.py`; returns the validation loss, nats per token."""
+    return ours(folder, seed, (str(Path(__file__).with_name("random_windows.py")),))
 
 
 def theirs(folder: Path, seed: int) -> float:
@@ -89,11 +96,16 @@ def theirs(folder: Path, seed: int) -> float:
 
 
 def main() -> int:
-    """Trains both with each seed, and prints a table."""
+    """Trains all with each seed, and prints a table."""
+    programs = {
+        "jaxdp": ours,
+        "jaxdp, windows at random places": at_random_places,
+        "nanoGPT": theirs,
+    }
     with tempfile.TemporaryDirectory() as name:
         found = {
             title: [train(Path(name), seed) for seed in range(SEEDS.value)]
-            for title, train in (("jaxdp", ours), ("nanoGPT", theirs))
+            for title, train in programs.items()
         }
     seeds = [f"seed {seed}" for seed in range(SEEDS.value)]
     print(f"| | {' | '.join(seeds)} | mean |\n|---{'|---' * len(seeds)}|---|")

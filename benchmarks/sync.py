@@ -1,4 +1,4 @@
-"""Compares sync methods: loss after the same tokens, bytes sent, and time per step.
+"""Compares sync methods: loss after the same tokens, bytes sent, and time for each token.
 
     python benchmarks/sync.py --config=configs/shakespeare_char_cpu.py --devices=4 --seeds=3 \
         --config.data.path=tinyshakespeare.txt --config.optimizer.name=muon \
@@ -8,9 +8,9 @@
 Each of `CONTESTANTS`, or those in --only, trains the config to its end with each seed, in a workdir
 of its own (if this is run again, finished runs are not repeated), and is evaluated on the whole
 validation split. Then steps of all are timed in turns in one process, so that other load on the
-machine affects all of them alike. The figure is the median over turns of a method's time, divided
-by gradient_mean's time in the same turn. Each device is an island: all bytes count as sent between
-islands.
+machine affects all of them alike. The figure is the median over turns of a method's time for a
+token, divided by gradient_mean's in the same turn. Each device is an island: all bytes count as
+sent between islands.
 """
 
 import itertools
@@ -51,7 +51,8 @@ def local(method: str, every: int, **keys):
     return {"method": method, "every": every, **keys}
 
 
-# {name, with which the workdirs' names begin: the keys of config.sync to change}
+# {name, with which the workdirs' names begin: the keys of config.sync to change, and "batch" if the
+# global batch is to be so many times as large, with as many tokens in all}
 CONTESTANTS = {
     "gradient_mean": {},
     "gradient_mean-int4": {"dtype": "int4"},
@@ -61,7 +62,7 @@ CONTESTANTS = {
     "diloco-10": local("diloco", 10),
     "diloco-3-int4": local("diloco", 3, outer_momentum=0.3, dtype="int4"),
     "diloco-4-int1": local("diloco", 4, outer_momentum=0.3, dtype="int1"),
-    "diloco-27-int2": local("diloco", 27, outer_momentum=0.7, dtype="int2"),
+    "diloco-8-int1-batch2": local("diloco", 8, outer_momentum=0.5, dtype="int1", batch=2),
 }
 
 
@@ -92,7 +93,13 @@ def main() -> int:
 def with_keys(name: str) -> ConfigDict:
     """Returns the config of a contestant; it is evaluated and saved only at its end."""
     config = CONFIG.value.copy_and_resolve_references()
-    config.sync.update(CONTESTANTS[name])
+    keys = dict(CONTESTANTS[name])
+    factor = keys.pop("batch", 1)
+    config.sync.update(keys)
+    config.global_batch_size *= factor
+    config.num_train_steps //= factor
+    config.optimizer.warmup_steps //= factor
+    config.optimizer.learning_rate *= factor**0.5
     total, every = config.global_batch_size, config.sync.every
     if config.sync.method == "fixed_order":
         config.sync.virtual_replicas = max(n for n in (1, 2, 4, 8) if total % n == 0)
@@ -111,14 +118,14 @@ def final_losses(name: str, config: ConfigDict) -> list[float]:
 
 
 def in_turns(timed: dict) -> dict[str, str]:
-    """Times all contestants in turns; returns their times as multiples of gradient_mean's."""
+    """Times all in turns; returns multiples of gradient_mean's time, and s per million tokens."""
     seconds = {name: [] for name in timed}
     for _ in range(TURNS.value):
         for name, run in timed.items():
             seconds[name].append(run())
     base = np.array(seconds["gradient_mean"])
     return {
-        name: f"{np.median(np.array(found) / base):.2f} ({1e3 * np.median(found):.1f} ms)"
+        name: f"{np.median(np.array(found) / base):.2f} ({np.median(found):.1f} s)"
         for name, found in seconds.items()
     }
 
@@ -146,6 +153,7 @@ class Timed:
         self._program = Program(setup, self._replicas)
         self._state = create_state(setup, self._replicas)
         self._steps = config.sync.every
+        self._tokens = self._steps * config.global_batch_size * config.seq_len
         batches = Feed(config, cache).train(0)
         batches = [
             with_process(batch, busy=0.0) for batch in itertools.islice(batches, self._steps)
@@ -160,12 +168,12 @@ class Timed:
         self.bytes_per_token = sent * DEVICES.value / config.global_batch_size / config.seq_len
 
     def __call__(self) -> float:
-        """Runs sync.every steps; returns seconds per step."""
+        """Runs sync.every steps; returns seconds per million tokens."""
         began = time.perf_counter()
         for batch in self._rounds:
             self._state, metrics = self._program(0, self._state, batch)
             jax.block_until_ready(metrics)
-        return (time.perf_counter() - began) / self._steps
+        return 1e6 * (time.perf_counter() - began) / self._tokens
 
 
 if __name__ == "__main__":
