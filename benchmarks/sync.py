@@ -137,7 +137,7 @@ def plot(found: dict, picture: Path) -> None:
     for name, (sent, losses) in found.items():
         axes.plot([sent] * len(losses), losses, "o", color="tab:blue", alpha=0.5)
         axes.annotate(name, (sent, np.mean(losses)), (6, 4), textcoords="offset points", fontsize=8)
-    axes.margins(x=0.2)
+    axes.margins(x=0.3, y=0.1)
     axes.set(xscale="log", xlabel="bytes sent per token", ylabel="validation loss")
     pictures.save(figure, "plot", picture)
 
