@@ -90,7 +90,8 @@ def run(name: str, folder: Path, as_on_colab: bool) -> None:
         for there, here in SOURCES.items():
             install.source = install.source.replace(there, here)
         first = nbformat.v4.new_notebook(cells=[install.copy()], metadata=metadata)
-        execute(first, allow_errors=True)
+        with tempfile.TemporaryDirectory() as empty:  # Without a folder jaxdp to import.
+            execute(first, empty, allow_errors=True)
         print(*[shown(out) for out in first.cells[0].outputs], sep="\n", file=sys.stderr)
     with tempfile.TemporaryDirectory() as empty:
         execute(notebook, empty)
@@ -103,7 +104,7 @@ def run(name: str, folder: Path, as_on_colab: bool) -> None:
     print(f"{name}: {time.monotonic() - began:.0f} s, {len(text):,} bytes", file=sys.stderr)
 
 
-def execute(notebook: Any, folder: str | None = None, allow_errors: bool = False) -> None:
+def execute(notebook: Any, folder: str, allow_errors: bool = False) -> None:
     """Runs all cells in a new session, in a folder."""
     import nbclient
 
