@@ -60,20 +60,21 @@ def main() -> None:
             run(name, flags.folder or CHECKOUT / "colab", as_on_colab=flags.inside)
         return
     with tempfile.TemporaryDirectory() as folder:
-        python = install(flags.python, flags.pins, Path(folder), flags.torch)
-        kept = flags.folder or folder
-        subprocess.run([python, __file__, "--inside", f"--folder={kept}", *names], check=True)
+        subprocess.run([flags.python, "-m", "venv", f"{folder}/environment"], check=True)
+        python, kept = f"{folder}/environment/bin/python", flags.folder or folder
+        for name in names:
+            install(python, flags.pins, Path(folder), flags.torch)
+            subprocess.run([python, __file__, "--inside", f"--folder={kept}", name], check=True)
 
 
-def install(python: str, pins: Path, folder: Path, torch: bool) -> str:
-    """Makes an environment with the pins of an image; returns its Python."""
+def install(python: str, pins: Path, folder: Path, torch: bool) -> None:
+    """Brings an environment to the state of an image: with its pins, without jaxdp."""
     constraints = folder / "pins.txt"  # Without what is no release, and pip would refuse.
     constraints.write_text("\n".join(re.findall(r"(?m)^[\w.-]+==[\w.]+$", pins.read_text())))
-    subprocess.run([python, "-m", "venv", folder / "environment"], check=True)
-    own = str(folder / "environment" / "bin" / "python")
     packages = [*PACKAGES, *["torch"] * torch]
-    subprocess.run([own, "-m", "pip", "install", "-q", "-c", constraints, *packages], check=True)
-    return own
+    pip = [python, "-m", "pip"]
+    subprocess.run([*pip, "uninstall", "-q", "-y", "jaxdp"], check=True)
+    subprocess.run([*pip, "install", "-q", "-c", constraints, *packages], check=True)
 
 
 def run(name: str, folder: Path, as_on_colab: bool) -> None:
