@@ -40,7 +40,7 @@ CHOICES = {
     "gradient_mean": {"method": "gradient_mean"},
     "gradient_mean, int8": {"method": "gradient_mean", "dtype": "int8"},
     "gradient_mean, int4": {"method": "gradient_mean", "dtype": "int4"},
-    "sharded, int4": {"method": "sharded", "dtype": "int4"},
+    "sharded": {"method": "sharded"},
     "parameter_mean, every 10": {"method": "parameter_mean", "every": 10},
     "diloco, every 10": {"method": "diloco", "every": 10},
     "diloco, every 3, int4": {"method": "diloco", "every": 3, "dtype": "int4"},
