@@ -21,8 +21,9 @@ def missing() -> str:
         return "network namespaces need root"
     if not shutil.which("ip") or not shutil.which("tc"):
         return "network namespaces need the commands ip and tc (package iproute2)"
-    done = subprocess.run(["ip", "netns", "add", "jaxdp-try"], capture_output=True, text=True)
-    subprocess.run(["ip", "netns", "del", "jaxdp-try"], capture_output=True)
+    name = f"jaxdp-try-{os.getpid()}"  # Several processes may try at once.
+    done = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True)
+    subprocess.run(["ip", "netns", "del", name], capture_output=True)
     return f"ip netns add fails ({done.stderr.strip()})" if done.returncode else ""
 
 
