@@ -25,6 +25,15 @@ def dimensions(params: Any) -> Any:
     return jax.tree.map_with_path(axes, params)
 
 
+def is_hidden(params: Any) -> Any:
+    """Returns whether each parameter is a hidden matrix."""
+    return jax.tree.map(
+        lambda axes: axes is not None,
+        dimensions(params),
+        is_leaf=lambda x: x is None or isinstance(x, MuonDimensionNumbers),
+    )
+
+
 def fans(x: Any, axes: MuonDimensionNumbers) -> tuple[int, int]:
     """Returns the numbers of inputs and outputs of a hidden matrix, an array or its shape."""
     inputs, outputs = (

@@ -12,7 +12,7 @@ import optax
 from jax import lax
 from optax.contrib import MuonDimensionNumbers, MuonState, scale_by_muon
 
-from jaxdp.model.matrices import dimensions, fans
+from jaxdp.model.matrices import dimensions, fans, is_hidden
 
 RMS = 0.2  # Makes Muon's updates as large as AdamW's, so both take the same learning rate.
 EPSILON = 1e-8
@@ -165,8 +165,4 @@ def _scale_by_shape(updates, params=None):
 
 def _labels(params):
     """Returns which of the two optimizers updates each parameter."""
-    return jax.tree.map(
-        lambda axes: "adam" if axes is None else "muon",
-        dimensions(params),
-        is_leaf=lambda x: x is None or isinstance(x, MuonDimensionNumbers),
-    )
+    return jax.tree.map(lambda hidden: "muon" if hidden else "adam", is_hidden(params))

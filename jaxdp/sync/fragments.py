@@ -73,8 +73,9 @@ class StreamingDiLoCo(DiLoCo):
             own = cut(after.params, self.fragments, place)
             sent = own, (), jax.tree.map(lambda x: x[place], before.residual)
         own, received, lost = sent
+        moved = jax.tree.map(jnp.subtract, theta, own)
         mine = jnp.float32(1 / self._islands.islands)
-        return own, *self._exchange(number, theta, own, mine, received, lost)
+        return own, *self._exchange(number, theta, moved, mine, received, lost)
 
     def synchronise(self, before, after, figures, sent):
         place, count = self._place(before), self.fragments
@@ -82,7 +83,8 @@ class StreamingDiLoCo(DiLoCo):
         theta, outer, now = (
             cut(x, count, place) for x in (before.params, before.outer, after.params)
         )
-        mean, delta = self._outer_gradient(theta, received)
+        delta = self._outer_gradient(theta, received)
+        mean = jax.tree.map(jnp.subtract, theta, delta)
         theta, outer = reductions.outer_step(self.outer, theta, delta, outer)
         going_on = theta
         if self.delay:

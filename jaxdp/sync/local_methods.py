@@ -65,7 +65,7 @@ class ParameterMean(Sync):
 
     def synchronise(self, before, after, figures, sent):
         figures = self._islands.sum_small(figures, self.axis)
-        mean, new = self._average(before, after, figures["tokens"].sum(0))
+        mean, new = self._average(before, after, figures)
         return new, self._with_drift(figures, after.params, mean)
 
     def _with_drift(self, figures, params, mean):
@@ -76,12 +76,15 @@ class ParameterMean(Sync):
             "drift": jnp.full(len(figures["loss"]), apart),
         }
 
-    def _average(self, before, after, tokens):
-        """Returns the mean parameters of the replicas, and the state that all go on with."""
+    def _average(self, before, after, figures):
+        """Returns the mean parameters of the islands, and the state that all go on with.
+
+        figures: the round's, [steps, ...], summed over the islands.
+        """
         mean = reductions.parameter_mean(
             {"params": after.params, "opt_state": after.opt_state},
             {"params": before.params, "opt_state": before.opt_state},
-            *(tokens, self.axis, self._islands),
+            *(figures["tokens"].sum(0), self.axis, self._islands),
         )
         return mean["params"], after.replace(**mean)
 
@@ -113,6 +116,7 @@ class DiLoCo(ParameterMean):
     with η = sync.outer_learning_rate and μ = sync.outer_momentum: the mean change is the gradient
     of an outer optimizer with Nesterov momentum. Our choice: wₘ is the replica's share of the
     tokens, where the paper has 1 / K for K replicas, which it is if all have the same number.
+    With Muon as the inner optimizer, it is `muloco.MuLoCo`.
     """
 
     per_device_opt_state = True
@@ -161,28 +165,41 @@ class DiLoCo(ParameterMean):
         sent = compression.traffic(own, self.bits, islands.islands, self.every)
         return [*sent, *(c for c in found if c.inside)]
 
-    def _average(self, before, after, tokens):
-        mine, received = reductions.share(tokens, self.axis, self._islands), ()
-        residual = after.residual
+    def _average(self, before, after, figures):
+        mine = reductions.share(figures["tokens"].sum(0), self.axis, self._islands)
+        moved = self._moved(before, after, len(figures["loss"]))
+        received, residual = (), after.residual
         for number in range(1, 1 + self._exchange_count):
             received, residual = self._exchange(
-                number, before.params, after.params, mine, received, residual
+                number, before.params, moved, mine, received, residual
             )
-        mean, delta = self._outer_gradient(before.params, received)
+        delta = self._outer_gradient(before.params, received)
+        after = after.replace(residual=residual)
+        return self._go_on(before, after, delta, len(figures["loss"]))
+
+    def _moved(self, before, after, steps):
+        """Returns what this device's island adds to the outer gradient after a round of `steps`."""
+        del steps
+        return jax.tree.map(jnp.subtract, before.params, after.params)
+
+    def _go_on(self, before, after, delta, steps):
+        """Returns the mean parameters of the islands, and the state that all go on with."""
+        del steps
+        mean = jax.tree.map(jnp.subtract, before.params, delta)
         params, outer = reductions.outer_step(self.outer, before.params, delta, before.outer)
-        return mean, after.replace(params=params, outer=outer, residual=residual)
+        return mean, after.replace(params=params, outer=outer)
 
     @property
     def _exchange_count(self):
         return 2 if self.bits else 1
 
-    def _exchange(self, number, before, after, mine, received, residual):
+    def _exchange(self, number, like, moved, mine, received, residual):
         """Makes one of the exchanges between islands, one after the other.
 
         Args:
           number: from 1 to `_exchange_count`.
-          before: parameters that all devices have, or a part of them.
-          after: this device's; only the first exchange needs them.
+          like: shapes of what is exchanged.
+          moved: this island's part of the outer gradient; only the first exchange needs it.
           mine: [], this island's weight.
           received: what the exchange before has received; () in the first.
           residual: what earlier exchanges have lost, if they are compressed.
@@ -191,27 +208,26 @@ class DiLoCo(ParameterMean):
           What is received, and the new residual.
         """
         islands, axis = self._islands, self.axis
-        if not self.bits:
-            own = jax.tree.map(lambda x: x * mine, after)
-            return islands.sum_between(own, axis), residual
         if number == 1:
-            moved = jax.tree.map(lambda b, x: (b - x) * mine, before, after)
+            moved = jax.tree.map(lambda x: x * mine, moved)
+        if not self.bits:
+            return islands.sum_between(moved, axis), residual
+        if number == 1:
             cut = slices(islands.own_slice(moved, axis), islands.islands)
             received, lost = self._compressed.send_slices(cut, residual["sent"])
             return received, residual | {"sent": lost}
-        parts = self._compressed.sum_slices(received, self._parts(before))
+        parts = self._compressed.sum_slices(received, self._parts(like))
         received, lost = self._compressed.send_sums(parts, residual["summed"])
         return received, residual | {"summed": lost}
 
-    def _outer_gradient(self, before, received):
-        """Returns the mean of the islands' parameters, and `before` minus it."""
+    def _outer_gradient(self, like, received):
+        """Returns the sum over islands from what the last exchange received; like: its shapes."""
         islands = self._islands
         if not self.bits:
-            return received, jax.tree.map(jnp.subtract, before, received)
-        whole = self._compressed.whole_sums(received, self._parts(before))
-        own = unslice(whole, slice_shapes(before, islands.size))
-        delta = islands.join(own, before, self.axis)
-        return jax.tree.map(jnp.subtract, before, delta), delta
+            return received
+        whole = self._compressed.whole_sums(received, self._parts(like))
+        own = unslice(whole, slice_shapes(like, islands.size))
+        return islands.join(own, like, self.axis)
 
     @property
     def _compressed(self):

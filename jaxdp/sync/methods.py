@@ -22,6 +22,7 @@ from jaxdp.sync.fragments import StreamingDiLoCo
 from jaxdp.sync.islands import slices, unslice
 from jaxdp.sync.local_methods import DiLoCo, ParameterMean
 from jaxdp.sync.method import Sync
+from jaxdp.sync.muloco import MuLoCo
 from jaxdp.sync.reductions import Tree
 from jaxdp.sync.traffic import Collective, num_bytes
 
@@ -227,8 +228,11 @@ def check(config: ConfigDict) -> None:
 def class_of(config: ConfigDict) -> type[Sync]:
     """Returns the class of a config's sync method."""
     method, c = METHODS[config.sync.method], config.sync
-    streaming = method.has_fragments and (c.fragments > 1 or c.delay)
-    return StreamingDiLoCo if streaming else method
+    if method is DiLoCo and (c.fragments > 1 or c.delay):
+        return StreamingDiLoCo
+    if method is DiLoCo and config.optimizer.name in NEEDS_FULL_MATRICES:
+        return MuLoCo
+    return method
 
 
 def _or(names: Iterable[str]) -> str:
