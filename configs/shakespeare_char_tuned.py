@@ -7,8 +7,8 @@ Rotary positions (Su et al. 2021), SwiGLU (Shazeer 2020) and Muon (Jordan et al.
 learned positions, GELU and AdamW, and there are norms of queries and keys, projections that start
 as zeros, embeddings added to each block's input, and a head of its own. A step's 768 tokens are 4
 sequences of 192 rather than 12 of 64. docs/recipes.md says what each gains.
-Expect: validation loss @MEAN@ over the entire validation split (@ALL@ with seeds 0
-to 2), in @TIME@ on 2 CPU cores; nanoGPT publishes 1.88 for as many parameters, steps and tokens.
+Expect: validation loss 1.50 over the entire validation split (1.500, 1.499 and 1.505 with seeds 0
+to 2), in 2 minutes on 2 CPU cores; nanoGPT publishes 1.88 for as many parameters, steps and tokens.
 """
 
 from ml_collections import ConfigDict

@@ -14,32 +14,27 @@ class MuLoCo(DiLoCo):
     """diloco with Muon: MuLoCo (Thérien et al. 2025), but for what isn't a hidden matrix.
 
     Hidden matrices are synchronised as by `DiLoCo`, with Muon as the inner optimizer. Embeddings,
-    norms, biases and an untied head have AdamW. They stay as they are during a round of H steps, in
-    which replica m sums their gradients gₘ. Then all devices make the same H updates with
+    norms, biases and an untied head have AdamW. During a round of H steps each replica m updates
+    them, too, and sums their gradients gₘ. At the round's end these updates are undone, and all
+    devices make the same H updates, each 1 / √H as large as usual, with
 
         ḡ = (1 / H) Σ wₘ Σ gₘ(t)   summed over replicas m and the round's steps t.
 
-    This is our choice: in the paper each replica updates them with an AdamW of its own, and their
-    mean change is sent, which has as many numbers as ḡ. If replicas see few tokens, that loses
-    much: a token that only one of K replicas meets moves its embedding a K-th as far as with
-    gradient_mean, where AdamW divides by the size of the mean gradient. With H = 1 these parameters
-    are trained as by gradient_mean.
+    This is our choice: in the paper a replica's updates are kept, and their mean is sent, which has
+    as many numbers as ḡ. If replicas see few tokens, that loses much: a token that only one of K
+    replicas meets moves its embedding a K-th as far as with gradient_mean, where AdamW divides by
+    the size of the mean gradient. The mean over H steps is up to √H times smaller than those it is
+    of, hence 1 / √H. With H = 1 these parameters are trained as by gradient_mean.
 
     During a round, their outer momentum, which nothing else needs, holds the sums.
     """
 
     def begin(self, state):
-        momentum = jax.tree.map(jnp.zeros_like, state.params)
-        return self._with_sums(state, momentum)
+        return self._with_sums(state, jax.tree.map(jnp.zeros_like, state.params))
 
     def update(self, state, grads):
-        new = super().update(state, grads)
         sums = jax.tree.map(jnp.add, optax.tree.get(state.outer, "trace"), grads)
-        new = new.replace(
-            params=_merge(new.params, state.params),
-            opt_state=_join(new.opt_state, state.opt_state),
-        )
-        return self._with_sums(new, sums)
+        return self._with_sums(super().update(state, grads), sums)
 
     def _with_sums(self, state, sums):
         momentum = _merge(optax.tree.get(state.outer, "trace"), sums)
@@ -55,15 +50,17 @@ class MuLoCo(DiLoCo):
         def update(_, carry):
             params, opt_state = carry
             updates, moments = after.tx.update(delta, opt_state, params)
-            made = optax.apply_updates(params, updates)
+            smaller = jax.tree.map(lambda x: x * steps**-0.5, updates)
+            made = optax.apply_updates(params, smaller)
             return _merge(params, made), _join(opt_state, moments)
 
         others, moments = lax.fori_loop(0, steps, update, (before.params, before.opt_state))
         new = new.replace(
             params=_merge(new.params, others), opt_state=_join(after.opt_state, moments)
         )
-        zeros = jax.tree.map(jnp.zeros_like, delta)
-        return _merge(mean, before.params), self._with_sums(new, zeros)
+        # The drift that is reported is that of hidden matrices.
+        mean = _merge(mean, after.params)
+        return mean, self._with_sums(new, jax.tree.map(jnp.zeros_like, delta))
 
 
 def _merge(hidden: Tree, others: Tree) -> Tree:

@@ -172,7 +172,7 @@ def test_gradient_mean_is_not_the_same_to_the_bit(config):
         ("diloco", {"dtype": "int2"}, 2),
         ("diloco", {"islands": 2, "dtype": "int4"}, 2),
         ("diloco, of whole matrices", {}, 2),
-        ("diloco, of whole matrices", {"dtype": "int1"}, 2),
+        ("diloco, of whole matrices", {"dtype": "int2"}, 2),
         ("diloco", {"fragments": 2}, 1),
         ("diloco", {"fragments": 2, "dtype": "int8"}, 1),
         ("diloco", {"delay": 1}, 1),

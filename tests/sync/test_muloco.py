@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from jaxdp.model.matrices import is_hidden
+from jaxdp.model.transformer import initial_params
 from jaxdp.step.losses import cross_entropy
 from jaxdp.step.setup import make_setup
 from jaxdp.sync.methods import class_of
@@ -31,6 +32,19 @@ def others(params):
     return found
 
 
+def gradient_of(model):
+    @jax.jit
+    def gradient(params, batch):
+        def loss(params):
+            logits = model.apply({"params": params}, batch["inputs"])
+            total, weight = cross_entropy(logits, batch["targets"], batch["weights"])
+            return total / weight
+
+        return jax.grad(loss)(params)
+
+    return gradient
+
+
 @pytest.mark.parametrize("model", [{}, {"scan_layers": True, "tied_head": False, "bias": True}])
 def test_against_its_definition(muon, model):
     """Two replicas with different numbers of tokens, computed here one after the other."""
@@ -41,59 +55,38 @@ def test_against_its_definition(muon, model):
     _, got = train(muon, devices, steps=every * rounds)
 
     setup = make_setup(muon, VOCAB, devices, mask_id=0)
-    program, _, state = start(muon, devices)
-    assert isinstance(program.method, MuLoCo)
-    theta, tx, c = jax.device_get(state.params), setup.optimizer, muon.sync
+    assert isinstance(setup.method, MuLoCo)
+    theta, gradient = initial_params(setup.model, muon.seed), gradient_of(setup.model)
+    update, start_of = jax.jit(setup.optimizer.update), setup.optimizer.init(theta).inner_states
+    c, hidden = muon.sync, is_hidden(theta)
     outer = optax.sgd(c.outer_learning_rate, c.outer_momentum, nesterov=True)
-    momentum, data = outer.init(theta), list(batches(every * rounds))
-    hidden, common, own = is_hidden(theta), tx.init(theta), [tx.init(theta)] * devices
+    momentum, adam, own = outer.init(theta), start_of["adam"], [start_of["muon"]] * devices
+    data = list(batches(every * rounds))
 
-    @jax.jit
-    def gradient(params, rows):
-        def loss(params):
-            logits = setup.model.apply({"params": params}, rows["inputs"])
-            total, weight = cross_entropy(logits, rows["targets"], rows["weights"])
-            return total / weight
+    def state(muon, adam):
+        return setup.optimizer.init(theta)._replace(inner_states={"muon": muon, "adam": adam})
 
-        return jax.grad(loss)(params)
-
-    def pick(one, other):
-        return jax.tree.map(lambda x, y, is_one: x if is_one else y, one, other, hidden)
-
-    update = jax.jit(tx.update)
-    for r in range(rounds):
-        ends, sums, tokens = [], [], []
-        for i in range(devices):
-            params, total = theta, jax.tree.map(jnp.zeros_like, theta)
-            for step in range(r * every, (r + 1) * every):
-                rows = {k: v[i * 4 : (i + 1) * 4] for k, v in data[step].items()}
-                found = gradient(params, rows)
-                updates, own[i] = update(found, own[i], params)
-                params = pick(optax.apply_updates(params, updates), theta)
-                total = jax.tree.map(jnp.add, total, found)
-            ends.append(params)
-            sums.append(total)
-            tokens.append(
-                sum(
-                    data[s]["weights"][i * 4 : (i + 1) * 4].sum()
-                    for s in range(r * every, (r + 1) * every)
-                )
-            )
-        weights = np.array(tokens) / sum(tokens)
-
-        def mean(trees, weights=weights):
-            return jax.tree.map(
-                lambda *x: sum(w * y for w, y in zip(weights, x, strict=True)), *trees
-            )
-
-        delta = jax.tree.map(jnp.subtract, theta, mean(ends))
+    for _ in range(rounds):
+        delta = average = jax.tree.map(jnp.zeros_like, theta)
+        steps = [{k: np.split(v, devices) for k, v in batch.items()} for batch in data[:every]]
+        del data[:every]
+        tokens = np.sum([[x.sum() for x in batch["weights"]] for batch in steps], 0)
+        for i, weight in enumerate(tokens / tokens.sum()):
+            params, moments = theta, state(own[i], adam)
+            for batch in steps:
+                found = gradient(params, {k: v[i] for k, v in batch.items()})
+                average = optax.tree.add_scale(average, weight / every, found)
+                updates, moments = update(found, moments, params)
+                params = optax.apply_updates(params, updates)
+            own[i] = moments.inner_states["muon"]
+            delta = optax.tree.add_scale(delta, weight, optax.tree.sub(theta, params))
         moved, momentum = outer.update(delta, momentum, theta)
-        average = jax.tree.map(lambda x: x / every, mean(sums))
-        changed = theta
+        matrices, others = optax.apply_updates(theta, moved), theta
         for _ in range(every):
-            updates, common = update(average, common, changed)
-            changed = optax.apply_updates(changed, updates)
-        theta = pick(optax.apply_updates(theta, moved), changed)
+            updates, moments = update(average, state(own[0], adam), others)
+            adam = moments.inner_states["adam"]
+            others = jax.tree.map(lambda x, u: x + u / np.sqrt(every), others, updates)
+        theta = jax.tree.map(lambda a, b, one: a if one else b, matrices, others, hidden)
     # As in other tests of Adam's first steps: it divides by the gradient's own size.
     for a, b in zip(*map(jax.tree.leaves, (got, theta)), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-4)
