@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
@@ -35,6 +36,12 @@ class MuLoCo(DiLoCo):
     def update(self, state, grads):
         sums = jax.tree.map(jnp.add, optax.tree.get(state.outer, "trace"), grads)
         return self._with_sums(super().update(state, grads), sums)
+
+    def load(self, saved, params, old, new):
+        loaded = super().load(saved, params, old, new)
+        # AdamW's moments are equal on all devices, unless fragments or an older version wrote them.
+        first = jax.tree.map(lambda x: np.broadcast_to(x[0], x.shape), loaded)
+        return _join(loaded, first)
 
     def _with_sums(self, state, sums):
         momentum = _merge(optax.tree.get(state.outer, "trace"), sums)

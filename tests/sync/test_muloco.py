@@ -10,6 +10,7 @@ from jaxdp.model.matrices import is_hidden
 from jaxdp.model.transformer import initial_params
 from jaxdp.step.losses import cross_entropy
 from jaxdp.step.setup import make_setup
+from jaxdp.sync.islands import Islands
 from jaxdp.sync.methods import class_of
 from jaxdp.sync.muloco import MuLoCo
 from support.steps import VOCAB, assert_same_run, batches, bits, choose, start, train
@@ -150,3 +151,17 @@ def test_fragments_and_delay_keep_an_adamw_on_each_replica(muon, keys, name):
     assert class_of(choose(muon, "diloco", **keys)).__name__ == name
     muon.optimizer.name = "adamw"
     assert class_of(choose(muon, "diloco", fragments=1, delay=0)).__name__ == "DiLoCo"
+
+
+def test_moments_that_replicas_had_for_themselves_become_the_first_ones(muon):
+    """Devices that updated an embedding with other moments would no longer hold one model."""
+    program, _, state = start(choose(muon, "diloco", fragments=2, every=2), 4)
+    other, _, _ = start(choose(muon, "diloco", fragments=1), 4)
+    rng = np.random.default_rng(0)
+    saved = jax.tree.map(lambda x: rng.random(x.shape, np.float32).astype(x.dtype), state.opt_state)
+    here = Islands(4, 4)
+    loaded = other.method.load(saved, state.params, here, here)
+    for x in jax.tree.leaves(loaded.inner_states["adam"]):
+        assert (x == x[0]).all()
+    assert bits(loaded.inner_states["muon"]) == bits(saved.inner_states["muon"])
+    assert program.method.load(saved, state.params, here, here) is saved
