@@ -63,6 +63,7 @@ CONTESTANTS = {
     "diloco-3-int4": local("diloco", 3, outer_momentum=0.3, dtype="int4"),
     "diloco-4-int1": local("diloco", 4, outer_momentum=0.3, dtype="int1"),
     "diloco-8-int1-batch2": local("diloco", 8, outer_momentum=0.5, dtype="int1", batch=2),
+    "diloco-15-int1": local("diloco", 15, outer_momentum=0.3, dtype="int1"),
 }
 
 
