@@ -175,16 +175,16 @@ class DiLoCo(ParameterMean):
             )
         delta = self._outer_gradient(before.params, received)
         after = after.replace(residual=residual)
-        return self._go_on(before, after, delta, len(figures["loss"]))
+        return self._go_on(before, after, delta, figures)
 
     def _moved(self, before, after, steps):
         """Returns what this device's island adds to the outer gradient after a round of `steps`."""
         del steps
         return jax.tree.map(jnp.subtract, before.params, after.params)
 
-    def _go_on(self, before, after, delta, steps):
+    def _go_on(self, before, after, delta, figures):
         """Returns the mean parameters of the islands, and the state that all go on with."""
-        del steps
+        del figures
         mean = jax.tree.map(jnp.subtract, before.params, delta)
         params, outer = reductions.outer_step(self.outer, before.params, delta, before.outer)
         return mean, after.replace(params=params, outer=outer)

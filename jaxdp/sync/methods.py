@@ -230,7 +230,7 @@ def class_of(config: ConfigDict) -> type[Sync]:
     method, c = METHODS[config.sync.method], config.sync
     if method is DiLoCo and (c.fragments > 1 or c.delay):
         return StreamingDiLoCo
-    if method is DiLoCo and config.optimizer.name in NEEDS_FULL_MATRICES:
+    if method is DiLoCo and config.optimizer.name == "muon":
         return MuLoCo
     return method
 

@@ -16,21 +16,25 @@ class MuLoCo(DiLoCo):
 
     Hidden matrices are synchronised as by `DiLoCo`, with Muon as the inner optimizer. Embeddings,
     norms, biases and an untied head have AdamW. During a round of H steps each replica m updates
-    them, too, and sums their gradients gₘ. At the round's end these updates are undone, and all
-    devices make the same H updates, each 1 / √H as large as usual, with
+    them, too, so that its hidden matrices are trained beside parameters that follow, and sums their
+    gradients gₘ. At the round's end these updates are undone, and all devices make the same H
+    updates, each 1 / √H as large as usual, with
 
         ḡ = (1 / H) Σ wₘ Σ gₘ(t)   summed over replicas m and the round's steps t.
 
     This is our choice: in the paper a replica's updates are kept, and their mean is sent, which has
-    as many numbers as ḡ. If replicas see few tokens, that loses much: a token that only one of K
-    replicas meets moves its embedding a K-th as far as with gradient_mean, where AdamW divides by
-    the size of the mean gradient. The mean over H steps is up to √H times smaller than those it is
-    of, hence 1 / √H. With H = 1 these parameters are trained as by gradient_mean.
+    the same size as ḡ. If replicas see few tokens, that loses much: a token that only one of K
+    replicas meets moves its embedding a K-th as far as with gradient_mean, because AdamW divides by
+    the size of the gradient that it is given. If gradients are mostly noise, their mean over H
+    steps is √H times smaller than each, hence 1 / √H, also of the weight decay. gₘ is clipped by
+    the norm of replica m's own gradient, and is 0 in a step that it skips. With H = 1 and no
+    clipping these parameters are trained as by gradient_mean.
 
-    During a round, their outer momentum, which nothing else needs, holds the sums.
+    With few bits, no block of numbers with one scale holds both gradients and changes, but one.
     """
 
     def begin(self, state):
+        # During a round, the others' outer momentum, which nothing else needs, holds the sums.
         return self._with_sums(state, jax.tree.map(jnp.zeros_like, state.params))
 
     def update(self, state, grads):
@@ -39,7 +43,7 @@ class MuLoCo(DiLoCo):
 
     def load(self, saved, params, old, new):
         loaded = super().load(saved, params, old, new)
-        # AdamW's moments are equal on all devices, unless fragments or an older version wrote them.
+        # AdamW's moments are equal on all devices, unless an older version wrote them.
         first = jax.tree.map(lambda x: np.broadcast_to(x[0], x.shape), loaded)
         return _join(loaded, first)
 
@@ -47,12 +51,30 @@ class MuLoCo(DiLoCo):
         momentum = _merge(optax.tree.get(state.outer, "trace"), sums)
         return state.replace(outer=optax.tree.set(state.outer, trace=momentum))
 
+    def _with_drift(self, figures, params, mean):
+        def hidden(tree):
+            return _merge(tree, jax.tree.map(jnp.zeros_like, tree))
+
+        return super()._with_drift(figures, hidden(params), hidden(mean))
+
     def _moved(self, before, after, steps):
         means = jax.tree.map(lambda x: x / steps, optax.tree.get(after.outer, "trace"))
         return _merge(super()._moved(before, after, steps), means)
 
-    def _go_on(self, before, after, delta, steps):
-        mean, new = super()._go_on(before, after, delta, steps)
+    def _exchange(self, number, like, moved, mine, received, residual):
+        residual = {name: _split(x) for name, x in residual.items()} if self.bits else residual
+        received, residual = super()._exchange(
+            number, _split(like), _split(moved), mine, received, residual
+        )
+        residual = {name: _unsplit(*x) for name, x in residual.items()} if self.bits else residual
+        return received, residual
+
+    def _outer_gradient(self, like, received):
+        return _unsplit(*super()._outer_gradient(_split(like), received))
+
+    def _go_on(self, before, after, delta, figures):
+        mean, new = super()._go_on(before, after, delta, figures)
+        steps = len(figures["loss"])
 
         def update(_, carry):
             params, opt_state = carry
@@ -61,18 +83,37 @@ class MuLoCo(DiLoCo):
             made = optax.apply_updates(params, smaller)
             return _merge(params, made), _join(opt_state, moments)
 
-        others, moments = lax.fori_loop(0, steps, update, (before.params, before.opt_state))
+        others = lax.fori_loop(0, steps, update, (before.params, before.opt_state))
+        # If all islands have skipped all steps, their moments are those of before.
+        skipped = (figures["skipped"] == self._islands.islands).all()
+        others, moments = jax.tree.map(
+            lambda x, y: jnp.where(skipped, x, y), (before.params, after.opt_state), others
+        )
         new = new.replace(
             params=_merge(new.params, others), opt_state=_join(after.opt_state, moments)
         )
-        # The drift that is reported is that of hidden matrices.
-        mean = _merge(mean, after.params)
         return mean, self._with_sums(new, jax.tree.map(jnp.zeros_like, delta))
 
 
 def _merge(hidden: Tree, others: Tree) -> Tree:
     """Returns hidden matrices of the first tree of parameters, and all others of the second."""
     return jax.tree.map(lambda x, y, one: x if one else y, hidden, others, is_hidden(hidden))
+
+
+def _split(params: Tree) -> tuple[Tree, Tree]:
+    """Returns hidden matrices and all others, each with None in place of the rest."""
+    hidden = is_hidden(params)
+    return (
+        jax.tree.map(lambda x, one: x if one else None, params, hidden),
+        jax.tree.map(lambda x, one: None if one else x, params, hidden),
+    )
+
+
+def _unsplit(hidden: Tree, others: Tree) -> Tree:
+    """Undoes `_split`."""
+    return jax.tree.map(
+        lambda x, y: y if x is None else x, hidden, others, is_leaf=lambda x: x is None
+    )
 
 
 def _join(hidden: optax.OptState, others: optax.OptState) -> optax.OptState:
