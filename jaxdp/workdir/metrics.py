@@ -40,7 +40,8 @@ METRICS = {
     "train/learning_rate": "learning rate of this step",
     "train/skipped": "updates skipped so far, because loss or gradient wasn't finite",
     "train/drift": "where replicas train independently: root mean square of their distance from "
-    "their mean, relative to its norm, just before they synchronised",
+    "their mean, relative to its norm, just before they synchronised; in diloco with Muon, that of "
+    "hidden matrices",
     "eval/loss": "mean over all tokens of the validation split, nats; for each set of `eval_sets` "
     "it is `eval/NAME/loss`, and the same holds for the next two",
     "eval/perplexity": "exp(eval/loss)",

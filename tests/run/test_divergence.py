@@ -8,9 +8,11 @@ from unittest.mock import Mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from jaxdp.common.errors import RunError
+from jaxdp.model.matrices import is_hidden
 from jaxdp.run import divergence, loop, report
 from jaxdp.run.divergence import WINDOW, Divergence, Trouble, by_layer
 from jaxdp.run.rollback import roll_back
@@ -84,15 +86,36 @@ def test_the_schedule_goes_on_over_a_skipped_update(config):
     np.testing.assert_allclose(norm, found[2]["learning_rate"] * clipped, rtol=1e-4)
 
 
-@pytest.mark.parametrize("method", ["parameter_mean", "diloco"])
-def test_replicas_that_train_alone_skip_alone_and_agree(config, method):
-    config.sync.method = method
+@pytest.mark.parametrize(
+    ("method", "optimizer"), [("parameter_mean", "adamw"), ("diloco", "adamw"), ("diloco", "muon")]
+)
+def test_replicas_that_train_alone_skip_alone_and_agree(config, method, optimizer):
+    config.sync.method, config.optimizer.name = method, optimizer
     given = harmless(config.sync.every * 2)
     given[1]["inputs"][5, 3] = POISON
     state, found = run(config, 4, given)
     assert [f["skipped"] for f in found] == [0, 1, 0, 0, 0, 0]
     for x in jax.tree.leaves((state.params, state.opt_state)):
         assert np.isfinite(x).all()
+
+
+def test_a_round_that_all_replicas_skip_updates_no_embedding(config):
+    """DiLoCo with Muon, which updates all but hidden matrices at the end of a round."""
+    config.sync.update({"method": "diloco", "every": 2})
+    config.optimizer.update({"name": "muon", "schedule": "constant", "warmup_steps": 0})
+    given = harmless(4)
+    for batch in given[2:]:
+        batch["inputs"][:, 3] = POISON
+    before, _ = run(config, 4, given[:2])
+    after, found = run(config, 4, given)
+    assert [f["skipped"] for f in found] == [0, 0, 4, 4]
+    hidden = jax.tree.leaves(is_hidden(after.params))
+    for a, b, one in zip(*map(jax.tree.leaves, (after.params, before.params)), hidden, strict=True):
+        assert one or np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    for a, b in zip(
+        *(jax.tree.leaves(optax.tree.get(s.opt_state, "nu")) for s in (after, before)), strict=True
+    ):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
 def losses(judge, values, first=0):

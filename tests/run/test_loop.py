@@ -108,9 +108,11 @@ def test_a_run_that_is_asked_to_stop_evaluates_when_it_resumes(config, tmp_path,
 COMPRESSED = {"gradient_mean": "int4", "sharded": "int8", "diloco": "int1"}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, "diloco with muon"])
 def test_resuming_is_not_stopping_however_replicas_agree(config, tmp_path, method):
     """Bit by bit: parameters, each device's moments, outer momentum, what rounding has lost."""
+    method, with_muon, _ = method.partition(" with muon")
+    config.optimizer.name = "muon" if with_muon else "adamw"
     islands = 2 if METHODS[method].has_islands else 0
     config.sync.update({"method": method, "every": 2, "islands": islands})
     config.sync.dtype = COMPRESSED.get(method, "float32")
