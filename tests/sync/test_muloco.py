@@ -60,14 +60,18 @@ def test_against_its_definition(muon, model):
     setup = make_setup(muon, VOCAB, devices, mask_id=0)
     assert isinstance(setup.method, MuLoCo)
     theta, gradient = initial_params(setup.model, muon.seed), gradient_of(setup.model)
-    update, start_of = jax.jit(setup.optimizer.update), setup.optimizer.init(theta).inner_states
+    update, first = jax.jit(setup.optimizer.update), setup.optimizer.init(theta)
     c, hidden = muon.sync, is_hidden(theta)
     outer = optax.sgd(c.outer_learning_rate, c.outer_momentum, nesterov=True)
-    momentum, adam, own = outer.init(theta), start_of["adam"], [start_of["muon"]] * devices
+    momentum, adam, own = (
+        outer.init(theta),
+        first.inner_states["adam"],
+        [first.inner_states["muon"]] * devices,
+    )
     data = list(batches(every * rounds))
 
     def state(muon, adam):
-        return setup.optimizer.init(theta)._replace(inner_states={"muon": muon, "adam": adam})
+        return type(first)({"muon": muon, "adam": adam})
 
     for _ in range(rounds):
         delta = average = jax.tree.map(jnp.zeros_like, theta)
