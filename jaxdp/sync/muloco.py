@@ -30,11 +30,13 @@ class MuLoCo(DiLoCo):
     the norm of replica m's own gradient, and is 0 in a step that it skips. With H = 1 and no
     clipping these parameters are trained as by gradient_mean.
 
-    With few bits, no block of numbers with one scale holds both gradients and changes, but one.
+    With few bits, gradients and changes are rounded in different blocks, each with a scale of its
+    own, except for the block at the border between them.
     """
 
     def begin(self, state):
-        # During a round, the others' outer momentum, which nothing else needs, holds the sums.
+        # Only hidden matrices have outer momentum. Its place for the other parameters holds the
+        # sums of their gradients; what an older version left there is cleared.
         return self._with_sums(state, jax.tree.map(jnp.zeros_like, state.params))
 
     def update(self, state, grads):
@@ -84,7 +86,7 @@ class MuLoCo(DiLoCo):
             return _merge(params, made), _join(opt_state, moments)
 
         others = lax.fori_loop(0, steps, update, (before.params, before.opt_state))
-        # If all islands have skipped all steps, their moments are those of before.
+        # Where every island skipped every step there was no gradient: nothing is updated.
         skipped = (figures["skipped"] == self._islands.islands).all()
         others, moments = jax.tree.map(
             lambda x, y: jnp.where(skipped, x, y), (before.params, after.opt_state), others
