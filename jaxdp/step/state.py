@@ -30,7 +30,7 @@ class State(TrainState):
     Attributes:
       outer: state of DiLoCo's outer optimizer; () without one.
       ema: EMA of the parameters (see `ema`), or each device's slice of it; () without one.
-      residual: what a device's compressed sums have lost (see `compression`); () without them.
+      residual: what a device's compressed sums have lost (see `compression`); empty without them.
       local_params: the parameters that a device goes on from, where those are not `params` (see
         `fragments`); () elsewhere.
     """

@@ -167,7 +167,7 @@ class DiLoCo(ParameterMean):
 
     def _average(self, before, after, figures):
         mine = reductions.share(figures["tokens"].sum(0), self.axis, self._islands)
-        moved = self._moved(before, after, len(figures["loss"]))
+        moved = self._moved(before, after, figures)
         received, residual = (), after.residual
         for number in range(1, 1 + self._exchange_count):
             received, residual = self._exchange(
@@ -177,9 +177,9 @@ class DiLoCo(ParameterMean):
         after = after.replace(residual=residual)
         return self._go_on(before, after, delta, figures)
 
-    def _moved(self, before, after, steps):
-        """Returns what this device's island adds to the outer gradient after a round of `steps`."""
-        del steps
+    def _moved(self, before, after, figures):
+        """Returns what this device's island adds to the outer gradient after a round."""
+        del figures
         return jax.tree.map(jnp.subtract, before.params, after.params)
 
     def _go_on(self, before, after, delta, figures):

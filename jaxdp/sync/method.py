@@ -85,8 +85,8 @@ class Sync:
         return tx.init(params), ()
 
     def residual(self, params: Tree, islands: Islands) -> Tree:
-        """Returns what a device's compressed sums have lost before the first: zeros, or ()."""
-        return compression.empty_residual(params, islands.islands) if self.bits else ()
+        """Returns what a device's compressed sums have lost before the first: zeros, or nothing."""
+        return compression.empty_residual(params, islands.islands) if self.bits else {}
 
     def accumulate(self, value_and_grad: Callable, params: Tree, batch: Tree) -> Tree:
         """Returns ((loss_sum, weight_sum), gradient_sums) over this device's batch."""

@@ -59,17 +59,17 @@ class MuLoCo(DiLoCo):
 
         return super()._with_drift(figures, hidden(params), hidden(mean))
 
-    def _moved(self, before, after, steps):
+    def _moved(self, before, after, figures):
+        steps = len(figures["loss"])
         means = jax.tree.map(lambda x: x / steps, optax.tree.get(after.outer, "trace"))
-        return _merge(super()._moved(before, after, steps), means)
+        return _merge(super()._moved(before, after, figures), means)
 
     def _exchange(self, number, like, moved, mine, received, residual):
-        residual = {name: _split(x) for name, x in residual.items()} if self.bits else residual
+        residual = {name: _split(x) for name, x in residual.items()}
         received, residual = super()._exchange(
             number, _split(like), _split(moved), mine, received, residual
         )
-        residual = {name: _unsplit(*x) for name, x in residual.items()} if self.bits else residual
-        return received, residual
+        return received, {name: _unsplit(*x) for name, x in residual.items()}
 
     def _outer_gradient(self, like, received):
         return _unsplit(*super()._outer_gradient(_split(like), received))
@@ -86,14 +86,20 @@ class MuLoCo(DiLoCo):
             return _merge(params, made), _join(opt_state, moments)
 
         others = lax.fori_loop(0, steps, update, (before.params, before.opt_state))
-        # Where every island skipped every step there was no gradient: nothing is updated.
+        # Where every island skipped every step there was no gradient: nothing is updated, and what
+        # earlier rounds had lost is still to be sent.
         skipped = (figures["skipped"] == self._islands.islands).all()
-        others, moments = jax.tree.map(
-            lambda x, y: jnp.where(skipped, x, y), (before.params, after.opt_state), others
+        others, moments, lost = jax.tree.map(
+            lambda x, y: jnp.where(skipped, x, y),
+            (before.params, after.opt_state, before.residual),
+            (*others, after.residual),
         )
         new = new.replace(
-            params=_merge(new.params, others), opt_state=_join(after.opt_state, moments)
+            params=_merge(new.params, others),
+            opt_state=_join(after.opt_state, moments),
+            residual={name: _merge(x, lost[name]) for name, x in new.residual.items()},
         )
+        # Between rounds all devices have to hold the same.
         return mean, self._with_sums(new, jax.tree.map(jnp.zeros_like, delta))
 
 

@@ -99,9 +99,13 @@ def test_replicas_that_train_alone_skip_alone_and_agree(config, method, optimize
         assert np.isfinite(x).all()
 
 
-def test_a_round_that_all_replicas_skip_updates_no_embedding(config):
-    """DiLoCo with Muon, which updates all but hidden matrices at the end of a round."""
-    config.sync.update({"method": "diloco", "every": 2})
+@pytest.mark.parametrize("dtype", ["float32", "int1"])
+def test_a_round_that_all_replicas_skip_updates_no_embedding(config, dtype):
+    """DiLoCo with Muon, which updates all but hidden matrices at the end of a round.
+
+    What rounding had lost of their gradients is still to be sent, too.
+    """
+    config.sync.update({"method": "diloco", "every": 2, "dtype": dtype})
     config.optimizer.update({"name": "muon", "schedule": "constant", "warmup_steps": 0})
     given = harmless(4)
     for batch in given[2:]:
@@ -109,13 +113,13 @@ def test_a_round_that_all_replicas_skip_updates_no_embedding(config):
     before, _ = run(config, 4, given[:2])
     after, found = run(config, 4, given)
     assert [f["skipped"] for f in found] == [0, 0, 4, 4]
-    hidden = jax.tree.leaves(is_hidden(after.params))
-    for a, b, one in zip(*map(jax.tree.leaves, (after.params, before.params)), hidden, strict=True):
-        assert one or np.asarray(a).tobytes() == np.asarray(b).tobytes()
-    for a, b in zip(
-        *(jax.tree.leaves(optax.tree.get(s.opt_state, "nu")) for s in (after, before)), strict=True
-    ):
-        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    moments = [optax.tree.get(s.opt_state, "nu") for s in (after, before)]
+    lost = [list(s.residual.values()) for s in (after, before)]
+    assert len(lost[0]) == (0 if dtype == "float32" else 2)
+    for now, then in [(after.params, before.params), moments, *zip(*lost, strict=True)]:
+        hidden = jax.tree.leaves(is_hidden(now))
+        for a, b, one in zip(*map(jax.tree.leaves, (now, then)), hidden, strict=True):
+            assert one or np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
 def losses(judge, values, first=0):
