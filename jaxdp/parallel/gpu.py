@@ -13,9 +13,12 @@ from jaxdp.common import nvidia
 FLAGS = {
     # Query, key and value from three products: merged into one, its result has to be copied apart.
     "xla_gpu_dot_merger_threshold_mb": "0",
-    # On several GPUs: how many collectives may be under way beside the backward pass; XLA's 1
-    # leaves the largest gradients to the end.
-    "xla_gpu_experimental_parallel_collective_overlap_limit": "16",
+    # On several GPUs: how many collectives may be under way beside the backward pass, without limit.
+    # With XLA's 1 the largest gradients are left to the end.
+    "xla_gpu_experimental_parallel_collective_overlap_limit": "1000",
+    # On several GPUs: send the buckets of sync.method="sharded" as they are (sync/buckets.py). XLA
+    # joins them to 30 MB for each device, of which the last ones wait for the whole backward pass.
+    "xla_gpu_reduce_scatter_combine_threshold_bytes": "1",
 }
 
 

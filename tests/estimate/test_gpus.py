@@ -80,6 +80,20 @@ def test_gradients_are_summed_while_the_backward_pass_runs(step):
 
 
 @needs_compiler
+@pytest.mark.parametrize(
+    ("method", "kind"), [("gradient_mean", "all-reduce"), ("sharded", "reduce-scatter")]
+)
+def test_nor_do_the_gradients_of_many_layers_wait_for_each_other(method, kind):
+    config = gpt2_124m.get_config()
+    config.update({"global_batch_size": 8, "grad_accum_steps": 1, "seq_len": 128})
+    config.model.num_layers, config.sync.method = 20, method
+    program = compiled.compile_step(config, VOCAB, compiled.absent_machine("h100", 8))
+    found = [x for x in Schedule(program.text, 8).transfers() if x.kind == kind]
+    assert len(found) > 16
+    assert covered_share(found) > 0.9
+
+
+@needs_compiler
 @pytest.mark.parametrize("width", [64, 128])
 def test_norms_of_heads_are_kernels(width):
     """As wide as heads are, for queries and keys (model.qk_norm)."""
