@@ -90,7 +90,8 @@ class Sync:
 
     def accumulate(self, value_and_grad: Callable, params: Tree, batch: Tree) -> Tree:
         """Returns ((loss_sum, weight_sum), gradient_sums) over this device's batch."""
-        return reductions.accumulate(value_and_grad, params, batch, self.grad_accum_steps)
+        several, count = lax.axis_size(self.axis) > 1, self.grad_accum_steps
+        return reductions.accumulate(value_and_grad, params, batch, count, last_apart=several)
 
     def mean(self, sums: Tree, figures: Figures, residual: Tree) -> tuple[Tree, Figures, Tree]:
         """Returns the gradient from its sums, the figures, and the new residual.

@@ -164,10 +164,15 @@ def doubling_sum(tree: Tree, axis_name: str) -> Tree:
     return unravel(flat)
 
 
-def accumulate(value_and_grad: Callable, params: Tree, batch: Tree, count: int) -> Tree:
+def accumulate(
+    value_and_grad: Callable, params: Tree, batch: Tree, count: int, last_apart: bool = False
+) -> Tree:
     """Sums what a function returns over `count` micro-batches, one at a time.
 
     In training it returns ((loss_sum, weight_sum), gradients), in evaluation only the first part.
+
+    With `last_apart` the last micro-batch comes behind the loop over the others, not in it: so its
+    sums can be sent while its backward pass still runs (as in PyTorch's DDP, Li et al. 2020).
     """
     if count == 1:
         return value_and_grad(params, batch)
@@ -178,7 +183,12 @@ def accumulate(value_and_grad: Callable, params: Tree, batch: Tree, count: int) 
 
     shapes = jax.eval_shape(value_and_grad, params, jax.tree.map(lambda x: x[0], micros))
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    return lax.scan(add, zero, micros)[0]
+    if not last_apart:
+        return lax.scan(add, zero, micros)[0]
+    total, _ = lax.scan(add, zero, jax.tree.map(lambda x: x[:-1], micros))
+    # Not before the loop has ended, so that only one micro-batch has activations at a time.
+    total, params, batch = lax.optimization_barrier((total, params, batch))
+    return add(total, jax.tree.map(lambda x: x[-1], _cut(batch, count)))[0]
 
 
 def accumulate_in_order(value_and_grad: Callable, params: Tree, batch: Tree, count: int) -> Tree:

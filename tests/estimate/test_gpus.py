@@ -81,11 +81,17 @@ def test_gradients_are_summed_while_the_backward_pass_runs(step):
 
 @needs_compiler
 @pytest.mark.parametrize(
-    ("method", "kind"), [("gradient_mean", "all-reduce"), ("sharded", "reduce-scatter")]
+    ("method", "kind", "accum"),
+    [
+        ("gradient_mean", "all-reduce", 1),
+        ("gradient_mean", "all-reduce", 3),
+        ("sharded", "reduce-scatter", 1),
+    ],
 )
-def test_nor_do_the_gradients_of_many_layers_wait_for_each_other(method, kind):
+def test_nor_do_the_gradients_of_many_layers_wait_for_each_other(method, kind, accum):
+    """With several micro-batches, they are sent during the last one's backward pass."""
     config = gpt2_124m.get_config()
-    config.update({"global_batch_size": 8, "grad_accum_steps": 1, "seq_len": 128})
+    config.update({"global_batch_size": 8 * accum, "grad_accum_steps": accum, "seq_len": 128})
     config.model.num_layers, config.sync.method = 20, method
     program = compiled.compile_step(config, VOCAB, compiled.absent_machine("h100", 8))
     found = [x for x in Schedule(program.text, 8).transfers() if x.kind == kind]
