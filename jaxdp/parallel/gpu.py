@@ -13,8 +13,8 @@ from jaxdp.common import nvidia
 FLAGS = {
     # Query, key and value from three products: merged into one, its result has to be copied apart.
     "xla_gpu_dot_merger_threshold_mb": "0",
-    # On several GPUs: how many collectives may be under way beside the backward pass, without limit.
-    # With XLA's 1 the largest gradients are left to the end.
+    # On several GPUs: how many collectives may be under way beside the backward pass. This is no
+    # limit; with XLA's, 1, the largest gradients are left to the end.
     "xla_gpu_experimental_parallel_collective_overlap_limit": "1000",
     # On several GPUs: send the buckets of sync.method="sharded" as they are (sync/buckets.py). XLA
     # joins them to 30 MB for each device, of which the last ones wait for the whole backward pass.
