@@ -9,15 +9,17 @@ from ml_collections import ConfigDict
 
 from jaxdp.common import nvidia
 
-# By name: the value that is better than XLA's default for a training step (benchmarks/RESULTS.md).
+# By name: the value that is better than XLA's default for a training step. The first was timed
+# (benchmarks/RESULTS.md); what those for several GPUs do was seen in compiled programs only
+# (benchmarks/scaling.md).
 FLAGS = {
     # Query, key and value from three products: merged into one, its result has to be copied apart.
     "xla_gpu_dot_merger_threshold_mb": "0",
-    # On several GPUs: how many collectives may be under way beside the backward pass. This is no
-    # limit; with XLA's, 1, the largest gradients are left to the end.
+    # How many collectives may be under way beside the backward pass; in effect, any number. With
+    # XLA's 1 the largest gradients are left to the end.
     "xla_gpu_experimental_parallel_collective_overlap_limit": "1000",
-    # On several GPUs: send the buckets of sync.method="sharded" as they are (sync/buckets.py). XLA
-    # joins them to 30 MB for each device, of which the last ones wait for the whole backward pass.
+    # Send the buckets of sync.method="sharded" as they are (sync/buckets.py). XLA joins them to
+    # 30 MB for each device, of which the last ones wait for the whole backward pass.
     "xla_gpu_reduce_scatter_combine_threshold_bytes": "1",
 }
 

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,14 +31,14 @@ class State(TrainState):
     Attributes:
       outer: state of DiLoCo's outer optimizer; () without one.
       ema: EMA of the parameters (see `ema`), or each device's slice of it; () without one.
-      residual: what a device's compressed sums have lost (see `compression`); empty without them.
+      residual: what a device's compressed sums have lost (see `compression`); {} without them.
       local_params: the parameters that a device goes on from, where those are not `params` (see
         `fragments`); () elsewhere.
     """
 
     outer: Any = ()
     ema: Any = ()
-    residual: Any = ()
+    residual: Any = flax.struct.field(default_factory=dict)
     local_params: Any = ()
 
 

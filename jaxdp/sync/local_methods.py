@@ -37,6 +37,10 @@ class ParameterMean(Sync):
         super().__init__(config, axis_name, island_count)
         self.every = config.sync.every
 
+    @property
+    def _sends_gradients(self):
+        return self._islands.size > 1
+
     @classmethod
     def check(cls, config):
         every, name = config.sync.every // config.sync.fragments, "sync.every"

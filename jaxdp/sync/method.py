@@ -60,6 +60,11 @@ class Sync:
     def _islands(self) -> Islands:
         return self.islands(lax.axis_size(self.axis))
 
+    @property
+    def _sends_gradients(self) -> bool:
+        """Whether devices send each other gradients in every step."""
+        return lax.axis_size(self.axis) > 1
+
     @classmethod
     def check(cls, config: ConfigDict) -> None:
         """Raises ConfigError if other keys of a config don't go with this method."""
@@ -85,13 +90,13 @@ class Sync:
         return tx.init(params), ()
 
     def residual(self, params: Tree, islands: Islands) -> Tree:
-        """Returns what a device's compressed sums have lost before the first: zeros, or nothing."""
+        """Returns what a device's compressed sums have lost before the first: zeros, or {}."""
         return compression.empty_residual(params, islands.islands) if self.bits else {}
 
     def accumulate(self, value_and_grad: Callable, params: Tree, batch: Tree) -> Tree:
         """Returns ((loss_sum, weight_sum), gradient_sums) over this device's batch."""
-        several, count = lax.axis_size(self.axis) > 1, self.grad_accum_steps
-        return reductions.accumulate(value_and_grad, params, batch, count, last_apart=several)
+        count, apart = self.grad_accum_steps, self._sends_gradients
+        return reductions.accumulate(value_and_grad, params, batch, count, last_apart=apart)
 
     def mean(self, sums: Tree, figures: Figures, residual: Tree) -> tuple[Tree, Figures, Tree]:
         """Returns the gradient from its sums, the figures, and the new residual.

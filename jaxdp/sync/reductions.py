@@ -178,17 +178,18 @@ def accumulate(
         return value_and_grad(params, batch)
     micros = _cut(batch, count)
 
-    def add(total, micro):
-        return jax.tree.map(jnp.add, total, value_and_grad(params, micro)), None
+    def add(params, total, micro):
+        return jax.tree.map(jnp.add, total, value_and_grad(params, micro))
 
     shapes = jax.eval_shape(value_and_grad, params, jax.tree.map(lambda x: x[0], micros))
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    looped = jax.tree.map(lambda x: x[:-1], micros) if last_apart else micros
+    total, _ = lax.scan(lambda total, micro: (add(params, total, micro), None), zero, looped)
     if not last_apart:
-        return lax.scan(add, zero, micros)[0]
-    total, _ = lax.scan(add, zero, jax.tree.map(lambda x: x[:-1], micros))
+        return total
     # Not before the loop has ended, so that only one micro-batch has activations at a time.
     total, params, batch = lax.optimization_barrier((total, params, batch))
-    return add(total, jax.tree.map(lambda x: x[-1], _cut(batch, count)))[0]
+    return add(params, total, jax.tree.map(lambda x: x[-1], _cut(batch, count)))
 
 
 def accumulate_in_order(value_and_grad: Callable, params: Tree, batch: Tree, count: int) -> Tree:

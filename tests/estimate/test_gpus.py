@@ -88,8 +88,8 @@ def test_gradients_are_summed_while_the_backward_pass_runs(step):
         ("sharded", "reduce-scatter", 1),
     ],
 )
-def test_nor_do_the_gradients_of_many_layers_wait_for_each_other(method, kind, accum):
-    """With several micro-batches, they are sent during the last one's backward pass."""
+def test_gradients_of_many_layers_do_not_wait_for_each_other(method, kind, accum):
+    """Of several micro-batches, the last one's backward pass covers them."""
     config = gpt2_124m.get_config()
     config.update({"global_batch_size": 8 * accum, "grad_accum_steps": accum, "seq_len": 128})
     config.model.num_layers, config.sync.method = 20, method

@@ -21,7 +21,7 @@ def test_any_number_of_devices_is_the_same_run(config, devices):
     assert_same_run(train(config, 1), train(config, devices))
 
 
-@pytest.mark.parametrize(("devices", "accum"), [(1, 8), (1, 2), (2, 2), (4, 2)])
+@pytest.mark.parametrize(("devices", "accum"), [(1, 8), (1, 2), (2, 4), (4, 2)])
 def test_accumulation_is_the_big_batch(config, devices, accum):
     config.model.dropout = 0.3
     assert_same_run(train(config, 1), train(config, devices, accum))

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -157,7 +159,15 @@ def test_ordered_sums_are_the_same_bits_on_any_number_of_devices():
     assert (tree != values.sum(0)).any()
 
 
-@pytest.mark.parametrize("add", [reductions.accumulate, reductions.accumulate_in_order])
+@pytest.mark.parametrize(
+    "add",
+    [
+        reductions.accumulate,
+        functools.partial(reductions.accumulate, last_apart=True),
+        reductions.accumulate_in_order,
+    ],
+    ids=["in a loop", "last one apart", "in order"],
+)
 @pytest.mark.parametrize("count", [1, 2, 8])
 def test_accumulation_sums_over_micro_batches(add, count):
     def value_and_grad(params, batch):
