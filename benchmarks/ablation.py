@@ -55,9 +55,10 @@ def sequences(tokens: np.ndarray, length: int) -> np.ndarray:
     return np.asarray(tokens[starts + np.arange(length + 1)], np.int32)
 
 
-def mean_loss(model, params, tokens: jax.Array) -> jax.Array:
-    """Returns the mean loss of [n, L + 1] tokens, in nats."""
-    logits = model.apply({"params": params}, tokens[:, :-1])
+def mean_loss(model, params, tokens: jax.Array, key: jax.Array | None = None) -> jax.Array:
+    """Returns the mean loss of [n, L + 1] tokens, in nats; with a key, dropout is on."""
+    dropout = {} if key is None else {"rows": jnp.arange(len(tokens)), "rngs": {"dropout": key}}
+    logits = model.apply({"params": params}, tokens[:, :-1], **dropout)
     total, weight = cross_entropy(logits, tokens[:, 1:], jnp.ones(logits.shape[:2]))
     return total / weight
 
@@ -69,14 +70,15 @@ def trained(made: setup.Setup, data: np.ndarray):
     optimizer = optax.chain(clip, made.optimizer)
 
     @jax.jit
-    def train(carry, batches):
-        def step(carry, batch):
-            params, state = carry
-            gradient = jax.grad(lambda params: mean_loss(made.model, params, batch))(params)
+    def train(carry, numbers, batches):
+        def step(carry, numbered):
+            (params, state), (number, batch) = carry, numbered
+            key = jax.random.fold_in(jax.random.key(config.seed), number)
+            gradient = jax.grad(lambda params: mean_loss(made.model, params, batch, key))(params)
             updates, state = optimizer.update(gradient, state, params)
             return (optax.apply_updates(params, updates), state), None
 
-        return jax.lax.scan(step, carry, batches)[0]
+        return jax.lax.scan(step, carry, (numbers, batches))[0]
 
     steps, size = config.num_train_steps, config.global_batch_size
     epochs = itertools.chain.from_iterable(rng.permutation(len(data)) for _ in itertools.count())
@@ -85,7 +87,8 @@ def trained(made: setup.Setup, data: np.ndarray):
     carry, times = (params, optimizer.init(params)), []
     for first in range(0, steps, STEPS_PER_CALL):
         began, part = time.perf_counter(), rows[first : first + STEPS_PER_CALL]
-        carry = jax.block_until_ready(train(carry, data[part]))
+        numbers = first + np.arange(len(part))
+        carry = jax.block_until_ready(train(carry, numbers, data[part]))
         times.append((time.perf_counter() - began) / len(part))
     return carry[0], 1e3 * np.median(times)
 
