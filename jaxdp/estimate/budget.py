@@ -1,6 +1,7 @@
 """The best model for a time: its size, tokens, batch and learning rate, by published rules.
 
-- Size: 20 tokens for each parameter, embeddings included (Chinchilla, Hoffmann et al. 2022).
+- Size: 20 tokens for each parameter (Chinchilla, Hoffmann et al. 2022), embeddings not counted. Not
+  to count them is our choice: they are few in Chinchilla's models, but most of a tiny one.
 - A batch of 0.58 D^0.571 tokens, and for AdamW a peak learning rate of 1.79 N^-0.713 D^0.307, with
   D tokens in all and N parameters without embeddings (Li et al. 2025, "Predictable Scale: Part I").
   They were fitted to models of 60M parameters and more; for tiny ones the rate would be far too
@@ -41,6 +42,7 @@ LEAST_STEPS = 20
 HIGHEST_RATE = 0.01
 SAID = ("model.num_layers", "model.embed_dim", "model.num_heads", "num_train_steps")  # Always.
 TRIALS = 4  # Sizes that are timed, at most.
+PROPORTIONS = ("embed_dim", "mlp_dim", "num_heads", "num_kv_heads")  # Of all sizes.
 
 
 class Size(NamedTuple):
@@ -48,6 +50,20 @@ class Size(NamedTuple):
 
     layers: int
     width: int
+
+
+class Cost(NamedTuple):
+    """What a model costs.
+
+    Attributes:
+      parameters: all of them.
+      core: those that are no token embeddings, nor the head.
+      per_token: FLOPs per token, with those that remat adds.
+    """
+
+    parameters: int
+    core: int
+    per_token: float
 
 
 class Budget(NamedTuple):
@@ -59,7 +75,7 @@ class Budget(NamedTuple):
       devices: those that train.
       train: tokens of training text; 0: not known.
       validation: tokens of the validation split; 0: not known.
-      ratio: tokens for each parameter.
+      ratio: tokens for each parameter of the core; see `Cost`.
     """
 
     hours: float
@@ -77,7 +93,8 @@ class Proposal:
     Attributes:
       config: the config with the proposed keys.
       keys: these keys and their values.
-      parameters: of the model, embeddings included.
+      parameters: of the model, all of them.
+      core: those that are no embeddings; see `Cost`.
       tokens: tokens to train on.
       rate: FLOP/s that a device reaches.
       seconds: seconds per optimizer step.
@@ -87,6 +104,7 @@ class Proposal:
     config: ConfigDict
     keys: dict[str, Any]
     parameters: int
+    core: int
     tokens: int
     rate: float
     seconds: float
@@ -100,7 +118,8 @@ class Proposal:
     def rows(self) -> dict[str, str]:
         """Returns the proposal as rows of a table."""
         c = self.config
-        tokens = f"{quantity(self.tokens)}, {self.tokens / self.parameters:.1f} for each parameter"
+        ratio = f"{self.tokens / self.core:.1f} for each parameter, embeddings not counted"
+        tokens = f"{quantity(self.tokens)}, {ratio}"
         if self.passes:
             tokens += f", {self.passes:.2g} passes over the text"
         if self.passes > REPEATS:
@@ -140,6 +159,8 @@ def propose(
     while measure and len(seen) < TRIALS:
         seen.add(size)
         config, rate = measure(filled(config, given, size, budget, rate).config)
+        config = config.copy_and_resolve_references()
+        config.model.update({name: given.model[name] for name in PROPORTIONS})
         better = best_size(config, budget, rate)
         if better in seen:
             break
@@ -167,14 +188,15 @@ def best_size(config: ConfigDict, budget: Budget, rate: float) -> Size:
     flops = USED * 3600 * budget.hours * len(budget.devices) * rate
 
     @functools.cache
-    def cost_of(width: int, layers: int) -> tuple[int, float]:
+    def cost_of(width: int, layers: int) -> Cost:
         return cost(config, Size(layers, width), budget.vocab)
 
     def excess(size: Size) -> float:
         """Log of how many times as many tokens there is time for as the rule asks for."""
-        (a, b), (c, d) = (cost_of(size.width, n) for n in (1, 2))  # Each layer adds the same.
-        parameters, per_token = a + (size.layers - 1) * (c - a), b + (size.layers - 1) * (d - b)
-        return math.log(flops / per_token / parameters / budget.ratio)
+        one, two = (cost_of(size.width, n) for n in (1, 2))  # Each layer adds the same.
+        core = one.core + (size.layers - 1) * (two.core - one.core)
+        per_token = one.per_token + (size.layers - 1) * (two.per_token - one.per_token)
+        return math.log(flops / per_token / core / budget.ratio)
 
     def distance(size: Size) -> float:
         return abs(excess(size)) + 0.1 * abs(math.log(size.width / size.layers / 64))
@@ -186,11 +208,14 @@ def best_size(config: ConfigDict, budget: Budget, rate: float) -> Size:
     return min(sizes, key=distance)
 
 
-def cost(config: ConfigDict, size: Size, vocab: int) -> tuple[int, float]:
-    """Returns a model's parameters and its FLOPs per token, with those that remat adds."""
+def cost(config: ConfigDict, size: Size, vocab: int) -> Cost:
+    """Returns what a model of a size costs."""
     model = ModelConfig.from_config(with_size(config, size), vocab)
     parameters = num_parameters(parameter_shapes(Transformer(model)))
-    return parameters, flops_per_token(model, parameters) * (4 / 3 if model.remat else 1)
+    core = parameters - model.vocab_size * size.width * (1 if model.tied_head else 2)
+    return Cost(
+        parameters, core, flops_per_token(model, parameters) * (4 / 3 if model.remat else 1)
+    )
 
 
 def with_size(config: ConfigDict, size: Size) -> ConfigDict:
@@ -224,7 +249,7 @@ def filled(
       budget: what there is to train with.
       rate: FLOP/s of a device.
     """
-    parameters, per_token = cost(config, size, budget.vocab)
+    parameters, core, per_token = cost(config, size, budget.vocab)
     speed = rate * len(budget.devices) / per_token
     # An evaluation takes a third of a training step's time, for the forward pass.
     tokens = USED * 3600 * budget.hours * speed - EVALUATIONS * budget.validation / 3
@@ -243,14 +268,13 @@ def filled(
     new.update({"global_batch_size": rows, "num_train_steps": steps, "num_epochs": 0})
     new.eval_every = new.checkpoint.every = due
     if config.optimizer.name == "adamw":
-        embeddings = budget.vocab * size.width * (1 if config.model.tied_head else 2)
-        rule = learning_rate(parameters - embeddings, tokens)
-        new.optimizer.learning_rate = float(f"{rule:.2g}")
+        new.optimizer.learning_rate = float(f"{learning_rate(core, tokens):.2g}")
     old, flat = configs.flatten(given), configs.flatten(new)
     return Proposal(
         config=new,
         keys={key: value for key, value in flat.items() if key in SAID or value != old[key]},
         parameters=parameters,
+        core=core,
         tokens=tokens,
         rate=rate,
         seconds=rows * config.seq_len / speed,

@@ -20,9 +20,10 @@ def budget_of(hours=1.0, devices=2, **texts):
 
 @pytest.mark.parametrize("rate", [1e11, 1e14])
 def test_there_is_time_for_twenty_tokens_for_each_parameter(config, rate):
-    """To the next size: in a model of few layers one more is a third more parameters."""
+    """But embeddings. To the next size: one more of three layers is a third more parameters."""
     found = propose(config, budget_of(), rate)
-    assert 14 < found.tokens / found.parameters < 28
+    assert 14 < found.tokens / found.core < 28
+    assert found.parameters - found.core == VOCAB * found.config.model.embed_dim
     assert 32 <= found.config.model.embed_dim / found.config.model.num_layers <= 96
     used = found.config.num_train_steps * found.seconds
     assert budget.USED * 3600 - found.seconds <= used <= budget.USED * 3600
@@ -30,7 +31,7 @@ def test_there_is_time_for_twenty_tokens_for_each_parameter(config, rate):
 
 def test_of_more_time_model_and_text_get_equal_parts(config):
     one, four = (propose(config, budget_of(hours), 1e13) for hours in (1, 4))
-    assert 1.5 < four.parameters / one.parameters < 2.7
+    assert 1.5 < four.core / one.core < 2.7
     assert 1.5 < four.tokens / one.tokens < 2.7
     assert four.config.optimizer.learning_rate < one.config.optimizer.learning_rate
     assert four.config.global_batch_size > one.config.global_batch_size
@@ -61,10 +62,14 @@ def test_the_measured_speed_decides(config):
         tried.append(config.model.embed_dim)
         return config, 1e12 / config.model.embed_dim
 
+    config.model.mlp_dim = config.model.embed_dim * 43 // 16  # As the quickstart's: 2.7 times.
     found = propose(config, budget_of(), 1e13, measure)
     assert found.rate == 1e12 / tried[-1]
     assert len(tried) <= budget.TRIALS and tried[-1] < tried[0]
-    assert 10 < found.tokens / found.parameters < 40
+    assert 10 < found.tokens / found.core < 40
+    model = found.config.model
+    as_given = budget.with_size(config, Size(model.num_layers, model.embed_dim)).model
+    assert model.mlp_dim == as_given.mlp_dim  # Whatever sizes were timed before.
 
 
 def test_evaluations_take_of_the_time(config):
