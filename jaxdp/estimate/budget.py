@@ -42,7 +42,8 @@ LEAST_STEPS = 20
 HIGHEST_RATE = 0.01
 SAID = ("model.num_layers", "model.embed_dim", "model.num_heads", "num_train_steps")  # Always.
 TRIALS = 4  # Sizes that are timed, at most.
-PROPORTIONS = ("embed_dim", "mlp_dim", "num_heads", "num_kv_heads")  # Of all sizes.
+# Keys of config.model whose given proportions all sizes keep; see `with_size`.
+PROPORTIONS = ("embed_dim", "mlp_dim", "num_heads", "num_kv_heads")
 
 
 class Size(NamedTuple):
@@ -160,6 +161,7 @@ def propose(
         seen.add(size)
         config, rate = measure(filled(config, given, size, budget, rate).config)
         config = config.copy_and_resolve_references()
+        # It was rounded to the size that was timed; the next one begins from what was given again.
         config.model.update({name: given.model[name] for name in PROPORTIONS})
         better = best_size(config, budget, rate)
         if better in seen:

@@ -18,8 +18,8 @@ FLAGS = {
     # How many collectives may be under way beside the backward pass; in effect, any number. With
     # XLA's 1 the largest gradients are left to the end.
     "xla_gpu_experimental_parallel_collective_overlap_limit": "1000",
-    # Send the buckets of sync.method="sharded" as they are (sync/buckets.py). XLA joins them to
-    # 30 MB for each device, of which the last ones wait for the whole backward pass.
+    # sync.method="sharded" sends gradients in buckets (sync/buckets.py). XLA must not join them: a
+    # joined one can't be sent before the last of its gradients is computed.
     "xla_gpu_reduce_scatter_combine_threshold_bytes": "1",
 }
 

@@ -99,7 +99,7 @@ class MuLoCo(DiLoCo):
             opt_state=_join(after.opt_state, moments),
             residual={name: _merge(x, lost[name]) for name, x in new.residual.items()},
         )
-        # Between rounds all devices have to hold the same.
+        # Each device has summed other gradients, and between rounds all must hold the same state.
         return mean, self._with_sums(new, jax.tree.map(jnp.zeros_like, delta))
 
 

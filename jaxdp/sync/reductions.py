@@ -171,7 +171,7 @@ def accumulate(
 
     In training it returns ((loss_sum, weight_sum), gradients), in evaluation only the first part.
 
-    With `last_apart` the last micro-batch comes behind the loop over the others, not in it: so its
+    With `last_apart` the last micro-batch comes after the loop over the others, not in it: so its
     sums can be sent while its backward pass still runs (as in PyTorch's DDP, Li et al. 2020).
     """
     if count == 1:
@@ -188,8 +188,8 @@ def accumulate(
     if not last_apart:
         return total
     # Not before the loop has ended, so that only one micro-batch has activations at a time.
-    total, params, batch = lax.optimization_barrier((total, params, batch))
-    return add(params, total, jax.tree.map(lambda x: x[-1], _cut(batch, count)))
+    total, params, micros = lax.optimization_barrier((total, params, micros))
+    return add(params, total, jax.tree.map(lambda x: x[-1], micros))
 
 
 def accumulate_in_order(value_and_grad: Callable, params: Tree, batch: Tree, count: int) -> Tree:

@@ -20,7 +20,7 @@ def budget_of(hours=1.0, devices=2, **texts):
 
 @pytest.mark.parametrize("rate", [1e11, 1e14])
 def test_there_is_time_for_twenty_tokens_for_each_parameter(config, rate):
-    """But embeddings. To the next size: one more of three layers is a third more parameters."""
+    """Embeddings not counted. Roughly: one more of three layers is a third more parameters."""
     found = propose(config, budget_of(), rate)
     assert 14 < found.tokens / found.core < 28
     assert found.parameters - found.core == VOCAB * found.config.model.embed_dim
