@@ -21,7 +21,6 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from jaxdp.common import cli
-from jaxdp.common.config import with_value
 from jaxdp.common.terminal import in_bytes
 from jaxdp.configs import gpt2_124m
 from jaxdp.estimate import compiled, scaling
@@ -40,6 +39,11 @@ LAYERS = flags.DEFINE_integer("layers", 12, "Layers of the model that is compile
 VOCAB_SIZE = 50257
 SEQUENCES = 4  # Per device, in the compiled programs.
 MACHINES = {"8 H100s": (8, 1), "2 x 8 H100s": (16, 2)}  # Devices and hosts.
+# What is compiled: by name, keys of the config.
+PROGRAMS = {name: {"sync.method": name} for name in METHODS} | {
+    f"{name}, int8": {"sync.method": name, "sync.dtype": "int8"}
+    for name in ("gradient_mean", "sharded")
+}
 # Metrics (loss, tokens, a norm) travel with the arrays or alone; any array has more bytes.
 FIGURES = 4000
 # Bytes per second that a device sends.
@@ -110,7 +114,7 @@ def compiled_config(devices: int) -> ConfigDict:
 
 
 def print_collectives(devices: int, hosts: int) -> dict[str, float]:
-    """Prints a row for each kind of collective of each method; returns covered shares by method.
+    """Prints a row for each kind of collective of each program; returns their covered shares.
 
     Raises:
       AssertionError: the collectives are not those that `methods.traffic` predicts.
@@ -119,8 +123,9 @@ def print_collectives(devices: int, hosts: int) -> dict[str, float]:
     print("|---|---|---|---|---|")
     machine = compiled.absent_machine("h100", devices, hosts)
     shares = {}
-    for name in METHODS:
-        config = with_value(compiled_config(devices), "sync.method", name)
+    for name, keys in PROGRAMS.items():
+        config = compiled_config(devices)
+        config.update_from_flattened_dict(keys)
         config.sync.virtual_replicas = max(config.sync.virtual_replicas, devices)
         config.global_batch_size = max(config.global_batch_size, config.sync.virtual_replicas)
         schedule = Schedule(compiled.compile_step(config, VOCAB_SIZE, machine).text, devices)

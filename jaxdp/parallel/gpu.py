@@ -22,10 +22,13 @@ FLAGS = {
     # joined one can't be sent before the last of its gradients is computed.
     "xla_gpu_reduce_scatter_combine_threshold_bytes": "1",
 }
+# Gradients that are sent in few bits are divided by all devices' tokens first. As an asynchronous
+# all-reduce, XLA would end the sum of these after the backward pass, and send nothing before.
+OF_FEW_BITS = {"xla_gpu_disable_async_collectives": "ALLREDUCE"}
 
 
 def prepare(config: ConfigDict) -> None:
-    """Adds `FLAGS` to XLA_FLAGS where there are NVIDIA GPUs; call it before JAX looks for devices.
+    """Adds the `wanted` flags to XLA_FLAGS where there are NVIDIA GPUs; call it before JAX looks for devices.
 
     A flag that the user has set stays as it is, and one that the installed XLA doesn't know, which
     would end the process, is left out.
@@ -39,10 +42,13 @@ def prepare(config: ConfigDict) -> None:
 
 
 def wanted(config: ConfigDict) -> dict[str, str]:
-    """Returns the `FLAGS` that a run on NVIDIA GPUs adds to what the user has set."""
-    given = os.environ.get("XLA_FLAGS", "")
-    names = [name for name in FLAGS if config.xla_flags and name not in given]
-    return {name: FLAGS[name] for name in names if _is_known(name)}
+    """Returns the flags that a run on NVIDIA GPUs adds to what the user has set."""
+    given, flags = os.environ.get("XLA_FLAGS", ""), dict(FLAGS)
+    few_bits = config.sync.dtype not in ("float32", "bfloat16")
+    if few_bits and config.sync.method in ("gradient_mean", "sharded"):
+        flags |= OF_FEW_BITS
+    names = [name for name in flags if config.xla_flags and name not in given]
+    return {name: flags[name] for name in names if _is_known(name)}
 
 
 def _is_known(flag: str) -> bool:

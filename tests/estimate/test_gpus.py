@@ -81,18 +81,19 @@ def test_gradients_are_summed_while_the_backward_pass_runs(step):
 
 @needs_compiler
 @pytest.mark.parametrize(
-    ("method", "kind", "accum"),
+    ("method", "dtype", "kind", "accum"),
     [
-        ("gradient_mean", "all-reduce", 1),
-        ("gradient_mean", "all-reduce", 3),
-        ("sharded", "reduce-scatter", 1),
+        ("gradient_mean", "float32", "all-reduce", 1),
+        ("gradient_mean", "float32", "all-reduce", 3),
+        ("gradient_mean", "int8", "all-to-all", 1),
+        ("sharded", "float32", "reduce-scatter", 1),
     ],
 )
-def test_gradients_of_many_layers_do_not_wait_for_each_other(method, kind, accum):
+def test_gradients_of_many_layers_do_not_wait_for_each_other(method, dtype, kind, accum):
     """Of several micro-batches, the last one's backward pass covers them."""
     config = gpt2_124m.get_config()
     config.update({"global_batch_size": 8 * accum, "grad_accum_steps": accum, "seq_len": 128})
-    config.model.num_layers, config.sync.method = 20, method
+    config.model.num_layers, config.sync.method, config.sync.dtype = 20, method, dtype
     program = compiled.compile_step(config, VOCAB, compiled.absent_machine("h100", 8))
     found = [x for x in Schedule(program.text, 8).transfers() if x.kind == kind]
     assert len(found) > 16

@@ -46,3 +46,21 @@ def test_the_users_flags_and_the_config_go_first(has_gpu, monkeypatch, tmp_path)
     config = default.get_config()
     config.xla_flags = False
     assert flags_after(monkeypatch, "--xla_x=1", config) == ["--xla_x=1"]
+
+
+@pytest.mark.parametrize(
+    ("method", "dtype", "wanted"),
+    [
+        ("gradient_mean", "float32", False),
+        ("gradient_mean", "int8", True),
+        ("sharded", "int1", True),
+        ("diloco", "int8", False),  # Gradients of an island are sent in float32.
+    ],
+)
+def test_a_flag_is_for_gradients_in_few_bits_only(monkeypatch, tmp_path, method, dtype, wanted):
+    file = tmp_path / "xla.so"
+    file.write_bytes(b" ".join(name.encode() for name in gpu.FLAGS | gpu.OF_FEW_BITS))
+    monkeypatch.setattr(gpu, "xla_libraries", lambda: [file, file])
+    config = default.get_config()
+    config.sync.method, config.sync.dtype = method, dtype
+    assert (gpu.wanted(config).keys() >= gpu.OF_FEW_BITS.keys()) == wanted
