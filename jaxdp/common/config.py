@@ -139,12 +139,13 @@ def check_model(config: ConfigDict) -> None:
 
 
 def _check_window(config: ConfigDict) -> None:
+    for key in ("window", "mlp_lookback"):
+        if config.model[key] and config.objective != "causal":
+            raise ConfigError(
+                f"model.{key}={config.model[key]} has no meaning with objective="
+                f"{config.objective!r}, where tokens see both sides: use 0"
+            )
     window, skip = config.model.window, config.model.window_skip
-    if window and config.objective != "causal":
-        raise ConfigError(
-            f"model.window={window} has no meaning with objective={config.objective!r}, where "
-            "tokens attend to both sides: use 0"
-        )
     if skip and not window:
         raise ConfigError(
             f"model.window_skip={skip} has no meaning with model.window=0: give a window, or use 0"

@@ -62,6 +62,7 @@ OFF = {
     "logit_cap": (0.0,),
     "embed_residual": (False,),
     "value_embeddings": (False,),
+    "mlp_lookback": (0,),
     "window": (0,),
     "window_skip": (0,),
 }

@@ -40,6 +40,7 @@ class ModelConfig:
     logit_cap: float
     embed_residual: bool
     value_embeddings: bool
+    mlp_lookback: int
     bias: bool
     qkv_bias: bool
     window: int

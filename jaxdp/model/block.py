@@ -75,9 +75,9 @@ class Block(nn.Module):
             x, y = norms[0](x)
             x += drop(attention(y, tokens, decode, rotated))
             x, y = norms[1](x)
-            return x + drop(mlp(y))
+            return x + drop(mlp(y, tokens, decode))
         x = norms[0](x + drop(attention(x, tokens, decode, rotated)))[1]
-        return norms[1](x + drop(mlp(x)))[1]
+        return norms[1](x + drop(mlp(x, tokens, decode)))[1]
 
 
 class Attention(nn.Module):
@@ -112,7 +112,8 @@ class Attention(nn.Module):
             angles = tokens.positions if rotated is None else tokens.positions * rotated
             query, key = (rotate(x, angles, c.rotary) for x in (query, key))
         if decode:
-            key, value = self._cached(key, value, tokens.positions)
+            key = cached(self, "cached_key", key, tokens.positions, c.seq_len)
+            value = cached(self, "cached_value", value, tokens.positions, c.seq_len)
             distances = tokens.positions[:, :, None] - jnp.arange(c.seq_len)
             seen = (distances >= 0) & (distances < (self.window or c.seq_len))
             out = attend(query, key, value, seen)
@@ -137,17 +138,6 @@ class Attention(nn.Module):
         ones = jnp.ones((*query.shape[:3], key.shape[1]), query.dtype)
         return Dropout(rate)(ones, rows)
 
-    def _cached(self, key, value, positions):
-        """Writes keys and values [B, L, G, K] to the cache; returns the caches, [B, S, G, K]."""
-        shape = (key.shape[0], self.config.seq_len, *key.shape[2:])
-        batch = jnp.arange(key.shape[0])[:, None]
-        caches = []
-        for name, new in (("cached_key", key), ("cached_value", value)):
-            cache = self.variable("cache", name, jnp.zeros, shape, new.dtype)
-            cache.value = cache.value.at[batch, positions].set(new)
-            caches.append(cache.value)
-        return caches
-
 
 class MLP(nn.Module):
     """A feed-forward layer, with one of the activations of `layers.activation`."""
@@ -155,13 +145,65 @@ class MLP(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x):
-        """Maps [B, L, D] to [B, L, D]."""
+    def __call__(self, x, tokens, decode):
+        """Maps [B, L, D] to [B, L, D]; other arguments: see `Block`."""
         c = self.config
+        if c.mlp_lookback:
+            x = Lookback(c.mlp_lookback, c.seq_len, name="lookback")(x, tokens, decode)
         y = dense(c, (c.mlp_dim,), "up")(x)
         gate = [dense(c, (c.mlp_dim,), "gate")(x)] if c.activation == "swiglu" else []
         y = activation(c.activation)(*gate, y)
         return dense(c, (c.embed_dim,), "down", kernel_init=_residual_init(c))(y)
+
+
+class Lookback(nn.Module):
+    """Adds the tokens before to each token, each channel times a learnt factor, at first 0.
+
+    A causal convolution of each channel by itself, as in the Canon layers (Allen-Zhu 2025).
+
+    Attributes:
+      count: how many tokens before.
+      context: S.
+    """
+
+    count: int
+    context: int
+
+    @nn.compact
+    def __call__(self, x, tokens, decode):
+        """Maps [B, L, D] to [B, L, D]; other arguments: see `Block`."""
+        factors = self.param("factors", nn.initializers.zeros, (self.count, x.shape[-1]))
+        if decode:
+            whole = cached(self, "cached_input", x, tokens.positions, self.context)
+        total = x
+        for back in range(1, self.count + 1):
+            if decode:
+                places = (tokens.positions - back)[..., None]
+                found = jnp.take_along_axis(whole, jnp.maximum(places, 0), axis=1)
+                before = jnp.where(places < 0, 0, found)
+            else:
+                before = _shifted(x, back)
+            if tokens.segments is not None:
+                same = _shifted(tokens.segments, back) == tokens.segments
+                before = jnp.where(same[..., None], before, 0)
+            # In float32 before they are broadcast, as their gradients are sums over all tokens.
+            total += jnp.broadcast_to(factors[back - 1], x.shape).astype(x.dtype) * before
+        return total
+
+
+def _shifted(x: jax.Array, back: int) -> jax.Array:
+    """Returns [B, L, ...] `back` places later, zeros before."""
+    return jnp.pad(x, [(0, 0), (back, 0)] + [(0, 0)] * (x.ndim - 2))[:, : x.shape[1]]
+
+
+def cached(
+    module: nn.Module, name: str, new: jax.Array, positions: jax.Array, context: int
+) -> jax.Array:
+    """Writes [B, L, ...] at `positions` of a module's cache, and returns the cache, [B, S, ...]."""
+    shape = (new.shape[0], context, *new.shape[2:])
+    cache = module.variable("cache", name, jnp.zeros, shape, new.dtype)
+    cache.value = cache.value.at[jnp.arange(len(new))[:, None], positions].set(new)
+    return cache.value
 
 
 def init() -> nn.initializers.Initializer:

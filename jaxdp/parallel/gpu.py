@@ -28,7 +28,7 @@ OF_FEW_BITS = {"xla_gpu_disable_async_collectives": "ALLREDUCE"}
 
 
 def prepare(config: ConfigDict) -> None:
-    """Adds the `wanted` flags to XLA_FLAGS where there are NVIDIA GPUs; call it before JAX looks for devices.
+    """Adds flags to XLA_FLAGS where there are NVIDIA GPUs; call it before JAX looks for devices.
 
     A flag that the user has set stays as it is, and one that the installed XLA doesn't know, which
     would end the process, is left out.

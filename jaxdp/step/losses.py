@@ -122,6 +122,7 @@ def chunked_cross_entropy(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _sum_of_chunks(to_logits, params, hidden, targets, weights):
     """Sums `cross_entropy` over chunks [chunks, B, L / chunks, ...]; params: to_logits' own."""
+    params = _rounded(params, hidden.dtype)
 
     def sums(part):
         hidden, targets, weights = part
@@ -130,15 +131,20 @@ def _sum_of_chunks(to_logits, params, hidden, targets, weights):
     return jax.tree.map(jnp.sum, lax.map(sums, (hidden, targets, weights)))
 
 
+def _rounded(params, dtype):
+    """Rounds matrices to the dtype of their products: once, rather than in each chunk."""
+    return [x.astype(dtype) if x.ndim > 1 else x for x in params]
+
+
 def _chunks_forward(to_logits, params, hidden, targets, weights):
     def loss(params, hidden, targets, weights):
         return cross_entropy(to_logits(hidden, *params), targets, weights)
 
     def add(total, part):
-        sums, (d_params, d_hidden) = jax.value_and_grad(loss, (0, 1), has_aux=True)(params, *part)
+        sums, (d_params, d_hidden) = jax.value_and_grad(loss, (0, 1), has_aux=True)(rounded, *part)
         return jax.tree.map(jnp.add, total, d_params), (sums, d_hidden)
 
-    zeros = jax.tree.map(jnp.zeros_like, params)
+    rounded, zeros = _rounded(params, hidden.dtype), jax.tree.map(jnp.zeros_like, params)
     d_params, (sums, d_hidden) = lax.scan(add, zeros, (hidden, targets, weights))
     return jax.tree.map(jnp.sum, sums), (d_params, d_hidden)
 

@@ -112,6 +112,7 @@ def test_keys_of_the_model_that_do_not_go_together_are_refused(config):
     ("changes", "message"),
     [
         ({"objective": "masked", "model__window": 8}, "model.window=8 has no meaning with obj"),
+        ({"objective": "masked", "model__mlp_lookback": 3}, "model.mlp_lookback=3 has no meaning"),
         ({"model__window_skip": 2}, "model.window_skip=2 has no meaning with model.window=0"),
         (
             {"model__window": 8, "model__window_skip": 2, "model__scan_layers": True},

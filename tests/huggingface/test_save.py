@@ -160,6 +160,7 @@ def test_a_folder_is_made_whole_or_not_at_all(workdir, tmp_path, monkeypatch):
         ({"logit_cap": 15.0}, r"model.logit_cap=15.0 .* GPT2LMHeadModel, train with 0.0"),
         ({"window": 8}, r"model.window=8 .* GPT2LMHeadModel, train with 0"),
         ({"value_embeddings": True}, r"model.value_embeddings=True .* GPT2.* with False"),
+        ({"mlp_lookback": 3}, r"model.mlp_lookback=3 .* GPT2LMHeadModel, train with 0"),
         ({"embed_residual": True}, r"model.embed_residual=True .* GPT2.* with False"),
         ({"num_kv_heads": 1, "num_heads": 2}, r"model.num_kv_heads=1 .* with 2"),
     ],

@@ -9,6 +9,7 @@ from flax import traverse_util
 
 from jaxdp.configs import shakespeare_char_cpu, shakespeare_char_tuned
 from jaxdp.model.architecture import ModelConfig
+from jaxdp.model.block import Lookback, Tokens
 from jaxdp.model.flops import flops_per_token
 from jaxdp.model.layers import Dropout
 from jaxdp.model.transformer import (
@@ -165,14 +166,26 @@ def test_zero_init_makes_each_block_the_identity():
 
 
 def test_options_start_from_nothing():
-    """Shares of 1 and 0, and tables of zeros: the same logits as without them."""
-    model = Transformer(dataclasses.replace(LLAMA, embed_residual=True, value_embeddings=True))
+    """Shares of 1 and 0, tables and factors of zeros: the same logits as without them."""
+    options = {"embed_residual": True, "value_embeddings": True, "mlp_lookback": 2}
+    model = Transformer(dataclasses.replace(LLAMA, **options))
     params = initial_params(model, 0)
     plain = traverse_util.flatten_dict(params)
-    plain = {path: x for path, x in plain.items() if path[-1] != "residual_shares"}
+    plain = {path: x for path, x in plain.items() if path[-1] not in ("residual_shares", "factors")}
     plain = {path: x for path, x in plain.items() if path[-2] != "value_embed"}
     expected = apply(Transformer(LLAMA), traverse_util.unflatten_dict(plain), INPUTS)
     np.testing.assert_allclose(apply(model, params, INPUTS), expected, rtol=1e-6)
+
+
+def test_a_lookback_adds_the_tokens_before_channel_by_channel():
+    x, factors = np.random.default_rng(0).normal(size=(2, 1, 5, 3)).astype(np.float32)
+    factors = factors[0, :2]
+    expected = x.copy()
+    expected[:, 1:] += factors[0] * x[:, :-1]
+    expected[:, 2:] += factors[1] * x[:, :-2]
+    tokens = Tokens(ids=None, embedded=None, positions=None, rows=None, segments=None)
+    found = Lookback(2, 5).apply({"params": {"factors": factors}}, x, tokens, decode=False)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def test_flops_of_windows():

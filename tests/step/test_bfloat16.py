@@ -34,6 +34,7 @@ def gradients(dtype, tied, parts=1):
         num_layers=1,
         tied_head=tied,
         bias=True,
+        mlp_lookback=2,
     )
     params = initial_params(Transformer(config), 0)
     model = Transformer(dataclasses.replace(config, dtype=np.dtype(dtype)))

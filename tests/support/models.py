@@ -41,6 +41,7 @@ SMALL = ModelConfig(
     logit_cap=0.0,
     embed_residual=False,
     value_embeddings=False,
+    mlp_lookback=0,
     bias=False,
     qkv_bias=False,
     window=0,
@@ -67,6 +68,7 @@ MODDED = dataclasses.replace(
     logit_cap=2.0,
     embed_residual=True,
     value_embeddings=True,
+    mlp_lookback=2,
     window=3,
 )
 VARIANTS = {
