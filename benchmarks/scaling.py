@@ -70,7 +70,8 @@ EXPLANATION = f"""*Bytes* is the size of all buffers that the collectives send, 
 counts a method's arrays; up to {FIGURES:,} bytes of metrics (loss, tokens) travel with them, or
 alone. *Covered* is the share of these bytes that is under way while products of the backward pass
 run; the step waits for the rest. parameter_mean and diloco send at the end of a round, after its
-last backward pass. Few bits take two exchanges, of which the second needs the result of the first."""
+last backward pass. Few bits take two exchanges, of which the second needs the first one's \
+result."""
 
 
 def main() -> int:

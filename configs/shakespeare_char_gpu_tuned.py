@@ -25,6 +25,7 @@ def get_config() -> ConfigDict:
     c.model.qk_norm = True
     c.model.zero_init = True
     c.model.embed_residual = True
+    c.model.mlp_lookback = 3
     c.model.dtype = "bfloat16"
     c.optimizer.name = "muon"
     c.optimizer.learning_rate = 3e-3
