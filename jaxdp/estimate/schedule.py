@@ -89,7 +89,7 @@ class Schedule:
                 if x.kind.endswith("-done") and x.operands[0] in started:
                     covered = started.pop(x.operands[0])
                     found.append(self._transfer(x.operands[0], covered))
-                elif x.name in self._collectives and x.kind.endswith("-start"):
+                elif x.name in self._collectives and _is_started(x):
                     started[x.name] = False
                 elif x.name in self._collectives:
                     found.append(self._transfer(x.name, False))
@@ -157,6 +157,11 @@ class Schedule:
 
     def _is_backward(self, x: Instruction) -> bool:
         return any("transpose(jvp" in name for name in self._products(x))
+
+
+def _is_started(x: Instruction) -> bool:
+    """Returns whether an instruction begins something that ends at another, later instruction."""
+    return x.kind.endswith("-start") and '"is_sync":true' not in x.attributes
 
 
 def _is_attention(x: Instruction) -> bool:

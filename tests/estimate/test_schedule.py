@@ -73,3 +73,13 @@ def test_a_collective_is_covered_while_the_backward_pass_multiplies():
     ]
     assert schedule.covered_share(transfers) == pytest.approx(400 / (400 + 2 * MATRIX))
     assert schedule.covered_share([]) == 0
+
+
+def test_a_collective_that_the_device_waits_for_is_not_covered():
+    waiting = PROGRAM.replace(
+        "all-reduce-start(%updated), to_apply=%add",
+        'all-reduce-start(%updated), to_apply=%add, backend_config={"is_sync":true}',
+    )
+    transfers = Schedule(waiting, 4).transfers()
+    assert [x.covered for x in transfers] == [False] * 3
+    assert [x.bytes for x in transfers] == [400, MATRIX, MATRIX]
