@@ -59,6 +59,9 @@ def _kernel(logits, target, weight, nll, gradient, *, block):
     vocab = logits.shape[0]
     blocks = pl.cdiv(vocab, block)
     of_target, factor = target[0], weight[0]
+    # Read before the sums, at which the program's threads wait for each other: after them, another
+    # thread may already have written the gradient here.
+    chosen = logits[of_target].astype(jnp.float32)
     lanes = lax.iota(jnp.int32, block)
 
     def load(i):
@@ -79,7 +82,7 @@ def _kernel(logits, target, weight, nll, gradient, *, block):
     largest, total = lax.fori_loop(0, blocks, add, (start, jnp.zeros(block, jnp.float32)))
     maximum = jnp.max(largest)
     log_sum = maximum + jnp.log(jnp.sum(total * jnp.exp(largest - maximum)))
-    nll[0] = log_sum - logits[of_target].astype(jnp.float32)
+    nll[0] = log_sum - chosen
 
     def write(i, _):
         inside, x = load(i)
