@@ -83,7 +83,6 @@ def test_gradients_are_summed_while_the_backward_pass_runs(step):
 @pytest.mark.parametrize(
     ("method", "dtype", "kind", "accum"),
     [
-        ("gradient_mean", "float32", "all-reduce", 1),
         ("gradient_mean", "float32", "all-reduce", 3),
         ("gradient_mean", "int8", "all-to-all", 1),
         ("sharded", "float32", "reduce-scatter", 1),
