@@ -135,22 +135,26 @@ def check_model(config: ConfigDict) -> None:
             "set one of them to False"
         )
     _check_rotary(model)
-    _check_window(config)
+    _check_one_sided(config)
+    _check_window(config.model)
 
 
-def _check_window(config: ConfigDict) -> None:
+def _check_one_sided(config: ConfigDict) -> None:
     for key in ("window", "mlp_lookback"):
         if config.model[key] and config.objective != "causal":
             raise ConfigError(
                 f"model.{key}={config.model[key]} has no meaning with objective="
                 f"{config.objective!r}, where tokens see both sides: use 0"
             )
-    window, skip = config.model.window, config.model.window_skip
+
+
+def _check_window(model: ConfigDict) -> None:
+    window, skip = model.window, model.window_skip
     if skip and not window:
         raise ConfigError(
             f"model.window_skip={skip} has no meaning with model.window=0: give a window, or use 0"
         )
-    if skip and config.model.scan_layers:
+    if skip and model.scan_layers:
         raise ConfigError(
             f"model.window_skip={skip} needs layers that differ, which model.scan_layers=True "
             "can't have: set one of them to 0 or False"

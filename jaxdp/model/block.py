@@ -112,8 +112,8 @@ class Attention(nn.Module):
             angles = tokens.positions if rotated is None else tokens.positions * rotated
             query, key = (rotate(x, angles, c.rotary) for x in (query, key))
         if decode:
-            key = cached(self, "cached_key", key, tokens.positions, c.seq_len)
-            value = cached(self, "cached_value", value, tokens.positions, c.seq_len)
+            key = _cached(self, "cached_key", key, tokens.positions, c.seq_len)
+            value = _cached(self, "cached_value", value, tokens.positions, c.seq_len)
             distances = tokens.positions[:, :, None] - jnp.arange(c.seq_len)
             seen = (distances >= 0) & (distances < (self.window or c.seq_len))
             out = attend(query, key, value, seen)
@@ -174,18 +174,18 @@ class Lookback(nn.Module):
         """Maps [B, L, D] to [B, L, D]; other arguments: see `Block`."""
         factors = self.param("factors", nn.initializers.zeros, (self.count, x.shape[-1]))
         if decode:
-            whole = cached(self, "cached_input", x, tokens.positions, self.context)
+            whole = _cached(self, "cached_input", x, tokens.positions, self.context)
         total = x
         for back in range(1, self.count + 1):
             if decode:
                 places = (tokens.positions - back)[..., None]
-                found = jnp.take_along_axis(whole, jnp.maximum(places, 0), axis=1)
+                found = jnp.take_along_axis(whole, places, axis=1, mode="clip")
                 before = jnp.where(places < 0, 0, found)
             else:
                 before = _shifted(x, back)
-            if tokens.segments is not None:
-                same = _shifted(tokens.segments, back) == tokens.segments
-                before = jnp.where(same[..., None], before, 0)
+                if tokens.segments is not None:
+                    same = _shifted(tokens.segments, back) == tokens.segments
+                    before = jnp.where(same[..., None], before, 0)
             # In float32 before they are broadcast, as their gradients are sums over all tokens.
             total += jnp.broadcast_to(factors[back - 1], x.shape).astype(x.dtype) * before
         return total
@@ -196,7 +196,7 @@ def _shifted(x: jax.Array, back: int) -> jax.Array:
     return jnp.pad(x, [(0, 0), (back, 0)] + [(0, 0)] * (x.ndim - 2))[:, : x.shape[1]]
 
 
-def cached(
+def _cached(
     module: nn.Module, name: str, new: jax.Array, positions: jax.Array, context: int
 ) -> jax.Array:
     """Writes [B, L, ...] at `positions` of a module's cache, and returns the cache, [B, S, ...]."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from jaxdp.common import nvidia
+from jaxdp.common.choices import BITS
 
 # By name: the value that is better than XLA's default for a training step. The first was timed
 # (benchmarks/RESULTS.md); what those for several GPUs do was seen in compiled programs only
@@ -22,8 +23,9 @@ FLAGS = {
     # joined one can't be sent before the last of its gradients is computed.
     "xla_gpu_reduce_scatter_combine_threshold_bytes": "1",
 }
-# Gradients that are sent in few bits are divided by all devices' tokens first. As an asynchronous
-# all-reduce, XLA would end the sum of these after the backward pass, and send nothing before.
+# Gradients in few bits are divided by the number of all devices' tokens before they are sent. XLA
+# would end the asynchronous all-reduce of this number only after the backward pass, and everything
+# waits for it. Seen in compiled programs only, as well.
 OF_FEW_BITS = {"xla_gpu_disable_async_collectives": "ALLREDUCE"}
 
 
@@ -44,8 +46,7 @@ def prepare(config: ConfigDict) -> None:
 def wanted(config: ConfigDict) -> dict[str, str]:
     """Returns the flags that a run on NVIDIA GPUs adds to what the user has set."""
     given, flags = os.environ.get("XLA_FLAGS", ""), dict(FLAGS)
-    few_bits = config.sync.dtype not in ("float32", "bfloat16")
-    if few_bits and config.sync.method in ("gradient_mean", "sharded"):
+    if config.sync.dtype in BITS and config.sync.method in ("gradient_mean", "sharded"):
         flags |= OF_FEW_BITS
     names = [name for name in flags if config.xla_flags and name not in given]
     return {name: flags[name] for name in names if _is_known(name)}

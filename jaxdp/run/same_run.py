@@ -3,8 +3,8 @@
 from ml_collections import ConfigDict
 
 from jaxdp.common import config as configs
+from jaxdp.common.choices import BITS
 from jaxdp.common.errors import ConfigError, shown
-from jaxdp.sync.compression import BITS
 from jaxdp.sync.method import Sync
 from jaxdp.sync.methods import METHODS
 

@@ -25,7 +25,6 @@ from jaxdp.sync.buckets import BUCKET_BYTES, Buckets
 from jaxdp.sync.islands import Groups, Islands, slice_shapes, slices, unslice
 from jaxdp.sync.traffic import Collective
 
-BITS = {"int8": 8, "int4": 4, "int2": 2, "int1": 1}  # The values of sync.dtype that compress.
 BLOCK = 128  # Numbers with a common scale.
 
 Tree = Any
@@ -94,17 +93,20 @@ def num_encoded_bytes(size: int, bits: int) -> int:
     return -(-size // BLOCK) * (BLOCK * bits // 8 + 2)
 
 
-def traffic(tree: Tree, bits: int, count: int, steps: float = 1) -> list[Collective]:
-    """Returns the collectives of `compressed_sum`.
+def traffic(
+    tree: Tree, bits: int, count: int, steps: float = 1, bucket_bytes: int = BUCKET_BYTES
+) -> list[Collective]:
+    """Returns the collectives of a sum; joined ones count as one.
 
     Args:
       tree: what a device sums, or its shapes.
       bits: 8, 4, 2 or 1.
       count: n.
       steps: optimizer steps from one sum to the next.
+      bucket_bytes: see `Exchange`.
     """
-    size = sum(x.size for x in jax.tree.leaves(slice_shapes(tree, count)))
-    sent = count * num_encoded_bytes(size, bits)
+    sizes = Buckets(slice_shapes(tree, count), bucket_bytes // count).sizes
+    sent = count * sum(num_encoded_bytes(size, bits) for size in sizes)
     return [Collective(kind, sent, steps, count) for kind in ("all-to-all", "all-gather")]
 
 

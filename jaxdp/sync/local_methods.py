@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxdp.common.choices import MAX_INT32
+from jaxdp.common.choices import BITS, MAX_INT32
 from jaxdp.common.errors import ConfigError
 from jaxdp.sync import compression, reductions
 from jaxdp.sync.compression import Exchange
@@ -127,7 +127,7 @@ class DiLoCo(ParameterMean):
     has_outer = True
     starts_late = False
     has_fragments = True
-    dtypes = ("float32", *compression.BITS)
+    dtypes = ("float32", *BITS)
 
     def __init__(self, config, axis_name, island_count=0):
         super().__init__(config, axis_name, island_count)
@@ -166,7 +166,7 @@ class DiLoCo(ParameterMean):
             return found
         islands = self.islands(device_count)
         own = slice_shapes(exchanged, islands.size)
-        sent = compression.traffic(own, self.bits, islands.islands, self.every)
+        sent = compression.traffic(own, self.bits, islands.islands, self.every, MAX_INT32)
         return [*sent, *(c for c in found if c.inside)]
 
     def _average(self, before, after, figures):

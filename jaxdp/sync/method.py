@@ -11,9 +11,8 @@ import optax
 from jax import lax
 from ml_collections import ConfigDict
 
-from jaxdp.common.choices import MAX_INT32
+from jaxdp.common.choices import BITS, MAX_INT32
 from jaxdp.sync import compression, reductions
-from jaxdp.sync.compression import BITS
 from jaxdp.sync.islands import Islands
 from jaxdp.sync.reductions import Figures, Tree
 from jaxdp.sync.traffic import Collective, num_bytes

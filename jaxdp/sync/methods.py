@@ -13,10 +13,9 @@ import optax
 from jax import lax
 from ml_collections import ConfigDict
 
-from jaxdp.common.choices import NEEDS_FULL_MATRICES
+from jaxdp.common.choices import BITS, NEEDS_FULL_MATRICES
 from jaxdp.common.errors import ConfigError
 from jaxdp.sync import compression, reductions
-from jaxdp.sync.compression import BITS
 from jaxdp.sync.dealing import collect, deal, is_params
 from jaxdp.sync.fragments import StreamingDiLoCo
 from jaxdp.sync.islands import slices, unslice

@@ -96,7 +96,8 @@ def test_gradients_of_many_layers_do_not_wait_for_each_other(method, dtype, kind
     program = compiled.compile_step(config, VOCAB, compiled.absent_machine("h100", 8))
     found = [x for x in Schedule(program.text, 8).transfers() if x.kind == kind]
     assert len(found) > 16
-    assert covered_share(found) > 0.9
+    # If one of the three were as XLA has it by default, 0 to 50%.
+    assert covered_share(found) > 0.8
 
 
 @needs_compiler

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxdp.model.transformer import Transformer, initial_params
-from jaxdp.step.losses import cross_entropy
+from jaxdp.step.losses import chunked_cross_entropy
 from support.models import SMALL
 
 ROWS, LENGTH, VOCAB = 48, 128, 128
@@ -23,8 +23,11 @@ def text():
     return tokens[:-1].reshape(ROWS, LENGTH), tokens[1:].reshape(ROWS, LENGTH)
 
 
-def gradients(dtype, tied, parts=1):
-    """Returns the gradient by the parameters' names, summed over parts of the batch."""
+def gradients(dtype, tied, parts=1, chunks=1):
+    """Returns the gradient by the parameters' names, summed over parts of the batch.
+
+    In each part, the logits of a chunk of every sequence are computed at a time.
+    """
     config = dataclasses.replace(
         SMALL,
         vocab_size=VOCAB,
@@ -42,8 +45,11 @@ def gradients(dtype, tied, parts=1):
     @jax.jit
     @jax.grad
     def gradient(params, inputs, targets):
-        logits = model.apply({"params": params}, inputs)
-        return cross_entropy(logits, targets, np.ones(targets.shape, np.float32))[0]
+        apply = functools.partial(model.apply, {"params": params})
+        to_logits = functools.partial(apply, method="logits")
+        weights = np.ones(targets.shape, np.float32)
+        hidden = apply(inputs, method="hidden")
+        return chunked_cross_entropy(to_logits, hidden, targets, weights, chunks)[0]
 
     cut = (np.split(x, parts) for x in text())
     found = [gradient(params, *part) for part in zip(*cut, strict=True)]
@@ -59,10 +65,9 @@ def error(one, other):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_rounding_is_all_that_differs(tied):
-    exact, whole, parts = (
-        gradients(*arguments)
-        for arguments in (("float32", tied), ("bfloat16", tied), ("bfloat16", tied, ROWS))
-    )
+    exact, whole = gradients("float32", tied), gradients("bfloat16", tied)
+    parts = gradients("bfloat16", tied, parts=ROWS)
+    chunks = gradients("bfloat16", tied, chunks=LENGTH // 2)
     for name in exact:
         if name == "layer_0/attention/key/bias":
             continue  # Its gradient is 0: it adds the same to all scores of a query.
@@ -70,3 +75,4 @@ def test_rounding_is_all_that_differs(tied):
         # bfloat16 would be off by 0.1.
         assert error(whole[name], exact[name]) < 0.01, name
         assert error(parts[name], whole[name]) < 0.005, name
+        assert error(chunks[name], whole[name]) < 0.005, name

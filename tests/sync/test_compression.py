@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxdp.common.choices import BITS
 from jaxdp.parallel.replicas import AXIS, Replicas
 from jaxdp.sync import compression
-from jaxdp.sync.compression import BITS, decode, encode
+from jaxdp.sync.compression import decode, encode
 from jaxdp.sync.islands import Islands
 from support.steps import batches, bits, choose, start, train
 
