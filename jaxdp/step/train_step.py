@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from jaxdp.model.target import target
 from jaxdp.parallel.replicas import AXIS
 from jaxdp.step.ema import updated
 from jaxdp.step.objective import Batch, Objective
@@ -136,14 +137,16 @@ def _choose(first: jax.Array, one: State, other: State) -> State:
     """Picks `one` if `first`, else `other`; `one` was computed from `other` and reuses its memory.
 
     The new parameters are computed from the old moments, so they have to come before the new
-    moments overwrite the old ones. XLA copies the moments instead of waiting, unless the moments
-    depend on the new parameters. A harmless dependency is made here: on whether one of the
-    parameters' first elements is NaN.
+    moments overwrite the old ones. On a GPU, XLA makes one kernel of both. On a CPU it copies the
+    moments instead of waiting, unless the moments depend on the new parameters. A harmless
+    dependency is made here: on whether one of the parameters' first elements is NaN.
     """
 
     def pick(first, one, other):
         return jax.tree.map(lambda x, y: jnp.where(first, x, y), one, other)
 
+    if target().platform == "gpu":
+        return pick(first, one, other)
     params = pick(first, one.params, other.params)
     sample = sum(x[(0,) * x.ndim] for x in jax.tree.leaves(params))
     return pick(first | jnp.isnan(sample), one, other).replace(params=params)

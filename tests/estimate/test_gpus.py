@@ -71,6 +71,14 @@ def test_no_scatter_adds_16_bit_numbers(step):
 
 
 @needs_compiler
+def test_a_parameter_and_its_moments_are_updated_by_one_kernel(step):
+    config, program = step
+    table = f"f32[{VOCAB},{config.model.embed_dim}]"
+    kernels = [x.instruction for x in Schedule(program.text, 8).kernels()]
+    assert [x.shape.count(table) for x in kernels if x.shape.startswith(f"({table}")] == [3]
+
+
+@needs_compiler
 def test_gradients_are_summed_while_the_backward_pass_runs(step):
     _, program = step
     transfers = Schedule(program.text, 8).transfers()
