@@ -72,11 +72,11 @@ class Block(nn.Module):
             shares = self.param("residual_shares", lambda _: jnp.array([1.0, 0.0])).astype(x.dtype)
             x = shares[0] * x + shares[1] * tokens.embedded
         if c.norm_position == "pre":
-            x, y = norms[0](x)
-            x += drop(attention(y, tokens, decode, rotated))
+            x, *ys = norms[0](x, uses=3)
+            x += drop(attention(ys, tokens, decode, rotated))
             x, y = norms[1](x)
             return x + drop(mlp(y, tokens, decode))
-        x = norms[0](x + drop(attention(x, tokens, decode, rotated)))[1]
+        x = norms[0](x + drop(attention([x] * 3, tokens, decode, rotated)))[1]
         return norms[1](x + drop(mlp(x, tokens, decode)))[1]
 
 
@@ -90,13 +90,20 @@ class Attention(nn.Module):
     window: int
 
     @nn.compact
-    def __call__(self, x, tokens, decode, rotated):
-        """Maps [B, L, D] to [B, L, D]; other arguments: see `Block`."""
+    def __call__(self, inputs, tokens, decode, rotated):
+        """Maps [B, L, D] to [B, L, D].
+
+        Args:
+          inputs: the same [B, L, D] three times: for queries, for keys and for values.
+          tokens: see `Block`.
+          decode: see `Block`.
+          rotated: see `Block`.
+        """
         c = self.config
         bias = c.bias or c.qkv_bias
-        query = dense(c, (c.num_heads, c.head_dim), "query", bias)(x)
-        key = dense(c, (c.num_kv_heads, c.head_dim), "key", bias)(x)
-        value = dense(c, (c.num_kv_heads, c.head_dim), "value", bias)(x)
+        query = dense(c, (c.num_heads, c.head_dim), "query", bias)(inputs[0])
+        key = dense(c, (c.num_kv_heads, c.head_dim), "key", bias)(inputs[1])
+        value = dense(c, (c.num_kv_heads, c.head_dim), "value", bias)(inputs[2])
         if c.value_embeddings:
             # As in `Transformer.hidden`: looked up in float32, for the gradient's sake.
             table = nn.Embed(

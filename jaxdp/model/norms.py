@@ -40,19 +40,20 @@ class Norm(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, x: jax.Array, uses: int = 1) -> tuple[jax.Array, ...]:
         """Normalises x [..., D] over D.
 
         Returns:
-          x itself, and the normalised x in `dtype`. What else is done with x should use this x:
-          then its gradient is summed by the norm's own backward pass.
+          x itself, and `uses` times the normalised x in `dtype`. Each use of the normalised x
+          should have its own, and what else is done with x should use this x: then their gradients
+          are summed by the norm's own backward pass.
         """
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
         bias = self.param("bias", nn.initializers.zeros, x.shape[-1:]) if self.bias else None
         options = (self.centred, self.epsilon, jnp.dtype(self.dtype))
         if target().has_kernels and tiling(x.shape):
-            return fused(*options, x, scale, bias)
-        return x, plain(*options, x, scale, bias)
+            return fused(*options, x, scale, bias, uses)
+        return x, *[plain(*options, x, scale, bias)] * uses
 
 
 def plain(centred, epsilon, dtype, x, scale, bias):
@@ -67,9 +68,9 @@ def plain(centred, epsilon, dtype, x, scale, bias):
     return (y if bias is None else y + bias).astype(dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 6))
-def fused(centred, epsilon, dtype, x, scale, bias, interpret=False):
-    """Computes (x, plain(x)); both passes are kernels that read each array once.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 6, 7))
+def fused(centred, epsilon, dtype, x, scale, bias, uses=1, interpret=False):
+    """Computes (x, plain(x), ...); both passes are kernels that read each array once.
 
     Args:
       centred: see `Norm`.
@@ -78,12 +79,13 @@ def fused(centred, epsilon, dtype, x, scale, bias, interpret=False):
       x: [..., D] whose shape has a `tiling`.
       scale: [D] float32.
       bias: [D] float32, or None.
+      uses: how many times to return plain(x).
       interpret: whether to run the kernels as JAX operations, on any device.
     """
-    return _forward(centred, epsilon, dtype, x, scale, bias, interpret)[0]
+    return _forward(centred, epsilon, dtype, x, scale, bias, uses, interpret)[0]
 
 
-def _forward(centred, epsilon, dtype, x, scale, bias, interpret):
+def _forward(centred, epsilon, dtype, x, scale, bias, uses, interpret):
     rows, piece = _tiling(x)
     vectors = [v for v in (scale, bias) if v is not None]
     flat = x.reshape(-1, x.shape[-1])
@@ -97,14 +99,13 @@ def _forward(centred, epsilon, dtype, x, scale, bias, interpret):
         interpret=interpret,
         name="norm_forward",
     )(flat, *vectors)
-    return (x, y.reshape(x.shape)), (x, scale, bias)
+    return (x, *[y.reshape(x.shape)] * uses), (x, scale, bias)
 
 
-def _backward(centred, epsilon, dtype, interpret, residuals, gradients):
+def _backward(centred, epsilon, dtype, uses, interpret, residuals, gradients):
     x, scale, bias = residuals
     rows, piece = _tiling(x)
-    d_x, d_y = (g.reshape(-1, x.shape[-1]) for g in gradients)
-    flat = x.reshape(d_x.shape)
+    flat, d_x, *d_ys = (g.reshape(-1, x.shape[-1]) for g in (x, *gradients))
     programs = min(PROGRAMS, len(flat) // rows)
     while len(flat) // rows % programs:
         programs -= 1
@@ -113,16 +114,16 @@ def _backward(centred, epsilon, dtype, interpret, residuals, gradients):
     vectors = 1 if bias is None else 2
     d_flat, *sums = pl.pallas_call(
         functools.partial(
-            _backward_kernel, centred=centred, epsilon=epsilon, piece=piece, rows=rows
+            _backward_kernel, centred=centred, epsilon=epsilon, uses=uses, piece=piece, rows=rows
         ),
         out_shape=[jax.ShapeDtypeStruct(flat.shape, x.dtype), *[partial] * vectors],
         grid=(programs,),
-        in_specs=[*[_tile(share, flat)] * 3, _whole(scale)],
+        in_specs=[*[_tile(share, flat)] * (2 + uses), _whole(scale)],
         out_specs=[_tile(share, flat), *[_tile(1, flat)] * vectors],
         compiler_params=triton.CompilerParams(num_warps=4),
         interpret=interpret,
         name="norm_backward",
-    )(flat, d_x, d_y, scale)
+    )(flat, d_x, *d_ys, scale)
     d_scale, *d_bias = (jnp.sum(s, 0) for s in sums)
     return d_flat.reshape(x.shape), d_scale, d_bias[0] if d_bias else None
 
@@ -188,7 +189,8 @@ def _forward_kernel(x, scale, *rest, centred, epsilon, piece):
         y[:, p] = (out + bias[0][p][None] if bias else out).astype(y.dtype)
 
 
-def _backward_kernel(x, d_x, d_y, scale, d_out, *sums, centred, epsilon, piece, rows):
+def _backward_kernel(x, d_x, *rest, centred, epsilon, uses, piece, rows):
+    d_ys, (scale, d_out, *sums) = rest[:uses], rest[uses:]
     width = x.shape[1]
     pieces = _pieces(width, piece)
 
@@ -199,7 +201,7 @@ def _backward_kernel(x, d_x, d_y, scale, d_out, *sums, centred, epsilon, piece, 
             return [array[here, p].astype(jnp.float32) for p in pieces]
 
         normalised, inverse = _normalised(load(x), width, centred, epsilon)
-        g = load(d_y)
+        g = [sum(parts) for parts in zip(*map(load, d_ys), strict=True)]
         scaled = [a * scale[p][None] for a, p in zip(g, pieces, strict=True)]
         along = sum(
             jnp.sum(a * n, 1, keepdims=True) for a, n in zip(scaled, normalised, strict=True)
