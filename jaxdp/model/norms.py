@@ -41,12 +41,15 @@ class Norm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, uses: int = 1) -> tuple[jax.Array, ...]:
-        """Normalises x [..., D] over D.
+        """Normalises x over D.
+
+        Args:
+          x: [..., D].
+          uses: for how many uses to return the normalised x.
 
         Returns:
-          x itself, and `uses` times the normalised x in `dtype`. Each use of the normalised x
-          should have its own, and what else is done with x should use this x: then their gradients
-          are summed by the norm's own backward pass.
+          x itself, and the normalised x in `dtype`, once for each use. What else is done with x
+          should use this x: then all these gradients are summed by the norm's own backward pass.
         """
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
         bias = self.param("bias", nn.initializers.zeros, x.shape[-1:]) if self.bias else None

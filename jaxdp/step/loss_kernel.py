@@ -60,8 +60,9 @@ def _kernel(logits, target, weight, nll, gradient, *, block):
     blocks = pl.cdiv(vocab, block)
     of_target, factor = target[0], weight[0]
     # Read before the sums, at which the program's threads wait for each other: after them, another
-    # thread may already have written the gradient here.
-    chosen = logits[of_target].astype(jnp.float32)
+    # thread may already have written the gradient here. NaN where the target is no token.
+    known = (of_target >= 0) & (of_target < vocab)
+    chosen = triton.load(logits.at[of_target], mask=known, other=jnp.nan).astype(jnp.float32)
     lanes = lax.iota(jnp.int32, block)
 
     def load(i):

@@ -137,9 +137,10 @@ def _choose(first: jax.Array, one: State, other: State) -> State:
     """Picks `one` if `first`, else `other`; `one` was computed from `other` and reuses its memory.
 
     The new parameters are computed from the old moments, so they have to come before the new
-    moments overwrite the old ones. On a GPU, XLA makes one kernel of both. On a CPU it copies the
-    moments instead of waiting, unless the moments depend on the new parameters. A harmless
-    dependency is made here: on whether one of the parameters' first elements is NaN.
+    moments overwrite the old ones. For GPUs, XLA makes one kernel of both, and copies only the
+    moments of Muon's matrices (0.4% of what a step moves). For CPUs it would copy all moments
+    instead of waiting, unless they depend on the new parameters. A harmless dependency is made
+    there: on whether one of the parameters' first elements is NaN.
     """
 
     def pick(first, one, other):

@@ -28,3 +28,11 @@ def test_it_is_cross_entropy_and_its_gradient(vocab, dtype):
     # Probabilities have the relative error of 3e-5 then; bfloat16 rounds to 2^-9.
     limit = 1e-4 if dtype == "float32" else 0.004
     assert jnp.linalg.norm((ours - gradient).astype("float32")) < limit
+
+
+@pytest.mark.parametrize("target", [-1, 50])
+def test_a_target_that_is_no_token_gives_nan(target):
+    nll, _ = loss_and_gradient(
+        jnp.zeros((2, 50)), jnp.array([target, 49]), jnp.ones(2), interpret=True
+    )
+    assert jnp.isnan(nll[0]) and jnp.isclose(nll[1], jnp.log(50))
