@@ -95,7 +95,7 @@ PARTS = {
     "characters": Part("shakespeare_char.py", "gpu_speed", "characters", (), 45, 100, True),
     "resume": Part("Stopped and resumed", "gpu_resume", "part", (), 60, 110),
     "124M-16": _comparison("GPT-2 124M", 16, 50, 120),
-    "variants": Part("Other settings", "gpu_speed", "variants", (), 95, 150),
+    "variants": Part("Other settings", "gpu_speed", "variants", (), 105, 160),
     "124M-64": Part("GPT-2 124M, 64 x 1,024 tokens", "gpu_speed", "largest", (), 30, 60),
 }
 
