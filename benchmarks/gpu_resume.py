@@ -29,7 +29,7 @@ def run(folder: str, names: list[str]) -> None:
     """Trains a 6-layer model for 20 steps, once for each name, in a process of its own.
 
     Args:
-      folder: where the checkpoint is, and the final parameters go, a vector NAME.npy each.
+      folder: where checkpoints are, and the final parameters go, a vector NAME.npy each.
       names: "saved" saves a checkpoint after 10 steps, "resumed" starts from it; other names do
         neither.
     """
@@ -41,7 +41,9 @@ def run(folder: str, names: list[str]) -> None:
     hosts = [[with_process(next(given), busy=0.0)] for _ in range(ALL)]
     for name in names:
         first, state = 0, create_state(setup, replicas)
-        with Checkpoints(Path(folder), setup, replicas) as checkpoints:
+        # Opening a folder sweeps it, so runs at the same time have folders of their own.
+        place = "half" if name in ("saved", "resumed") else name
+        with Checkpoints(Path(folder) / place, setup, replicas) as checkpoints:
             if name == "resumed":
                 restored = checkpoints.restore(state)
                 assert restored is not None

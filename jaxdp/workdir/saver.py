@@ -6,6 +6,7 @@ import functools
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from logging import ERROR, Formatter, LogRecord, getLogger
 from pathlib import Path
@@ -208,7 +209,7 @@ class Saver:
 
 @functools.cache
 def quieten() -> None:
-    """Silences the hundreds of tracebacks after a failed save; `report` prints one line instead.
+    """Silences the hundreds of messages after a failed save; `report` prints one line instead.
 
     The first array's failure ends the event loop to which TensorStore reports the other failures.
     """
@@ -225,6 +226,7 @@ def quieten() -> None:
         if str(unraisable.exc_value) not in ("Event loop is closed", "'__import__'"):
             before(unraisable)
 
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     logging.get_absl_logger().addFilter(wanted)
     getLogger("asyncio").addFilter(wanted)
     sys.unraisablehook = hook

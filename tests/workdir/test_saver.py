@@ -1,6 +1,8 @@
 import asyncio
 import gc
 import runpy
+import sys
+import warnings
 
 import pytest
 
@@ -30,3 +32,21 @@ def test_only_orbax_fails_in_silence_where_nobody_awaits(tmp_path, caplog, file,
     asyncio.run(forget())
     gc.collect()
     assert ("FileNotFoundError" in caplog.text) == told
+
+
+def test_coroutines_that_a_failed_save_leaves_are_not_told(monkeypatch):
+    """Python would say so wherever it finds one, with a line of whatever runs there."""
+
+    async def left():
+        pass
+
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # Restored afterwards.
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        left()
+        gc.collect()
+        assert len(told) == 1
+        saver.quieten.__wrapped__()
+        left()
+        gc.collect()
+    assert len(told) == 1
