@@ -29,7 +29,7 @@ def run(folder: str, names: list[str]) -> None:
     """Trains a 6-layer model for 20 steps, once for each name, in a process of its own.
 
     Args:
-      folder: where checkpoints are, and the final parameters go, a vector NAME.npy each.
+      folder: where the checkpoint is, and the final parameters go, a vector NAME.npy each.
       names: "saved" saves a checkpoint after 10 steps, "resumed" starts from it; other names do
         neither.
     """
@@ -41,20 +41,20 @@ def run(folder: str, names: list[str]) -> None:
     hosts = [[with_process(next(given), busy=0.0)] for _ in range(ALL)]
     for name in names:
         first, state = 0, create_state(setup, replicas)
-        # Opening a folder sweeps it, so runs at the same time have folders of their own.
-        place = "half" if name in ("saved", "resumed") else name
-        with Checkpoints(Path(folder) / place, setup, replicas) as checkpoints:
-            if name == "resumed":
+        # Opening the folder sweeps it, so only those who need it may.
+        if name == "resumed":
+            with Checkpoints(Path(folder), setup, replicas) as checkpoints:
                 restored = checkpoints.restore(state)
-                assert restored is not None
-                first, _, state = restored
-                assert first == HALF
-            for done in range(first, ALL):
-                state, _ = program(done, state, replicas.shard_steps(hosts[done]))
-                if name == "saved" and done + 1 == HALF:
+            assert restored is not None
+            first, _, state = restored
+            assert first == HALF
+        for done in range(first, ALL):
+            state, _ = program(done, state, replicas.shard_steps(hosts[done]))
+            if name == "saved" and done + 1 == HALF:
+                with Checkpoints(Path(folder), setup, replicas) as checkpoints:
                     checkpoints.save(HALF, state, {})
                     failure = checkpoints.finish(state)
-                    assert not failure, failure
+                assert not failure, failure
         np.save(f"{folder}/{name}.npy", np.asarray(ravel_pytree(state.params)[0]))
 
 

@@ -106,9 +106,10 @@ equal links, with a
 batch that grows with the number of devices."""
 
 
-def compiled_config(devices: int) -> ConfigDict:
-    """Returns the config whose step is compiled."""
-    config = model_config({"global_batch_size": SEQUENCES * devices, "grad_accum_steps": 1})
+def compiled_config(devices: int, keys: dict) -> ConfigDict:
+    """Returns the config whose step is compiled for a program with these keys."""
+    sizes = {"global_batch_size": SEQUENCES * devices, "grad_accum_steps": 1}
+    config = model_config(sizes | keys)
     config.model.num_layers = LAYERS.value
     config.data.path = "unused"
     return config
@@ -125,8 +126,7 @@ def print_collectives(devices: int, hosts: int) -> dict[str, float]:
     machine = compiled.absent_machine("h100", devices, hosts)
     shares = {}
     for name, keys in PROGRAMS.items():
-        config = compiled_config(devices)
-        config.update_from_flattened_dict(keys)
+        config = compiled_config(devices, keys)
         config.sync.virtual_replicas = max(config.sync.virtual_replicas, devices)
         config.global_batch_size = max(config.global_batch_size, config.sync.virtual_replicas)
         schedule = Schedule(compiled.compile_step(config, VOCAB_SIZE, machine).text, devices)

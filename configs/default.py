@@ -132,8 +132,8 @@ def get_config() -> ConfigDict:
     # In each layer, a table of one vector per token is added to the values of attention
     # (modded-nanogpt, 2024, after Zhou et al. 2024).
     c.model.value_embeddings = False
-    # To each MLP's input, those of this many tokens before are added, each channel times a learnt
-    # factor (as the Canon layers, Allen-Zhu 2025, do with 3); 0: none.
+    # Each MLP also sees so many tokens before its own: their channels are multiplied by learnt
+    # factors and added to its input (as with 3 in the Canon layers, Allen-Zhu 2025). 0: none.
     c.model.mlp_lookback = 0
     # A token attends to this many tokens, itself and those before it (Mistral 7B, 2023); 0: to all.
     c.model.window = 0

@@ -42,8 +42,6 @@ LEAST_STEPS = 20
 HIGHEST_RATE = 0.01
 SAID = ("model.num_layers", "model.embed_dim", "model.num_heads", "num_train_steps")  # Always.
 TRIALS = 4  # Sizes that are timed, at most.
-# Keys of config.model whose given proportions all sizes keep; see `with_size`.
-PROPORTIONS = ("embed_dim", "mlp_dim", "num_heads", "num_kv_heads")
 
 
 class Size(NamedTuple):
@@ -149,8 +147,8 @@ def propose(
       config: a valid config, which decides all that isn't proposed.
       budget: the time, the devices, and the text.
       rate: FLOP/s that a device reaches; with `measure`, a first guess of it.
-      measure: takes a proposed config; returns it, changed so that it fits in memory, and the rate
-        that it reaches.
+      measure: takes a proposed config; returns it, with as many micro-batches as it takes to fit in
+        memory, and the rate that it reaches.
 
     Raises:
       ConfigError: there are no rules for such a config, or the time is too short.
@@ -159,10 +157,8 @@ def propose(
     given, size, seen = config, best_size(config, budget, rate), set[Size]()
     while measure and len(seen) < TRIALS:
         seen.add(size)
-        config, rate = measure(filled(config, given, size, budget, rate).config)
-        config = config.copy_and_resolve_references()
-        # It was rounded to the size that was timed; the next one begins from what was given again.
-        config.model.update({name: given.model[name] for name in PROPORTIONS})
+        fitting, rate = measure(filled(config, given, size, budget, rate).config)
+        config = configs.with_value(config, "grad_accum_steps", fitting.grad_accum_steps)
         better = best_size(config, budget, rate)
         if better in seen:
             break

@@ -164,9 +164,9 @@ class MLP(nn.Module):
 
 
 class Lookback(nn.Module):
-    """Adds the tokens before to each token, each channel times a learnt factor, at first 0.
+    """Adds to each token those before it, with a learnt factor for each channel, at first 0.
 
-    A causal convolution of each channel by itself, as in the Canon layers (Allen-Zhu 2025).
+    It is a causal convolution of each channel by itself, as in the Canon layers (Allen-Zhu 2025).
 
     Attributes:
       count: how many tokens before.
@@ -193,7 +193,7 @@ class Lookback(nn.Module):
                 if tokens.segments is not None:
                     same = _shifted(tokens.segments, back) == tokens.segments
                     before = jnp.where(same[..., None], before, 0)
-            # In float32 before they are broadcast, as their gradients are sums over all tokens.
+            # Broadcast in float32: a factor's gradient is a sum over all tokens, see `Dense`.
             total += jnp.broadcast_to(factors[back - 1], x.shape).astype(x.dtype) * before
         return total
 

@@ -19,6 +19,10 @@ from jaxdp.sync.islands import slice_shapes, slices, unslice
 from jaxdp.sync.method import Sync
 from jaxdp.sync.traffic import Collective, num_bytes
 
+# Bytes of a compressed bucket: one holds everything, as no backward pass waits to be sent, and XLA
+# starts it early.
+ONE_BUCKET = MAX_INT32
+
 
 class ParameterMean(Sync):
     """parameter_mean: local SGD (Stich 2019); the optimizer's moments are averaged, too.
@@ -166,7 +170,7 @@ class DiLoCo(ParameterMean):
             return found
         islands = self.islands(device_count)
         own = slice_shapes(exchanged, islands.size)
-        sent = compression.traffic(own, self.bits, islands.islands, self.every, MAX_INT32)
+        sent = compression.traffic(own, self.bits, islands.islands, self.every, ONE_BUCKET)
         return [*sent, *(c for c in found if c.inside)]
 
     def _average(self, before, after, figures):
@@ -235,9 +239,8 @@ class DiLoCo(ParameterMean):
 
     @property
     def _compressed(self):
-        # A single bucket, as no backward pass waits to be sent, and XLA starts it early.
         islands = self._islands
-        return Exchange(self.axis, self.bits, islands.islands, islands.between, MAX_INT32)
+        return Exchange(self.axis, self.bits, islands.islands, islands.between, ONE_BUCKET)
 
     def _parts(self, params):
         """Returns the shapes of what a device sums of its island's slice of parameters."""

@@ -89,14 +89,16 @@ def test_gradients_are_summed_while_the_backward_pass_runs(step):
 
 @needs_compiler
 @pytest.mark.parametrize(
-    ("method", "dtype", "kind", "accum"),
+    ("method", "dtype", "kind", "accum", "share"),
     [
-        ("gradient_mean", "float32", "all-reduce", 3),
-        ("gradient_mean", "int8", "all-to-all", 1),
-        ("sharded", "float32", "reduce-scatter", 1),
+        ("gradient_mean", "float32", "all-reduce", 1, 0.9),
+        ("gradient_mean", "float32", "all-reduce", 3, 0.9),
+        # Its own flag makes 0.90 of nothing.
+        ("gradient_mean", "int8", "all-to-all", 1, 0.8),
+        ("sharded", "float32", "reduce-scatter", 1, 0.9),
     ],
 )
-def test_gradients_of_many_layers_do_not_wait_for_each_other(method, dtype, kind, accum):
+def test_gradients_of_many_layers_do_not_wait_for_each_other(method, dtype, kind, accum, share):
     """Of several micro-batches, the last one's backward pass covers them."""
     config = gpt2_124m.get_config()
     config.update({"global_batch_size": 8 * accum, "grad_accum_steps": accum, "seq_len": 128})
@@ -104,8 +106,7 @@ def test_gradients_of_many_layers_do_not_wait_for_each_other(method, dtype, kind
     program = compiled.compile_step(config, VOCAB, compiled.absent_machine("h100", 8))
     found = [x for x in Schedule(program.text, 8).transfers() if x.kind == kind]
     assert len(found) > 16
-    # If one of the three were as XLA has it by default, 0 to 50%.
-    assert covered_share(found) > 0.8
+    assert covered_share(found) > share
 
 
 @needs_compiler
