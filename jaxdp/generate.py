@@ -1,7 +1,7 @@
-"""Continues prompts with the model of a run's newest checkpoint.
+"""Continues prompts with the model of a checkpoint.
 
-    jaxdp generate --workdir=DIR --prompt=TEXT [--prompt=TEXT ...]
-    jaxdp generate --workdir=DIR --chat
+    jaxdp generate --workdir=DIR [--step=newest|best|N] --prompt=TEXT [--prompt=TEXT ...]
+    jaxdp generate --workdir=DIR [--step=newest|best|N] --chat
 
 `python -m jaxdp.generate` is the same. It prints each prompt with its continuation. Several prompts
 are processed as one batch; --prompt=- is read from stdin. With --chat, each line of stdin is a
@@ -21,6 +21,7 @@ from jaxdp.common.choices import MAX_INT32
 from jaxdp.common.errors import ConfigError, check_text
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.")
+STEP = flags.DEFINE_string("step", "newest", "Checkpoint: newest, best, or a number of steps.")
 PROMPT = flags.DEFINE_multi_string("prompt", [], "Text to continue; may be given several times.")
 CHAT = flags.DEFINE_bool("chat", False, "Answer the lines of stdin, one after the other.")
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Continuations of each prompt.", 1, 10_000)
@@ -44,6 +45,7 @@ def main() -> int:
     if not PROMPT.value and not CHAT.value:
         raise ConfigError("--prompt is missing: give a text to continue")
     cli.check_finite(TEMPERATURE, TOP_P)
+    cli.check_step(STEP)
     workdir = paths.local("--workdir", WORKDIR.value)
     # Imported here, so that --help and mistakes in flags don't wait seconds for JAX.
     from jaxdp.run import preflight
@@ -51,6 +53,7 @@ def main() -> int:
     cli.prepare_jax()
     preflight.check_devices()
     options = {
+        "which": STEP.value,
         "num_tokens": NUM_TOKENS.value,
         "temperature": TEMPERATURE.value,
         "top_k": TOP_K.value,

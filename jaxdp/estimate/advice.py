@@ -1,6 +1,6 @@
 """Which way to synchronise some devices over some links: what changes the results least."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -11,15 +11,16 @@ from jaxdp.sync import methods
 from jaxdp.sync.traffic import sent_per_step
 
 # What to try, the smallest change of the results first: the mean gradient, the same rounded, and
-# replicas that train alone for some steps, whose means are rounded.
-WAYS: tuple[dict[str, str | int], ...] = (
+# replicas that train alone for some steps, whose means are rounded. The momentum is the best that
+# was measured for as many steps (docs/synchronisation.md).
+WAYS: tuple[dict[str, Any], ...] = (
     {"method": "gradient_mean", "dtype": "float32"},
     {"method": "gradient_mean", "dtype": "int8"},
     {"method": "gradient_mean", "dtype": "int4"},
-    {"method": "diloco", "every": 3, "dtype": "int4"},
-    {"method": "diloco", "every": 4, "dtype": "int1"},
-    {"method": "diloco", "every": 27, "dtype": "int2"},
-    {"method": "diloco", "every": 250, "dtype": "int2"},
+    {"method": "diloco", "every": 3, "dtype": "int4", "outer_momentum": 0.3},
+    {"method": "diloco", "every": 4, "dtype": "int1", "outer_momentum": 0.3},
+    {"method": "diloco", "every": 27, "dtype": "int2", "outer_momentum": 0.7},
+    {"method": "diloco", "every": 250, "dtype": "int2", "outer_momentum": 0.7},
 )
 ENOUGH = 0.9  # The share of the time in which devices should compute.
 
@@ -29,18 +30,22 @@ class Way(NamedTuple):
 
     Attributes:
       keys: {key of sync: value}.
+      intervals: {key: value} of the config's intervals that have to change, to multiples of
+        sync.every.
       efficiency: compute / (compute + communication).
       sent: bytes that a device sends to other islands, or to all devices, per optimizer step.
     """
 
-    keys: dict[str, str | int]
+    keys: dict[str, Any]
+    intervals: dict[str, int]
     efficiency: float
     sent: float
 
     @property
     def flags(self) -> str:
         """The keys as flags of a command."""
-        return " ".join(f"--config.sync.{key}={value}" for key, value in self.keys.items())
+        keys = {f"sync.{key}": value for key, value in self.keys.items()} | self.intervals
+        return " ".join(f"--config.{key}={value}" for key, value in keys.items())
 
 
 def ways(
@@ -62,14 +67,22 @@ def ways(
     for way in WAYS:
         keys = dict(way)
         if way["method"] == "diloco" and 1 < hosts < devices:
-            keys["islands"] = -1
+            keys["islands"] = hosts
         other = config.copy_and_resolve_references()
         other.sync.update({"islands": 0, "fragments": 1, "delay": 0} | keys)
         sent = methods.traffic(other, params, opt_state, devices, hosts)
         waiting = scaling.communication(sent, devices, network)
         outside = [c for c in sent if not c.inside]
-        found.append(Way(keys, compute / (compute + waiting), sent_per_step(outside, devices)))
+        efficiency = compute / (compute + waiting)
+        intervals = _intervals(config, way.get("every", 1))
+        found.append(Way(keys, intervals, efficiency, sent_per_step(outside, devices)))
     return found
+
+
+def _intervals(config: ConfigDict, every: int) -> dict[str, int]:
+    """Returns the intervals that are no multiples of this many steps, each as the next one."""
+    intervals = {"eval_every": config.eval_every, "checkpoint.every": config.checkpoint.every}
+    return {key: -(-value // every) * every for key, value in intervals.items() if value % every}
 
 
 def best(found: list[Way]) -> Way | None:
@@ -81,10 +94,9 @@ def rows(found: list[Way]) -> dict[str, str]:
     """Returns the ways as rows of a table, and the advice as the last."""
     table = {}
     for way in found:
-        method, *others = (str(x) for key, x in way.keys.items() if key != "islands")
-        every = [f"every {x}" if x.isdigit() else x for x in others]
-        islands = ["islands" * ("islands" in way.keys)]
-        name = ", ".join(filter(None, [method, *every, *islands]))
+        every = f"every {way.keys['every']}" if "every" in way.keys else ""
+        islands = "islands" * ("islands" in way.keys)
+        name = ", ".join(filter(None, [way.keys["method"], every, way.keys["dtype"], islands]))
         table[name] = f"{way.efficiency:.1%}, a device sends {in_bytes(round(way.sent))} a step"
         if "islands" in way.keys:
             table[name] += " to other machines"

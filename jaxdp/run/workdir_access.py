@@ -17,6 +17,7 @@ from jaxdp.run import profiling
 from jaxdp.workdir import integrity
 from jaxdp.workdir.checkpoints import FOLDER
 from jaxdp.workdir.metrics import JSONL
+from jaxdp.workdir.saver import leftovers
 
 
 def check_workdir(workdir: Path) -> None:
@@ -117,12 +118,15 @@ def locked(workdir: Path, say: Callable[[str], None] = print) -> Iterator[None]:
 def check_disk(workdir: Path, state: Any) -> None:
     """Refuses a disk without room for one more checkpoint beside the existing ones.
 
+    What an interrupted save has left counts as room: the next save removes it.
+
     Args:
       workdir: an existing folder.
       state: the arrays that a checkpoint holds, or their shapes and dtypes.
     """
     needed = files.num_bytes(state)
-    free = shutil.disk_usage(workdir).free
+    left = [path for folder in leftovers(workdir / FOLDER) for path in folder.rglob("*")]
+    free = shutil.disk_usage(workdir).free + sum(path.lstat().st_size for path in left)
     if free < needed:
         raise ConfigError(
             f"--workdir={workdir} has {in_bytes(free)} free and a checkpoint takes "

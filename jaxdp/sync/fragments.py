@@ -27,7 +27,7 @@ class StreamingDiLoCo(DiLoCo):
         θₚ = outer(θₚ, Δ)
         θₘ,ₚ(t) = θₚ + θₘ,ₚ(t) - θₘ,ₚ(t - τ)
 
-    With 8 or 4 bits, the two exchanges of a sum have half of the delay each. What is evaluated,
+    With 8 to 1 bits, the two exchanges of a sum have half of the delay each. What is evaluated,
     exported and sampled from are the global parameters.
 
     Our choices. The p-th fragment is the p-th of F equal slices of each array, where the paper

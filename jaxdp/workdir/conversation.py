@@ -25,21 +25,24 @@ class Conversation:
         self,
         workdir: str | Path,
         *,
+        which: str = "newest",
         num_tokens: int = 200,
         report: Callable[[str], None] = print,
         **options: Any,
     ):
-        """Opens the newest checkpoint of a run.
+        """Opens a checkpoint of a run.
 
         Args:
           workdir: the folder of the run.
+          which: the checkpoint, as for `generation.generate`.
           num_tokens: the most tokens in an answer.
           report: called with a line of text about a damaged checkpoint.
           **options: temperature, top_k, top_p and seed of `sampling.stream`.
 
         Raises:
-          ConfigError: there is no trained causal model, or it was not trained on chats.
-          RunError: all checkpoints are damaged.
+          ConfigError: there is no trained causal model or no such checkpoint, or the model was not
+            trained on chats.
+          RunError: the checkpoint, or all of them, are damaged.
         """
         self._run = open_causal(workdir)
         source = self._run.chat_template
@@ -49,7 +52,7 @@ class Conversation:
                 "with data.messages_key"
             )
         self._template = Template(source, self._run.words, datetime.now())
-        self._params, _ = self._run.params("newest", report)
+        self._params, _ = self._run.params(which, report)
         self._stop = self._template.stop_ids()
         self._num_tokens, self._options = num_tokens, options
         self.messages: Messages = []

@@ -1,4 +1,4 @@
-"""Text generation: continues prompts with the newest checkpoint of a run."""
+"""Text generation: continues prompts with a checkpoint of a run."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +18,7 @@ def generate(
     workdir: str | Path,
     prompts: list[str],
     *,
+    which: str = "newest",
     num_tokens: int = 200,
     temperature: float = TEMPERATURE,
     top_k: int = 0,
@@ -25,11 +26,12 @@ def generate(
     seed: int = 0,
     report: Callable[[str], None] = print,
 ) -> list[str]:
-    """Continues prompts with the newest checkpoint of a run.
+    """Continues prompts with a checkpoint of a run.
 
     Args:
       workdir: the folder of the run.
       prompts: texts of at least one token each, with the token that begins a document, if any.
+      which: "newest", "best" (by validation loss), or a number of steps such as "1000".
       num_tokens: number of tokens to add to each.
       temperature: divides the logits; 0 always takes the likeliest token.
       top_k: draw only from the k likeliest tokens; 0: from all.
@@ -41,8 +43,8 @@ def generate(
       Each prompt with its continuation, up to an end-of-text token if one is drawn.
 
     Raises:
-      ConfigError: there is no trained causal model, or a prompt can't be used.
-      RunError: all checkpoints are damaged.
+      ConfigError: there is no trained causal model, no such checkpoint, or a prompt can't be used.
+      RunError: the checkpoint, or all of them, are damaged.
     """
     run = open_causal(workdir)
     words = run.words
@@ -53,7 +55,7 @@ def generate(
     for prompt, tokens in zip(prompts, ids, strict=True):
         if len(tokens) == 0:
             raise ConfigError(f"--prompt={prompt!r} is empty: give at least one character")
-    params, _ = run.params("newest", report)
+    params, _ = run.params(which, report)
     drawn = sampling.sample(
         run.model,
         params,

@@ -22,7 +22,6 @@ from jaxdp.common import files
 from jaxdp.parallel import processes
 from jaxdp.workdir import integrity
 
-LEFTOVERS = "*.orbax-checkpoint-tmp*"
 REMOVED = ".orbax-checkpoint-tmp-removed"  # Added to the name of a checkpoint that is to go.
 
 
@@ -44,7 +43,7 @@ class Saver:
     """
 
     def __init__(self, folder: Path, config: ConfigDict, report: Callable[[str], None]):
-        """Opens an existing folder, and removes the leftovers of interrupted saves."""
+        """Opens an existing folder, and changes nothing in it."""
         self._folder, self._config, self._report = folder, config, report
         quieten()
         self.failure, self._step, self._under_way = "", 0, False
@@ -60,6 +59,7 @@ class Saver:
         args = ocp.args.Composite(state=ocp.args.StandardSave(tree), extra=ocp.args.JsonSave(extra))
         try:
             self._restore_folder()
+            self._sweep()
             self._record()
             self.eval_losses = {x: loss for x, loss in self.eval_losses.items() if x == step}
             files.require_space(self._folder, files.num_bytes(tree))
@@ -172,11 +172,11 @@ class Saver:
 
     def _reopen(self) -> None:
         self._close()
+        if processes.is_main():
+            self._sweep(tries=10)
         self.manager, self._closed = self._open(), False
 
     def _open(self) -> ocp.CheckpointManager:
-        if processes.is_main():
-            self._sweep()
         process = jax.process_index()
         options = ocp.CheckpointManagerOptions(
             create=False,
@@ -191,15 +191,14 @@ class Saver:
         )
         return ocp.CheckpointManager(self._folder, options=options)
 
-    def _sweep(self) -> None:
-        """Removes leftovers of saves; retries, as writes in progress can create them again."""
-        for _ in range(10):
-            parts = list(self._folder.glob(LEFTOVERS))
-            if not parts:
+    def _sweep(self, tries: int = 1) -> None:
+        """Removes leftovers of saves; writes still in progress can create them again."""
+        for _ in range(tries):
+            if not (parts := leftovers(self._folder)):
                 break
             for path in parts:
                 shutil.rmtree(path, ignore_errors=True)
-            time.sleep(0.2)
+            time.sleep(0.2 if tries > 1 else 0)
 
     def _close(self) -> None:
         self._closed = True
@@ -230,6 +229,12 @@ def quieten() -> None:
     logging.get_absl_logger().addFilter(wanted)
     getLogger("asyncio").addFilter(wanted)
     sys.unraisablehook = hook
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """Returns the folders that interrupted saves have left, which the next save removes."""
+    found = folder.glob("*.orbax-checkpoint-tmp*")
+    return [path for path in found if path.is_dir() and not path.is_symlink()]
 
 
 def kept_steps(losses: dict[int, float | None], config: ConfigDict) -> set[int]:

@@ -21,12 +21,30 @@ def test_a_prompt_is_read_from_stdin(trained, command, end):
     assert second.startswith("7")
 
 
+def test_it_takes_the_checkpoint_that_is_asked_for(workdir, command):
+    """Of steps 2 and 4, of which only 4 has been evaluated, and is then damaged."""
+
+    def generate(*step, check=0):
+        flags = (f"--workdir={workdir}", "--prompt=1 is", "--num_tokens=9")
+        return command("generate", *flags, *step, check=check)
+
+    assert generate("--step=best").stdout == generate("--step=4").stdout == generate().stdout
+    (workdir / "checkpoints" / "4" / "extra" / "metadata").unlink()
+    for which in ("best", "4"):
+        assert "Checkpoint 4 is damaged" in generate(f"--step={which}", check=1).stderr
+    assert "Checkpoint 2 is used instead" in generate().stderr
+    second = generate("--step=2")
+    assert second.stdout == generate().stdout and "damaged" not in second.stderr
+    assert "--step=3 is no checkpoint" in generate("--step=3", check=2).stderr
+
+
 def test_what_does_not_go_together_is_refused(trained, command):
     workdir = f"--workdir={trained}"
     for flags, message in (
         (["--chat", "--prompt=1"], "--chat does not go with --prompt or --num_samples"),
         (["--chat", "--num_samples=2"], "--chat does not go with --prompt or --num_samples"),
         (["--chat"], "--chat needs a chat template"),
+        (["--prompt=1", "--step=last"], "--step='last' names no checkpoint"),
     ):
         process = command("generate", workdir, *flags, check=2, stdin="1 is\n")
         assert message in process.stderr and process.stderr.count("\n") == 1, process.stderr

@@ -65,6 +65,11 @@ def test_a_full_disk_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 0, 4003))
     with pytest.raises(ConfigError, match="has 4kB free and a checkpoint takes 4kB: make room"):
         workdir_access.check_disk(tmp_path, state)
+    # The next save removes what an interrupted one has left.
+    left = tmp_path / "checkpoints" / "5.orbax-checkpoint-tmp" / "state" / "x"
+    left.parent.mkdir(parents=True)
+    left.write_text("x")
+    workdir_access.check_disk(tmp_path, state)
 
 
 def test_a_platform_that_is_not_there_is_refused(monkeypatch):

@@ -216,6 +216,7 @@ def check_checkpoints(kind: str, workdir: Path, config) -> list[str]:
     ),
 )
 def test_harmed_checkpoints(harms, strays, two, tmp_path, config):
+    shutil.rmtree(tmp_path / "harmed", ignore_errors=True)  # Of an example that failed.
     workdir = Path(shutil.copytree(two, tmp_path / "harmed"))
     files = sorted(p for p in workdir.rglob("*") if p.is_file())
     for number, how in harms:
@@ -227,7 +228,6 @@ def test_harmed_checkpoints(harms, strays, two, tmp_path, config):
         if not path.exists():
             path.mkdir() if kind == "dir" else path.write_text("x")
     check_checkpoints("checkpoints", workdir, config)
-    shutil.rmtree(workdir)
 
 
 @pytest.mark.parametrize("part", ["", "state", "extra", "metrics", "state/d", "state/_METADATA"])
