@@ -51,6 +51,11 @@ def local(method: str, every: int, **keys):
     return {"method": method, "every": every, **keys}
 
 
+def outer(rate: float, momentum: float):
+    """Returns the keys of an outer optimizer."""
+    return {"outer_learning_rate": rate, "outer_momentum": momentum}
+
+
 # {name, with which the workdirs' names begin: the keys of config.sync to change, and "batch" if the
 # global batch is to be so many times as large, with as many tokens in all}
 CONTESTANTS = {
@@ -62,7 +67,9 @@ CONTESTANTS = {
     "diloco-10": local("diloco", 10),
     "diloco-3-int4": local("diloco", 3, outer_momentum=0.3, dtype="int4"),
     "diloco-4-int1": local("diloco", 4, outer_momentum=0.3, dtype="int1"),
-    "diloco-8-int1-batch2": local("diloco", 8, outer_momentum=0.5, dtype="int1", batch=2),
+    "diloco-2-int4-batch2": outer(1.5, 0.0) | local("diloco", 2, dtype="int4", batch=2),
+    "diloco-4-int2-batch2": outer(1.4, 0.0) | local("diloco", 4, dtype="int2", batch=2),
+    "diloco-8-int1-batch2": outer(1.5, 0.2) | local("diloco", 8, dtype="int1", batch=2),
     "diloco-15-int1": local("diloco", 15, outer_momentum=0.3, dtype="int1"),
 }
 

@@ -207,7 +207,8 @@ def get_config() -> ConfigDict:
     c.divergence.spike_threshold = 0.0
     c.divergence.max_rollbacks = 3  # After this many the run ends, with a diagnosis.
 
-    # Early stopping: the run ends, as finished, when the validation loss no longer improves.
+    # Early stopping: the run ends, as finished, when the validation loss no longer improves. The
+    # model of each evaluation is then saved, and the best one kept, whatever checkpoint.every is.
     c.stop = ConfigDict()
     c.stop.patience = 0  # Stop after this many evaluations without improvement; 0: never.
     c.stop.min_delta = 0.0  # Smallest decrease of the loss that counts, in nats per token.

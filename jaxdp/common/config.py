@@ -134,6 +134,11 @@ def check_model(config: ConfigDict) -> None:
             "model.qkv_bias=True has no meaning with model.bias=True, which adds these biases too: "
             "set one of them to False"
         )
+    if model.head_transform and model.activation == "swiglu":
+        raise ConfigError(
+            "model.head_transform=True does not go with model.activation='swiglu', which needs two "
+            "inputs: set it to False, or choose another activation"
+        )
     _check_rotary(model)
     _check_one_sided(config)
     _check_window(config.model)

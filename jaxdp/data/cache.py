@@ -30,6 +30,7 @@ from jaxdp.data.layout import SPLITS, DamagedError
 from jaxdp.data.sources import Source, ValidationOnly, get_sources
 
 FORMAT = 3  # Raise it when the same config would give other tokens than before.
+CHATS = 2  # The same for chats only.
 # The largest cache whose content is checked: reading it takes a second or two.
 VERIFY_UP_TO = 2**30
 # Errors of a file that is missing, or of something else in its place.
@@ -224,7 +225,7 @@ def _fingerprint(config: ConfigDict, sources: list[Source]) -> str:
     padded = ["padded"] if config.data.packing == "padded" else []
     data: Any = [source.identity() for source in sources]
     data = data if len(data) > 1 else data[0]
-    chats = [chat.source_of(config)] if c.messages_key else []
+    chats = [CHATS, chat.source_of(config)] if c.messages_key else []
     identity = json.dumps([FORMAT, tokenizer, data, *padded, *chats], sort_keys=True)
     return hashlib.sha256(identity.encode()).hexdigest()[:16]
 

@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -21,7 +21,18 @@ DAY = datetime(2024, 7, 26)  # Llama 3's templates have it where they aren't tol
 PROBE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 Messages = list[dict[str, Any]]
-Parts = list[tuple[str, bool]]  # Texts that follow each other, and whether each is to be learnt.
+
+
+class Chat(NamedTuple):
+    """A chat as text.
+
+    Attributes:
+      text: all of it.
+      answers: where what the assistant says begins, and where its turn is over: what is learnt.
+    """
+
+    text: str
+    answers: list[tuple[int, int]]
 
 
 class Template:
@@ -78,8 +89,8 @@ class Template:
                 "correct the messages, or give another data.chat_template"
             ) from None
 
-    def parts(self, messages: Messages) -> list[Parts]:
-        """Cuts a chat into the assistant's turns, which are to be learnt, and what is between.
+    def chats(self, messages: Messages) -> list[Chat]:
+        """Writes a chat, and finds the assistant's turns, which are to be learnt.
 
         Some templates write a turn in another way once others follow it (Qwen3's leaves out what
         was thought). Then each turn becomes an example of its own, with what precedes it.
@@ -96,7 +107,23 @@ class Template:
                 f"the chat template writes {shown(messages)} so that its turns can't be told "
                 "apart: give another data.chat_template"
             )
-        return [_cut(text, pairs) for text, pairs in examples]
+        return [Chat(text, [(len(a), len(b)) for a, b in pairs]) for text, pairs in examples]
+
+    def prompt(self, messages: Messages) -> np.ndarray:
+        """Returns the tokens of a chat up to where the assistant is to answer, [n] int64.
+
+        They are those that training has there, where an answer follows. At the end of a text, line
+        breaks can be other tokens than before a word (GPT-2: one token for two), so that a word is
+        put after them first. A space that would be part of that word stays a token of its own.
+        """
+        asked = self.render(messages, True)
+        words = messages[-1]["content"].split() if asked[-1:].isspace() else []
+        text = asked + "".join(words[:1])  # Any tokenizer that can encode the chat knows it.
+        [(ids, places)] = encoding.encode_placed(self.tokenizer, [text], special=True)
+        end = _first(text, places, len(asked))
+        if end and places[end - 1, 1] == len(asked):
+            return ids[:end]
+        return encoding.encode(self.tokenizer, [asked], special=True)[0]
 
     def stop_ids(self) -> set[int]:
         """Returns the tokens at which an answer is over: the end of a document or of a turn."""
@@ -108,14 +135,6 @@ class Template:
         return {int(i) for i in ids[:1] if int(i) in special} | (
             {end} if end is not None else set()
         )
-
-
-def _cut(text: str, borders: list[tuple[str, str]]) -> Parts:
-    parts, at = [], 0
-    for asked, answered in borders:
-        parts += [(text[at : len(asked)], False), (text[len(asked) : len(answered)], True)]
-        at = len(answered)
-    return [(part, learnt) for part, learnt in [*parts, (text[at:], False)] if part]
 
 
 def _to_json(value: Any, indent: int | None = None) -> str:
@@ -131,32 +150,76 @@ def encode_chats(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Encodes a stream of chats; names of special tokens are tokens, which templates consist of.
 
-    The first `done` chats, or turns of chats that have to be separate, are skipped.
+    A chat is encoded as a whole, as `generate --chat` and transformers encode it: cut into turns,
+    it could get other tokens, such as a "▁" more before each where a normaliser puts one. The
+    first `done` chats, or turns of chats that have to be separate, are skipped.
 
     Yields:
       Token ids of a chat, [n] int64, and the marks of the tokens, [n] uint8: `LEARNT`, `BEGINS`.
     """
-    cut = itertools.chain.from_iterable(template.parts(e.messages or []) for e in examples)
-    rest = itertools.islice(cut, done, None)
+    chats = itertools.chain.from_iterable(template.chats(e.messages or []) for e in examples)
+    rest = itertools.islice(chats, done, None)
     while some := list(itertools.islice(rest, 500)):
-        texts = [text for parts in some for text, _ in parts]
-        ids = iter(encoding.encode(template.tokenizer, texts, special=True))
-        for parts in some:
-            found = [(next(ids), learnt) for _, learnt in parts]
-            marks = [np.full(len(part), LEARNT * learnt, np.uint8) for part, learnt in found]
-            tokens, marked = np.concatenate([p for p, _ in found]), np.concatenate(marks)
-            marked[:1] = BEGINS  # Nothing precedes it, so it can't be learnt.
-            yield tokens, marked
+        texts = [chat.text for chat in some]
+        encoded = encoding.encode_placed(template.tokenizer, texts, special=True)
+        for chat, (ids, places) in zip(some, encoded, strict=True):
+            yield ids, _marks(chat, places)
+
+
+def _marks(chat: Chat, places: np.ndarray) -> np.ndarray:
+    """Returns the marks of a chat's tokens, [n] uint8, whose places are [n, 2]."""
+    marks = np.zeros(len(places), np.uint8)
+    for begin, end in chat.answers:
+        marks[_first(chat.text, places, begin) : _first(chat.text, places, end)] = LEARNT
+    marks[:1] = BEGINS  # Nothing precedes it, so it can't be learnt.
+    return marks
+
+
+def _first(text: str, places: np.ndarray, border: int) -> int:
+    """Returns the first token after a border, which is a place in the text.
+
+    A token that straddles the border is where it begins, but for the spaces before a word: " yes"
+    is what the assistant says although the template has written the space.
+    """
+    found = int(np.searchsorted(places[:, 0], border))
+    if found:
+        start, end = places[found - 1]
+        before, after = text[start:border], text[border:end]
+        return found - (before.isspace() and bool(after.strip()))
+    return found
 
 
 def source_of(config: ConfigDict) -> str:
     """Returns the text of the chat template of a config's data.
 
-    data.chat_template names the file that holds it; by default the tokenizer has one.
+    data.chat_template names the file that holds it; by default the tokenizer has one. It begins
+    with the name of `bos_token` where the tokenizer's settings give one, as transformers takes it
+    from there, even if documents don't begin with it (add_bos_token). Of these settings, a run's
+    folder and an export keep nothing else.
 
     Raises:
       ConfigError: there is none.
     """
+    source = _given_source(config)
+    if config.data.bos != special_tokens.AUTO or "bos_token" not in source:
+        return source
+    name = special_tokens.setting(_settings(config.tokenizer), "bos_token")
+    if name is None:
+        return source
+    # A template leaves out one line break after a block.
+    return f"{{% set bos_token = {json.dumps(name, ensure_ascii=False)} %}}\n{source}"
+
+
+def _settings(spec: str) -> dict[str, Any]:
+    """Returns the tokenizer_config.json of a tokenizer; {} where it has none."""
+    if files := tokenizers.files_of(spec):
+        return special_tokens.settings_of(files[1])
+    if spec.startswith("hf:"):
+        return tokenizers.settings_on_hub(spec.removeprefix("hf:"))
+    return {}
+
+
+def _given_source(config: ConfigDict) -> str:
     if path := config.data.chat_template:
         try:
             return Path(path).expanduser().read_text(encoding="utf-8")

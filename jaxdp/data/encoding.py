@@ -1,11 +1,11 @@
 """Makes tokens of texts: of prompts, and of streams of documents and examples."""
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
-from tokenizers import Tokenizer, decoders
+from tokenizers import Encoding, Tokenizer, decoders
 
 from jaxdp.common.errors import ConfigError, shown
 from jaxdp.data import special_tokens
@@ -31,6 +31,50 @@ def encode(tokenizer: Tokenizer, texts: list[str], *, special: bool = False) -> 
     Raises:
       ConfigError: the tokenizer can't encode a text, as "char" a character that it doesn't know.
     """
+    tokenizer.encode_special_tokens = not special
+    encodings = _encodings(tokenizer, tokenizer.encode_batch_fast, texts)
+    return [np.asarray(encoding.ids, np.int64) for encoding in encodings]
+
+
+def encode_placed(
+    tokenizer: Tokenizer, texts: list[str], *, special: bool = False
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Encodes texts as `encode` does, and tells which characters each token stands for.
+
+    Characters are those of the text as it is given, also where the tokenizer normalises it. Tokens
+    that share a character, as the bytes of one do, have the same characters.
+
+    Args:
+      tokenizer: any tokenizer.
+      texts: the texts to encode.
+      special: as for `encode`.
+
+    Returns:
+      For each text its token ids, [n] int64, and its tokens' places, [n, 2] int64: the first of a
+      token's characters, and the one after its last. The first ones never decrease.
+
+    Raises:
+      ConfigError: as for `encode`; or the tokenizer doesn't tell the places.
+    """
+    tokenizer.encode_special_tokens = not special
+    # A post-processor adds no tokens here, but it can leave spaces out of the places.
+    processor, tokenizer.post_processor = tokenizer.post_processor, None
+    try:
+        encodings = _encodings(tokenizer, tokenizer.encode_batch, texts)
+    finally:
+        tokenizer.post_processor = processor
+    found = [
+        (np.asarray(e.ids, np.int64), np.array(e.offsets, np.int64).reshape(-1, 2))
+        for e in encodings
+    ]
+    for text, (_, places) in zip(texts, found, strict=True):
+        _check_places(text, places)
+    return found
+
+
+def _encodings(
+    tokenizer: Tokenizer, encode_batch: Callable[..., list[Encoding]], texts: list[str]
+) -> list[Encoding]:
     # A character tokenizer would silently drop characters that it doesn't know.
     if tokenizer.pre_tokenizer is None and isinstance(tokenizer.decoder, decoders.Fuse):
         unknown = {c for c in set().union(*texts) if tokenizer.token_to_id(c) is None}
@@ -39,15 +83,24 @@ def encode(tokenizer: Tokenizer, texts: list[str], *, special: bool = False) -> 
                 f"the character {min(unknown)!r} is not among those of the training text: remove "
                 "it, or train with tokenizer='byte'"
             )
-    tokenizer.encode_special_tokens = not special
     try:
-        encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return encode_batch(texts, add_special_tokens=False)
     except Exception as error:  # A bare Exception, for example if there is no unknown token.
         raise ConfigError(
             f"the tokenizer can't encode the text ({shown(error, as_text=str)}): use another one, "
             "such as tokenizer='byte'"
         ) from None
-    return [np.asarray(encoding.ids, np.int64) for encoding in encodings]
+
+
+def _check_places(text: str, places: np.ndarray) -> None:
+    """Raises ConfigError where the places of tokens, [n, 2], can't be those in the text."""
+    first, after = places.T
+    nothing = first >= after  # One may be: what a normaliser puts before a text.
+    if (np.diff(first) < 0).any() or (nothing[1:] & nothing[:-1]).any():
+        raise ConfigError(
+            f"the tokenizer doesn't tell which characters of {shown(text)} its tokens stand for, "
+            "so that what the assistant says can't be told apart: use another tokenizer"
+        )
 
 
 def encode_prompts(tokenizer: Tokenizer, prompts: list[str], *, special: bool) -> list[np.ndarray]:

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from ml_collections import ConfigDict
 
 from jaxdp.common.errors import ConfigError, shown
+from jaxdp.data import sources
 from jaxdp.data.cache import TokenCache, open_cache
 from jaxdp.data.feed import Feed
-from jaxdp.data.sources import get_sources
 
 NAME = r"[A-Za-z0-9_.-]{1,40}"
 
@@ -43,7 +43,7 @@ def check(config: ConfigDict) -> None:
     """Checks that all evaluation sets exist; raises ConfigError where one is wrong or missing."""
     for name in parse(config.eval_sets):
         with named(config, name):
-            get_sources(_config_of(config, name))
+            sources.get_sources(_config_of(config, name))
 
 
 def open_set(
@@ -79,7 +79,15 @@ def _path(config: ConfigDict, name: str) -> str:
 
 
 def _config_of(config: ConfigDict, name: str) -> ConfigDict:
-    """Returns the run's config with a set as its validation split; of files, all of their text."""
+    """Returns the run's config with a set as its validation split; of files, all of their text.
+
+    Keys that are about the run's kind of data don't concern a set of another kind.
+    """
     own = ConfigDict(config.to_dict())
     own.data.path, own.data.eval_fraction = _path(config, name), 1.0
+    kinds = sources.kinds(own.data.path)
+    if "text" not in kinds:
+        own.data.separator = ""
+    if kinds == {"text"}:
+        own.data.prompt_key = own.data.messages_key = ""
     return own

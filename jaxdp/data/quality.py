@@ -1,17 +1,17 @@
 """Is a text what it seems, and does its tokenizer know it? What a run warns about in its header."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
-from jaxdp.data import encoding, special_tokens
+from jaxdp.data import encoding, files, special_tokens
 from jaxdp.data.example import texts
 from jaxdp.data.layout import SPLITS
 from jaxdp.data.records import is_json_lines
-from jaxdp.data.sources import Source
+from jaxdp.data.sources import Source, TextSource
 
 SAMPLE = 300_000  # Characters at the beginning of each source.
 TOLERATED = 0.01  # The share of unknown, replaced or lost text from which a run warns.
@@ -42,17 +42,35 @@ def look_at(
         )
     if not config.data.special_tokens:
         notes += _named(begun, tokenizer)
+    separator = config.data.separator
+    if separator and not any(separator in text for text in _as_it_is(sources)):
+        notes.append(
+            f"data.separator={separator!r} is not in the first {SAMPLE:,} characters of the text, "
+            "so that each file would be one document"
+        )
     return lost, notes
 
 
 def _beginning(source: Source) -> Iterator[str]:
+    """Yields a source's texts up to SAMPLE characters."""
+    return _first(text for split in SPLITS for text in texts(source.examples(split)))
+
+
+def _as_it_is(sources: Sequence[Source]) -> Iterator[str]:
+    """Yields the beginning of the files of each source of text, with separators."""
+    for source in sources:
+        if isinstance(source, TextSource):
+            pieces = (piece for path in source.paths for piece in files.text(path))
+            yield "".join(_first(pieces))
+
+
+def _first(pieces: Iterable[str]) -> Iterator[str]:
     room = SAMPLE
-    for split in SPLITS:
-        for text in texts(source.examples(split)):
-            yield text[:room]
-            room -= len(text)
-            if room <= 0:
-                return
+    for text in pieces:
+        yield text[:room]
+        room -= len(text)
+        if room <= 0:
+            return
 
 
 def _named(text: str, tokenizer: Tokenizer) -> list[str]:

@@ -102,6 +102,19 @@ def has_splits(path: str) -> bool:
     return any(source.startswith(("tfds:", "hf:")) for source in mixture.parse(path))
 
 
+def kinds(path: str) -> set[str]:
+    """Returns the kinds of the sources that a data.path names: "text", "jsonl", "tfds", "hf" ...
+
+    Raises:
+      ConfigError: a file can't be found.
+    """
+    found = set()
+    for source in mixture.parse(path):
+        prefix = source.partition(":")[0]
+        found.add(prefix if has_splits(source) else _find(source, lambda _: None)[1])
+    return found
+
+
 def share_files(one: str, other: str) -> bool:
     """Returns whether two values of data.path have a file in common, under whatever name."""
     return not _files(one).isdisjoint(_files(other))

@@ -146,9 +146,20 @@ def _given(tokenizer: Tokenizer, key: str, name: str) -> int | None:
 
 def _setting(tokenizer: Tokenizer, settings: Mapping[str, Any], role: str) -> int | None:
     """Returns the id of the token that tokenizer_config.json names for a role, if there is one."""
+    name = setting(settings, role)
+    return None if name is None else tokenizer.token_to_id(name)
+
+
+def setting(settings: Mapping[str, Any], role: str) -> str | None:
+    """Returns the name that a tokenizer_config.json gives the token of a role, if it does.
+
+    Args:
+      settings: the content of the file.
+      role: "bos_token" or "eos_token".
+    """
     name = settings.get(role)
     name = name.get("content") if isinstance(name, dict) else name
-    return tokenizer.token_to_id(name) if isinstance(name, str) else None
+    return name if isinstance(name, str) else None
 
 
 def settings_of(path: Path) -> dict[str, Any]:

@@ -110,7 +110,7 @@ def _load(spec: str) -> tuple[Tokenizer, dict[str, Any]]:
         if (found := files_of(spec)) is None:
             paths.check_hub(f"tokenizer={shown(spec)}")
             name = spec.removeprefix("hf:")
-            tokenizer, settings = Tokenizer.from_pretrained(name), _settings_on_hub(name)
+            tokenizer, settings = Tokenizer.from_pretrained(name), settings_on_hub(name)
         else:
             path, settings = found[0], special_tokens.settings_of(found[1])
             of_spm = path.suffix == ".model" and os.path.isfile(path)
@@ -148,7 +148,7 @@ def chat_template(spec: str) -> str:
         if not spec.startswith("hf:"):
             return ""
         name = spec.removeprefix("hf:")
-        own, settings = _file_on_hub(name, TEMPLATE), _settings_on_hub(name)
+        own, settings = _file_on_hub(name, TEMPLATE), settings_on_hub(name)
     else:
         own, settings = files[1].with_name(TEMPLATE), special_tokens.settings_of(files[1])
     if own is not None and os.path.isfile(own):
@@ -169,7 +169,8 @@ def _file_on_hub(name: str, file: str) -> Path | None:
         return None
 
 
-def _settings_on_hub(name: str) -> dict[str, Any]:
+def settings_on_hub(name: str) -> dict[str, Any]:
+    """Returns the tokenizer_config.json of a name on the Hugging Face hub; {} if it has none."""
     path = _file_on_hub(name, SETTINGS)
     return special_tokens.settings_of(path) if path else {}
 

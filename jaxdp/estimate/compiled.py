@@ -29,10 +29,12 @@ class Machine:
     Attributes:
       devices: N of them, of all processes.
       gpu: their kind, if they are absent; None if they are this machine's.
+      hosts: machines that they are in, each with one process.
     """
 
     devices: tuple[jax.Device, ...]
     gpu: Gpu | None = None
+    hosts: int = 1
 
     @contextlib.contextmanager
     def compiling(self) -> Iterator[None]:
@@ -58,7 +60,7 @@ def absent_machine(name: str, count: int, hosts: int = 1) -> Machine:
       count: their number, over all hosts.
       hosts: machines, each with one process; divides count.
     """
-    return Machine(tuple(absent_devices(GPUS[name], count, hosts)), GPUS[name])
+    return Machine(tuple(absent_devices(GPUS[name], count, hosts)), GPUS[name], hosts)
 
 
 class Compiled(NamedTuple):
@@ -125,7 +127,8 @@ def _compile(config: ConfigDict, vocab: int, machine: Machine, lower: Callable) 
     replicas = Replicas(machine.devices)
     with machine.compiling():
         # The id of the mask token changes no shape.
-        setup = make_setup(config, vocab, replicas.device_count, mask_id=0)
+        count, hosts = replicas.device_count, machine.hosts
+        setup = make_setup(config, vocab, count, process_count=hosts, mask_id=0)
         return _compiled(lower(setup, replicas), machine.options(config))
 
 

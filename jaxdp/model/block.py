@@ -69,8 +69,10 @@ class Block(nn.Module):
             return Dropout(c.dropout)(y, tokens.rows)
 
         if c.embed_residual:
-            shares = self.param("residual_shares", lambda _: jnp.array([1.0, 0.0])).astype(x.dtype)
-            x = shares[0] * x + shares[1] * tokens.embedded
+            shares = self.param("residual_shares", lambda _: jnp.array([1.0, 0.0]))
+            # Broadcast in float32: a share's gradient is a sum over all tokens, see `Dense`.
+            wide = [jnp.broadcast_to(share, x.shape).astype(x.dtype) for share in shares]
+            x = wide[0] * x + wide[1] * tokens.embedded
         if c.norm_position == "pre":
             x, *ys = norms[0](x, uses=3)
             x += drop(attention(ys, tokens, decode, rotated))

@@ -23,9 +23,16 @@ MAD_TO_DEVIATION = 1.4826
 
 @dataclasses.dataclass(frozen=True)
 class Trouble:
-    """Why a run must not go on like this, found in the round that ended at `step`."""
+    """Why a run must not go on like this.
+
+    Attributes:
+      step: the step that shows it.
+      end: steps done after the round of that step.
+      reason: what is wrong.
+    """
 
     step: int
+    end: int
     reason: str
 
 
@@ -64,7 +71,7 @@ class Divergence:
                 last = f"{self.in_a_row} steps in a row" if self.in_a_row > 1 else "a step"
                 reason = f"no finite loss or gradient in {last}"
             if reason:
-                self.trouble = Trouble(end, reason)
+                self.trouble = Trouble(step, end, reason)
                 return
             if not skip:
                 self._losses.append(float(loss))
@@ -107,7 +114,7 @@ def diagnose(setup: Setup, replicas: Replicas, trouble: Trouble, state: State) -
       setup: the setup of the run.
       replicas: the devices.
       trouble: what is wrong.
-      state: the state after that step.
+      state: the present state, some steps later: the one before that step is gone.
 
     Returns:
       step, reason, loss (nats per token), sequences_begin_at_tokens (where each sequence of the

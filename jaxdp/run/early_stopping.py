@@ -1,6 +1,7 @@
 """Early stopping by the validation loss."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -15,12 +16,18 @@ class EarlyStopping:
 
     Attributes:
       waited: evaluations since the last improvement.
-      best: (step, loss in nats per token) of the best evaluation; None before a finite loss.
+      best: (step, loss in nats per token) of the best evaluation, of equal ones the last, as
+        checkpoints are chosen; None before a finite loss.
     """
 
-    def __init__(self, config: ConfigDict):
-        """Takes a valid config; nothing has been evaluated yet."""
-        self._config = config.stop
+    def __init__(self, config: ConfigDict, is_saved: Callable[[int], bool] = lambda step: True):
+        """Nothing has been evaluated yet.
+
+        Args:
+          config: a valid config.
+          is_saved: says whether a step has a checkpoint.
+        """
+        self._config, self._is_saved = config.stop, is_saved
         self.waited = 0
         self.best: tuple[int, float] | None = None
         self._reference: float | None = None  # The loss of the last improvement.
@@ -32,8 +39,12 @@ class EarlyStopping:
             self._reference, self.waited = loss, 0
         else:
             self.waited += 1
-        if math.isfinite(loss) and (self.best is None or loss < self.best[1]):
-            self.best = step, loss
+        if math.isfinite(loss):
+            self._compare(step, loss)
+
+    def _compare(self, step: int, loss: float) -> None:
+        found = [(step, loss), *([self.best] if self.best else [])]
+        self.best = min(found, key=lambda one: (one[1], -one[0]))
 
     @property
     def over(self) -> bool:
@@ -41,9 +52,11 @@ class EarlyStopping:
         return 0 < self._config.patience <= self.waited
 
     def reason(self) -> str:
-        """Says why the run ends, and which evaluation was the best."""
+        """Says why the run ends, which evaluation was the best, and if that step isn't saved."""
         least = f" by {self._config.min_delta:g}" if self._config.min_delta else ""
         best = f"{self.best[1]:.4f} at step {self.best[0]:,}" if self.best else "none was finite"
+        if self.best and not self._is_saved(self.best[0]):
+            best += " (not saved; --step=best takes the best that is)"
         return (
             f"the validation loss has not improved{least} in {self.waited} evaluations "
             f"(stop.patience={self._config.patience}); best: {best}"
@@ -55,7 +68,11 @@ class EarlyStopping:
         return {"reference": self._reference, "waited": self.waited, "best": best}
 
     def load(self, saved: dict[str, Any]) -> None:
-        """Restores what `to_json` returned; an empty dict means that nothing was evaluated."""
+        """Restores what `to_json` returned; an empty dict means that nothing was evaluated.
+
+        A better evaluation that is known here stays the best: a run that goes back to a checkpoint
+        keeps the best one.
+        """
         self._reference, self.waited = saved.get("reference"), saved.get("waited", 0)
-        best = saved.get("best")
-        self.best = (best[0], best[1]) if best else None
+        if best := saved.get("best"):
+            self._compare(best[0], best[1])

@@ -167,7 +167,7 @@ def evaluate_valid(
         # A tokenizer trained on the new data would not be the run's.
         config.tokenizer = str(workdir / "tokenizer.json")
     replicas = Replicas(devices)
-    batch_sizes(config, 1, replicas.device_count)
+    _fit(config, replicas.device_count)
     feed = Feed(config, open_cache(config, say, train=not other))
     preflight.check_split(feed, "validation")
     feeds = {"": feed} | preflight.open_eval_sets(config, feed.cache, say)
@@ -187,6 +187,21 @@ def evaluate_valid(
     )
     p_eval_step = pmapped_evaluation(setup, replicas, rows)
     return step, evaluate_all(p_eval_step, replicas.replicate(params), feeds, replicas)
+
+
+def _fit(config: ConfigDict, device_count: int) -> None:
+    """Changes a config, in place, to one for evaluation on so many devices.
+
+    Nothing is synchronised, and `grad_accum_steps` is rounded up to what divides a device's batch.
+
+    Raises:
+      ConfigError: the batch can't be split over the devices.
+    """
+    config.sync.update(default.get_config().sync)
+    accum, config.grad_accum_steps = config.grad_accum_steps, 1
+    rows = batch_sizes(config, 1, device_count).per_device
+    counts = range(min(accum, rows), rows + 1)
+    config.grad_accum_steps = next(n for n in counts if rows % n == 0)
 
 
 def completed(saved: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:

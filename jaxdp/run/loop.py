@@ -139,6 +139,7 @@ def _prepare(
     resolve_steps(config, feed, say)
     setup = setup_of_feeds(feeds, replicas.device_count, jax.process_count())
     preflight.check_memory(setup)
+    preflight.check_delay(setup)
     return setup
 
 

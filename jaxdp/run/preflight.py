@@ -12,11 +12,11 @@ from ml_collections import ConfigDict
 
 from jaxdp.common.errors import ConfigError, shown
 from jaxdp.common.terminal import in_bytes
-from jaxdp.data import eval_sets, special_tokens
+from jaxdp.data import eval_sets, special_tokens, splits
 from jaxdp.data.cache import TokenCache
 from jaxdp.data.feed import Feed
 from jaxdp.data.layout import SPLITS
-from jaxdp.data.sources import has_splits
+from jaxdp.data.sources import has_splits, share_files
 from jaxdp.estimate import memory
 from jaxdp.huggingface import load
 from jaxdp.model.architecture import ModelConfig
@@ -42,10 +42,10 @@ def check_data(feed: Feed, say: Callable[[str], None] = print) -> None:
     config, cache = feed.config, feed.cache
     train, evaluation = config.data.train_split, config.data.eval_split
     named = has_splits(config.data.path)  # Else data.eval_fraction splits the files.
-    if named and (evaluation == train or evaluation.startswith(f"{train}[")):
+    if named and splits.overlap(train, evaluation):
         say(
-            f"Evaluation is on text that is trained on: data.eval_split={shown(evaluation)} is in "
-            f"data.train_split={shown(train)}."
+            f"Evaluation is on text that is trained on: data.eval_split={shown(evaluation)} has "
+            f"some of data.train_split={shown(train)}."
         )
     if config.objective == "causal" and config.sample.num_tokens:
         try:
@@ -93,6 +93,8 @@ def open_eval_sets(
         with eval_sets.named(config, name):
             sets[name] = eval_sets.open_set(config, name, cache, report)
             check_split(sets[name], "validation")
+            if share_files(sets[name].config.data.path, config.data.path):
+                report(f"Evaluation set {name} has text that is trained on: files of data.path.")
     return sets
 
 
@@ -172,6 +174,21 @@ def check_memory(setup: Setup) -> None:
             f"model is too large: its state, with optimizer.name={setup.config.optimizer.name!r}, "
             f"and the batch take {in_bytes(least)} and a device has {in_bytes(room)}: use "
             "a smaller model or another optimizer, or several devices and sync.method='sharded'"
+        )
+
+
+def check_delay(setup: Setup) -> None:
+    """Refuses sync.delay where processes would take the bytes of one collective for another's.
+
+    With it islands exchange changes while their devices average gradients. On CPUs processes
+    communicate by gloo, which can't tell two collectives that are under way from each other.
+    """
+    delay, inside = setup.config.sync.delay, setup.islands.size > 1
+    on_cpus = jax.local_devices()[0].platform == "cpu"
+    if delay and inside and on_cpus and jax.process_count() > 1:
+        raise ConfigError(
+            f"sync.delay={delay} does not work on CPUs in several processes with islands of "
+            "several devices: set it to 0, as it hides nothing on CPUs"
         )
 
 

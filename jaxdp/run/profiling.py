@@ -16,22 +16,32 @@ FOLDER = "profile"
 class Profile:
     """Records a trace of profile.num_steps steps, or the rounds that contain them, in process 0.
 
-    It begins with the first round from profile.start_step on whose program is already compiled.
+    It begins with the first round from profile.start_step on whose program is already compiled. If
+    there is none, a line says so.
     """
 
     def __init__(self, config: ConfigDict, workdir: Path, done: int, say: Callable[[str], None]):
-        """Prepares to record; nothing is recorded if the run starts after profile.start_step.
+        """Prepares to record; a run that starts after profile.start_step records nothing.
 
         Args:
           config: a valid config.
           workdir: the run's folder; the trace goes into its folder "profile".
           done: steps done at the start.
-          say: called with a line of text about where the trace is.
+          say: called with a line of text about where the trace is, or why there is none.
         """
         self._config, self._folder, self._say = config.profile, workdir / FOLDER, say
         self._began: int | None = None
-        wanted = self._config.num_steps > 0 and processes.is_main()
-        self._wanted = wanted and done <= self._config.start_step
+        self._round, self._done = done, done  # Where the last round began and ended.
+        self._usable: int | None = None  # Where the last round began that wasn't compiled just now.
+        self._new, self._longest = False, (1, 0)  # Steps and start of the longest that was.
+        self._wanted = self._config.num_steps > 0 and processes.is_main()
+        if self._wanted and done > self._config.start_step:
+            self._wanted = False
+            if not self._folder.exists():  # Else it was made before the run was interrupted.
+                self._say(
+                    f"No profile is made: the run goes on after step {done:,}, which is past "
+                    f"profile.start_step={self._config.start_step}: set that to {done} or more."
+                )
 
     @contextlib.contextmanager
     def round(self, done: int, state: Any, new: bool) -> Iterator[None]:
@@ -43,6 +53,9 @@ class Profile:
             part of earlier steps.
           new: whether the round was compiled just now.
         """
+        self._round, self._new = done, new
+        if not new:
+            self._usable = done
         if self._wanted and done >= self._config.start_step and not new:
             jax.block_until_ready(state)
             self._wanted, self._began = False, done
@@ -63,6 +76,9 @@ class Profile:
           done: steps done after the round.
           metrics: the metrics of the round; recording ends once they are computed.
         """
+        self._done = done
+        if self._new:
+            self._longest = max(self._longest, (done - self._round, self._round))
         if self._began is None or done < self._began + self._config.num_steps:
             return False
         jax.block_until_ready(metrics)
@@ -70,9 +86,31 @@ class Profile:
         return True
 
     def close(self) -> None:
-        """Ends the trace of a run that ends before its last profiled step."""
+        """Ends the trace of a run that ends before its last profiled step, or says why none is."""
         if self._began is not None:
             self._write(f"the steps after {self._began:,}")
+        elif self._wanted and self._round < self._done:
+            self._say(f"No profile was made: {self._missed()}.")
+        self._wanted = False
+
+    def _missed(self) -> str:
+        """Says why no round could be recorded, and what to change."""
+        start, lower = self._config.start_step, ""
+        if self._usable is not None:
+            lower = f"profile.start_step={self._usable} or less"
+        if self._done <= start:
+            return (
+                f"the run ended after step {self._done:,}, and profile.start_step={start}: go on "
+                f"with it, or use {lower or 'a smaller one'}"
+            )
+        # The first round that begins late enough, of the same length as one that was compiled.
+        steps, compiled = self._longest
+        first = max(compiled // steps + 1, -(-start // steps)) * steps
+        return (
+            f"from profile.start_step={start} on, no round of steps began that hadn't just been "
+            f"compiled: use {f'{lower}, or ' if lower else ''}num_train_steps={first + steps} or "
+            "more, in a new --workdir"
+        )
 
     def _write(self, which: str) -> None:
         self._began = None

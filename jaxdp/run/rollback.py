@@ -19,7 +19,8 @@ def roll_back(run: Run, state: State) -> tuple[int, State]:
     """Restores the last good checkpoint, and skips the data since then.
 
     The result depends on the training alone: rounds dispatched after the trouble are dropped, and
-    only scheduled checkpoints count, because others depend on when the run was interrupted.
+    only checkpoints at multiples of checkpoint.every count. Others depend on when the run was
+    interrupted, or need not be kept until then.
 
     Args:
       run: the run, which has found trouble.
@@ -36,23 +37,23 @@ def roll_back(run: Run, state: State) -> tuple[int, State]:
     assert trouble is not None
     if run.judge.rollbacks == c.max_rollbacks:
         raise _diagnosis(run, trouble, state)
-    run.watchdog.beat("going back", trouble.step, slow=True)
+    run.watchdog.beat("going back", trouble.end, slow=True)
     run.log.forget()
     free(state)  # With two states in memory, going back would take more than training.
     found = run.checkpoints.restore(abstract_state(run.setup), functools.partial(_good, run))
     step, extra, state = found or (0, {}, run.first_state())
-    run.load_evaluations(step, extra)  # Later ones are dropped.
+    run.load_evaluations(step, extra)  # Later ones are dropped, but for the best.
     run.judge.roll_back()
-    run.saved = None  # What is to be saved of trouble.step is another state.
+    run.saved = None  # What is to be saved of trouble.end is another state.
     run.display.line(
         f"step {trouble.step}: {trouble.reason}. Back to the parameters of step {step}; the "
-        f"data of the steps since is skipped (roll-back {run.judge.rollbacks} of at most "
+        f"data up to step {trouble.end} is skipped (roll-back {run.judge.rollbacks} of at most "
         f"{c.max_rollbacks}).",
         "bold yellow",
     )
-    state = run.program.at_step(state, trouble.step)
+    state = run.program.at_step(state, trouble.end)
     run.log.throughput.pause(time.perf_counter() - began)
-    return trouble.step, state
+    return trouble.end, state
 
 
 def _good(run: Run, step: int, extra: dict[str, Any]) -> bool:
@@ -62,7 +63,7 @@ def _good(run: Run, step: int, extra: dict[str, Any]) -> bool:
 
 def _diagnosis(run: Run, trouble: Trouble, state: State) -> RunError:
     """Shows and writes what is known of a step that the run can't get past; returns the error."""
-    run.watchdog.beat("looking for the cause", trouble.step, slow=True)
+    run.watchdog.beat("looking for the cause", trouble.end, slow=True)
     found = divergence.diagnose(run.setup, run.replicas, trouble, state)
     run.display.table("Diverged", report.diagnosis(found))
     path = run.workdir / "diagnosis.json"

@@ -37,7 +37,7 @@ from jaxdp.step.setup import Setup
 from jaxdp.step.state import State, abstract_state, create_state, fields_of, per_device_fields
 from jaxdp.sync.fingerprints import ReplicaCheck
 from jaxdp.workdir import finished
-from jaxdp.workdir.checkpoints import Checkpoints
+from jaxdp.workdir.checkpoints import Checkpoints, folder_of
 from jaxdp.workdir.metrics import MetricsWriter
 
 
@@ -67,7 +67,9 @@ class Run:
         self.setup, self.config, self.workdir = setup, setup.config, workdir
         self.replicas, self.display, self.watchdog = replicas, display, watchdog
         self.program = Program(setup, replicas)
-        self.judge, self.stopping = Divergence(setup.config), EarlyStopping(setup.config)
+        saved = folder_of(workdir)
+        self.judge = Divergence(setup.config)
+        self.stopping = EarlyStopping(setup.config, lambda step: (saved / str(step)).is_dir())
         self.stopped = self.unevaluated = False
         self.saved: int | None = 0  # The state of step 0 needn't be saved.
         self.evaluated: int | None = None
@@ -182,7 +184,9 @@ class Run:
         """Returns whether to evaluate, and whether to save a checkpoint, after `done` steps."""
         last = done == self.config.num_train_steps
         evaluating = done % self.config.eval_every == 0 or last
-        return evaluating, done % self.config.checkpoint.every == 0 or last
+        # Where the best evaluation is what the run is for, each is saved, as any may be the best.
+        saving = evaluating if self.config.stop.patience else last
+        return evaluating, saving or done % self.config.checkpoint.every == 0
 
     def over(self, done: int) -> bool:
         """Returns whether no more steps are to be done after `done`."""

@@ -177,13 +177,13 @@ def mask_tokens(
       The batch with corrupted inputs, and weights 0 except at targets.
     """
 
-    def corrupt(row, tokens):
+    def corrupt(row, tokens, weights):
         chosen_key, fate_key, random_key = jax.random.split(jax.random.fold_in(key, row), 3)
-        chosen = jax.random.bernoulli(chosen_key, MASK_SHARE, tokens.shape)
+        chosen = jax.random.bernoulli(chosen_key, MASK_SHARE, tokens.shape) & (weights > 0)
         fate = jax.random.uniform(fate_key, tokens.shape)
         random = jax.random.randint(random_key, tokens.shape, 0, vocab_size, tokens.dtype)
         replaced = jnp.where(fate < 0.8, mask_id, jnp.where(fate < 0.9, random, tokens))
         return jnp.where(chosen, replaced, tokens), chosen
 
-    inputs, chosen = jax.vmap(corrupt)(rows, batch["inputs"])
+    inputs, chosen = jax.vmap(corrupt)(rows, batch["inputs"], batch["weights"])
     return batch | {"inputs": inputs, "weights": batch["weights"] * chosen}

@@ -66,7 +66,13 @@ class Sharded(Sync):
         count = lax.axis_size(self.axis)
         shares = reductions.divide(flat, figures)
         own, sent = compression.scatter_sum(shares, residual["sent"], self.axis, self.bits, count)
+        own = jax.tree.map(self._without_padding, own, sums)
         return own, figures, residual | {"sent": sent}
+
+    def _without_padding(self, own, whole):
+        """Sets what pads the last slices to 0, which is no number of 2 bits or 1; own: [S]."""
+        places = lax.axis_index(self.axis) * own.size + jnp.arange(own.size)
+        return jnp.where(places < whole.size, own, 0)
 
     def norm(self, grads):
         return jnp.sqrt(lax.psum(optax.tree.norm(grads, squared=True), self.axis))

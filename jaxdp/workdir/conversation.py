@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxdp.common.errors import ConfigError
-from jaxdp.data import encoding, tokenizer
+from jaxdp.data import tokenizer
 from jaxdp.data.chat import Messages, Template
 from jaxdp.model import sampling
 from jaxdp.workdir.generation import open_causal
@@ -61,8 +61,7 @@ class Conversation:
         """Adds a message of the user's, and yields the answer bit by bit; then adds that, too."""
         self.messages.append({"role": "user", "content": text})
         words = self._run.words
-        asked = self._template.render(self.messages, True)
-        [prompt] = encoding.encode(words, [asked], special=True)
+        prompt = self._template.prompt(self.messages)
         drawn: list[int] = []
         said = ""
         for [ids] in sampling.stream(

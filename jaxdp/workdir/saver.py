@@ -151,8 +151,10 @@ class Saver:
         except Exception as error:
             self._error, self.failure = None, files.reason(error)
             if then is None:
-                every, total = self._config.checkpoint.every, self._config.num_train_steps
-                following = min(self._step // every * every + every, total)
+                c = self._config
+                every = [c.checkpoint.every, *([c.eval_every] if c.stop.patience else [])]
+                due = [self._step // steps * steps + steps for steps in every]
+                following = min(*due, c.num_train_steps)
                 then = f"training goes on; the next try is at step {following}"
             if then:
                 failed = f"Checkpoint {self._step} could not be saved ({self.failure})"

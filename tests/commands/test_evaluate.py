@@ -39,6 +39,17 @@ def test_it_is_what_the_run_logged_to_the_bit_and_changes_nothing(workdir):
     assert contents(workdir) == before
 
 
+def test_devices_need_not_be_those_of_the_run(workdir):
+    """One device is no two islands, and a batch of 4 no 3 micro-batches."""
+    before = evaluated(workdir)
+    local = {"sync__method": "parameter_mean", "sync__every": 2, "sync__islands": 2}
+    assert evaluated(workdir, **local) == before
+    assert evaluated(workdir, sync__method="fixed_order", sync__virtual_replicas=8) == before
+    step, found = evaluated(workdir, grad_accum_steps=3)  # Of one row each; sums are in turn.
+    assert step == before[0]
+    assert found["eval/loss"] == pytest.approx(before[1]["eval/loss"], rel=1e-6)
+
+
 def test_other_text_is_read_with_the_runs_tokenizer(workdir, tmp_path):
     """The same text under another name is the same; a part of it knows all characters."""
     path = tmp_path / "copy.txt"

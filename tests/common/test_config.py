@@ -118,9 +118,13 @@ def test_keys_of_the_model_that_do_not_go_together_are_refused(config):
             {"model__window": 8, "model__window_skip": 2, "model__scan_layers": True},
             "model.window_skip=2 needs layers that differ",
         ),
+        (
+            {"model__head_transform": True, "model__activation": "swiglu"},
+            "model.head_transform=True does not go with model.activation='swiglu'",
+        ),
     ],
 )
-def test_windows_that_can_not_be_are_refused(config, changes, message):
+def test_models_that_can_not_be_are_refused(config, changes, message):
     assert refusal(changed(config, **changes)).startswith(message)
 
 

@@ -159,6 +159,11 @@ def test_what_a_run_warns_about(config, open_it, tmp_path):
     assert cache.tokens_per_byte == 1 + 1 / cache.validation_bytes  # The end token.
     config.data.special_tokens = True
     assert len(open_it().warnings) == 1
+    config.data.separator = "\\n"  # A shell gives it as two characters.
+    assert open_it().warnings[0].startswith(r"data.separator='\\n' is not in the first 300,000")
+    config.data.separator = "\ufffd"
+    assert not any("separator" in warning for warning in open_it().warnings)
+    config.data.separator = ""
     config.tokenizer = word_tokenizer(tmp_path / "tokenizer.json", 10)
     cache = open_it()
     assert cache.warnings[0].startswith("100.0% of the tokens are ?, which stands for text that")

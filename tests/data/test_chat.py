@@ -1,19 +1,22 @@
 """Chats: what of them is learnt, however they are packed; and that it is learnt."""
 
 import json
+import unicodedata
 from datetime import datetime
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from jaxdp.common.errors import ConfigError
+from jaxdp.data import encoding, special_tokens
 from jaxdp.data.cache import open_cache
-from jaxdp.data.chat import Template, encode_chats
+from jaxdp.data.chat import Template, encode_chats, source_of
 from jaxdp.data.example import Example
 from jaxdp.data.feed import Feed
 from jaxdp.data.layout import BEGINS, LEARNT
 from jaxdp.data.sources import get_source
+from jaxdp.data.tokenizer import get_tokenizer
 from jaxdp.step.setup import validate
 from jaxdp.workdir.conversation import Conversation
 from support.bad_input import train
@@ -95,6 +98,169 @@ def test_turns_that_are_written_in_another_way_later_are_learnt_apart(tmp_path):
     ]
 
 
+# As Llama 2's and Mistral's, TinyLlama's, Llama 3's; and one that asks with a space at the end.
+INST = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+LINES = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+BREAKS = (
+    "{% for m in messages %}<s>{{ m.role }}\n\n{{ m.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n\n{% endif %}"
+)
+SPACES = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+SAID = chat(
+    "hi  there", "Hello", "caf\u00e9 \U0001f600?", "\U0001f600 yes", "bye", "\u00e9h\u00e9, bye"
+)
+
+
+def mergeable(alphabet: list[str], merged: list[str], **options) -> models.BPE:
+    """A BPE model of characters, which are merged to certain pieces from left to right."""
+    vocab, merges = {c: i for i, c in enumerate(alphabet)}, []
+    for piece in merged:
+        for cut in range(1, len(piece)):
+            if (pair := (piece[:cut], piece[cut])) not in merges:
+                merges.append(pair)
+            vocab.setdefault(piece[: cut + 1], len(vocab))
+    return models.BPE(vocab, merges, **options)
+
+
+def finished(words: Tokenizer) -> Tokenizer:
+    words.add_special_tokens(["<s>", "</s>"])
+    begin = ("<s>", words.token_to_id("<s>"))
+    words.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[begin])
+    special_tokens.choose(words, {"eos_token": "</s>"}, "auto", "auto")
+    return words
+
+
+def prefixing(normalizer=None, pre_tokenizer=None) -> Tokenizer:
+    """Puts a space before every text, as Llama 2's; with bytes for unknown characters."""
+    alphabet = [f"<0x{b:02X}>" for b in range(256)] + [chr(c) for c in range(33, 127)] + ["\u2581"]
+    merged = ["\u2581Hello", "\u2581[INST]", "\u2581[/INST]", "\u2581hi", "\u2581bye", "\u2581yes"]
+    words = Tokenizer(mergeable(alphabet, merged, byte_fallback=True))
+    if normalizer:
+        words.normalizer = normalizers.Sequence(
+            [normalizer, normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+        )
+    if pre_tokenizer:
+        words.pre_tokenizer = pre_tokenizer
+    words.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    return finished(words)
+
+
+def of_bytes() -> Tokenizer:
+    """A byte-level BPE as GPT-2's, whose post-processor leaves spaces out of the places."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merged = ["Hello", "\u0120yes", "\u0120hi", "bye", "\u0120bye", "\u010a\u010a", "\u0120Hello"]
+    words = Tokenizer(mergeable(alphabet, merged))
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words.decoder = decoders.ByteLevel()
+    words = finished(words)
+    words.post_processor = processors.Sequence(
+        [processors.ByteLevel(trim_offsets=True), words.post_processor]
+    )
+    return words
+
+
+TOKENIZERS = {
+    "prepend": lambda: prefixing(normalizers.NFC()),
+    "another length": lambda: prefixing(normalizers.NFD()),
+    "metaspace": lambda: prefixing(None, pre_tokenizers.Metaspace(prepend_scheme="first")),
+    "byte-level": of_bytes,
+    "byte": lambda: get_tokenizer("byte", "causal", lambda all: []),
+}
+
+
+@pytest.mark.parametrize("template", [INST, LINES, BREAKS, SPACES])
+@pytest.mark.parametrize("make", TOKENIZERS.values(), ids=TOKENIZERS)
+def test_a_chat_has_the_tokens_of_its_whole_text_and_its_answers_are_learnt(make, template):
+    words = make()
+    written = Template(template, words)
+    [(ids, marks)] = encode_chats(written, [Example("", "", messages=SAID)])
+    whole = written.render(SAID, False)
+    assert ids.tolist() == words.encode(whole, add_special_tokens=False).ids
+    end = words.id_to_token(special_tokens.end_id(words))
+    runs = np.split(ids, np.flatnonzero(np.diff(marks & LEARNT)) + 1)[1::2]
+    said = [words.decode(run.tolist(), skip_special_tokens=False) for run in runs]
+    said = [unicodedata.normalize("NFC", text) for text in said]
+    answers = [m["content"] + end for m in SAID if m["role"] == "assistant"]
+    assert [text.strip() for text in said] == answers
+    begin = special_tokens.begin_id(words)
+    assert (ids == begin).sum() == whole.count("<s>") if begin is not None else True
+
+
+@pytest.mark.parametrize("template", [INST, LINES, BREAKS])
+@pytest.mark.parametrize("make", TOKENIZERS.values(), ids=TOKENIZERS)
+def test_an_answer_is_asked_for_with_the_tokens_of_training(make, template):
+    written = Template(template, make())
+    [(ids, _)] = encode_chats(written, [Example("", "", messages=SAID)])
+    for turn in (1, 3, 5):
+        prompt = written.prompt(SAID[:turn])
+        assert prompt.tolist() == ids[: len(prompt)].tolist()
+        assert written.tokenizer.decode(prompt.tolist(), skip_special_tokens=False).endswith(
+            ("assistant\n\n", "<|assistant|>\n", "[/INST]")
+        )
+
+
+def test_a_token_on_the_border_of_a_turn_is_where_its_word_begins():
+    words = of_bytes()
+    [found] = learnt(words, SPACES, chat("hi", "yes"))
+    assert found.endswith("t : [\u0120yes] [</s>] [\u010a]")
+    # One of line breaks only is where the first of them is.
+    [found] = learnt(words, LINES, chat("hi", "\n\nyes"))
+    assert found.endswith("| > \u010a\u010a [\u010a] [y] [e] [s] [</s>] [\u010a]")
+
+
+def test_places_are_those_in_the_text_whatever_the_post_processor_leaves_out():
+    words, text = of_bytes(), "a  yes \u00e9\n"
+    before = words.post_processor.__getstate__()
+    [(ids, places)] = encoding.encode_placed(words, [text])
+    assert words.post_processor.__getstate__() == before
+    assert ids.tolist() == encoding.encode(words, [text])[0].tolist()
+    assert places.tolist() == [[0, 1], [1, 2], [2, 6], [6, 7], [7, 8], [7, 8], [8, 9]]
+
+
+def test_a_tokenizer_that_does_not_tell_places_is_refused():
+    class Forgetful:
+        def normalize(self, normalized):
+            text = str(normalized)
+            normalized.clear()
+            normalized.append(text)
+
+    words = of_bytes()
+    words.normalizer = normalizers.Normalizer.custom(Forgetful())
+    with pytest.raises(ConfigError, match="doesn't tell which characters of") as refused:
+        list(encode_chats(Template(INST, words), [Example("", "", messages=SAID)]))
+    assert "\n" not in str(refused.value)
+
+
+def test_a_template_writes_the_settings_bos_though_documents_do_not_begin_with_it(chats, tmp_path):
+    template = "{{ bos_token }} " + TEMPLATE.replace("<s> ", "")
+    settings = {"add_bos_token": False, "eos_token": "<end>", "chat_template": template}
+    for name in ("<s>", {"content": "<s>"}):
+        text = json.dumps(settings | {"bos_token": name})
+        (tmp_path / "tokenizer_config.json").write_text(text)
+        cache = open_cache(chats)
+        words = cache.tokenizer
+        assert special_tokens.begin_id(words) is None
+        # What a run keeps of the tokenizer says the same.
+        for source in (source_of(chats), cache.chat_template):
+            text = Template(source, words).render(TWO_TURNS, False)
+            assert text == "<s> " + Template(template, words).render(TWO_TURNS, False).lstrip()
+        begins = cache.marks["train"] & BEGINS > 0
+        assert ((cache.train == words.token_to_id("<s>")) == begins).all()
+    chats.data.bos = ""
+    assert source_of(chats) == template
+
+
 def test_texts_to_train_on_do_not_depend_on_the_day(tmp_path):
     words, source = save(tmp_path), TEMPLATE + "{{ strftime_now('%d %b %Y') }}"
     assert Template(source, words).render(TWO_TURNS, False).endswith("26 Jul 2024")
@@ -172,7 +338,7 @@ def test_a_template_that_is_missing_or_wrong_is_refused(chats, tmp_path):
         with pytest.raises(ConfigError, match="the chat template refuses"):
             Template(refusing, words).render(TWO_TURNS, False)
     with pytest.raises(ConfigError, match="can't be told apart"):
-        Template("{{ messages | length }}", words).parts(TWO_TURNS)
+        Template("{{ messages | length }}", words).chats(TWO_TURNS)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from jaxdp.common.errors import ConfigError
 from jaxdp.data import eval_sets
 from jaxdp.data.cache import open_cache
-from jaxdp.run import evaluation, loop
+from jaxdp.run import evaluation, loop, preflight
 from jaxdp.workdir import curve_figure, curves
 from support.bad_input import Reached, assert_clear, tries
 from support.runs import after, figures
@@ -71,6 +71,26 @@ def test_a_set_is_the_whole_text_in_the_runs_tokens(config, train, tmp_path):
     told: list[str] = []
     eval_sets.open_set(config, "easy", cache, told.append)
     assert not told  # It is tokenised once.
+
+
+def test_sets_of_another_kind_than_the_runs_own_data(config, tmp_path):
+    """Keys of the run's kind of data don't concern them."""
+    (tmp_path / "set.jsonl").write_text('{"text": "1 is odd"}\n' * 40)
+    (tmp_path / "set.txt").write_text("1 is odd " * 40)
+    config.eval_sets = f"a={tmp_path}/set.jsonl,b={tmp_path}/set.txt"
+    config.data.separator = "=="
+    eval_sets.check(config)
+    config.data.update({"separator": "", "prompt_key": "text"})
+    config.data.path = f"{tmp_path}/set.jsonl"
+    eval_sets.check(config)
+
+
+def test_a_set_that_is_trained_on_is_said(config, train, tmp_path):
+    said: list[str] = []
+    config.eval_sets += f",own={config.data.path}"
+    preflight.open_eval_sets(config, open_cache(config), said.append)
+    [line] = [line for line in said if "trained on" in line]
+    assert line.startswith("Evaluation set own has text that is trained on")
 
 
 def test_they_are_logged_and_shown_and_change_nothing_else(config, train, tmp_path, capsys):

@@ -148,6 +148,9 @@ def test_the_gpus_of_two_machines_are_those_of_two_processes(config):
     text = compiled.compile_step(config, VOCAB, machine).text
     assert "num_partitions=4" in text
     assert Schedule(text, 4).transfers()
+    # ... which are two islands, between which the bytes of integers cross.
+    config.sync.update({"method": "diloco", "every": 2, "dtype": "int8", "islands": -1})
+    assert "all-to-all" in compiled.compile_step(config, VOCAB, machine).text
 
 
 @needs_compiler

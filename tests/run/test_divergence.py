@@ -134,7 +134,7 @@ def test_a_spike_is_measured_against_the_losses_before(config):
     losses(judge, noise)
     assert judge.trouble is None
     losses(judge, [4.5], first=300)
-    assert judge.trouble.step == 301
+    assert judge.trouble.step == judge.trouble.end == 301
     assert "the loss 4.5000 of step 301" in judge.trouble.reason
     judge.roll_back()
     # The level that it went back to may be far higher; it is learnt anew.
@@ -159,7 +159,8 @@ def test_only_bad_steps_in_a_row_count(config):
     again.load(json.loads(json.dumps(judge.to_json())))
     for one in (judge, again):
         one.add(7, [math.nan] * 3, [1.0] * 3)
-        assert one.trouble.step == 7
+        # The third in a row is step 6; the round ends at 7.
+        assert (one.trouble.step, one.trouble.end) == (6, 7)
         assert "no finite loss or gradient in 3 steps" in one.trouble.reason
     assert judge.to_json() == again.to_json()
 
@@ -219,7 +220,7 @@ def test_going_back_holds_one_state(config):
     _, _, state = start(config, 2)
     leaves = jax.tree.leaves(state)
     run = Mock(config=config, setup=make_setup(config, VOCAB, 2), unevaluated=False)
-    run.judge.rollbacks, run.judge.trouble = 0, Trouble(5, "why")
+    run.judge.rollbacks, run.judge.trouble = 0, Trouble(4, 6, "why")
 
     def restore(like, fit):
         assert leaves and all(x.is_deleted() for x in leaves)
@@ -227,17 +228,26 @@ def test_going_back_holds_one_state(config):
         return 3, {}, "restored"
 
     run.checkpoints.restore = restore
-    roll_back(run, state)
-    run.program.at_step.assert_called_once_with("restored", 5)
+    assert roll_back(run, state)[0] == 6
+    run.program.at_step.assert_called_once_with("restored", 6)
 
 
-def test_a_run_that_goes_back_too_often_ends_with_a_diagnosis(diverging, tmp_path):
+# The first bad step, number 11, is in the midst of a round of DiLoCo.
+@pytest.mark.parametrize(("method", "rollbacks"), [("gradient_mean", 1), ("diloco", 0)])
+def test_a_run_that_goes_back_too_often_ends_with_a_diagnosis(
+    diverging, tmp_path, method, rollbacks, capsys
+):
     config = diverging
+    config.sync.update({"method": method, "every": 10})
     config.model.num_layers = 2
-    config.divergence.update({"max_bad_steps": 1, "max_rollbacks": 1})
-    with pytest.raises(RunError, match="gradient in a step, after 1 roll-backs"):
+    config.divergence.update({"max_bad_steps": 1, "max_rollbacks": rollbacks})
+    with pytest.raises(RunError, match=f"in a step, after {rollbacks} roll-backs") as raised:
         loop.train(config, tmp_path / "run", devices=jax.local_devices()[:4])
     found = json.loads((tmp_path / "run" / "diagnosis.json").read_text())
+    bad = [r["step"] for r in figures(tmp_path / "run") if r["train/loss"] is None]
+    assert found["step"] in bad and found["loss"] == "NaN"
+    assert f"diverged at step {found['step']}: " in str(raised.value)
+    assert f"step {bad[-1]}: loss or gradient is not finite" in capsys.readouterr().out
     text = (tmp_path / "text.txt").read_text()
     begins = found["sequences_begin_at_tokens"]
     assert len(begins) == 8
@@ -253,7 +263,7 @@ def test_a_diagnosis_that_can_not_be_written_is_shown(config, tmp_path, monkeypa
     monkeypatch.setattr(divergence, "diagnose", lambda *_: {"norms": {}})
     monkeypatch.setattr(report, "diagnosis", dict)
     run = Mock(config=config, workdir=tmp_path)
-    run.judge.rollbacks, run.judge.trouble = config.divergence.max_rollbacks, Trouble(5, "why")
+    run.judge.rollbacks, run.judge.trouble = config.divergence.max_rollbacks, Trouble(5, 6, "why")
     with pytest.raises(RunError, match=r"at step 5: why.*; the table above \(.*json can't be wri"):
         roll_back(run, None)
     assert run.display.table.called

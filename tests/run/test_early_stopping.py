@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 
 import jax
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from jaxdp.run import loop, session
 from jaxdp.run.divergence import Divergence
 from jaxdp.run.early_stopping import EarlyStopping
+from jaxdp.run.evaluation import evaluate_checkpoint
 from support.bad_input import tries
 from support.runs import checkpoints_of, figures, params_of, train_in_parts
 
@@ -47,7 +49,12 @@ def test_small_improvements_count_together_but_not_each(config):
     stopping = judged(config, [3.0, 2.99, 2.98, 2.97], min_delta=0.1)
     assert stopping.over and stopping.best == (4, 2.97)
     assert "has not improved by 0.1 in 3 evaluations" in stopping.reason()
-    assert "best: 2.9700 at step 4" in stopping.reason()
+    assert stopping.reason().endswith("best: 2.9700 at step 4")
+
+
+def test_of_equal_evaluations_the_last_is_the_best(config):
+    """As --step=best takes the newest."""
+    assert judged(config, [3.0, 2.0, 2.5, 2.0, 2.5]).best == (4, 2.0)
 
 
 @tries(200)
@@ -67,6 +74,11 @@ def test_it_goes_on_as_if_it_had_not_been_interrupted(config, losses, cut, patie
     assert (parts.over, parts.to_json()) == (whole.over, whole.to_json())
 
 
+def best_of(workdir, devices):
+    """The step that --step=best means."""
+    return evaluate_checkpoint(workdir, "best", devices=devices)[0]
+
+
 def test_a_run_that_is_interrupted_stops_early_at_the_same_step(overfitting, tmp_path, capsys):
     config, devices = overfitting, jax.local_devices()[:2]
     whole = loop.train(config, tmp_path / "whole", devices=devices)
@@ -76,19 +88,26 @@ def test_a_run_that_is_interrupted_stops_early_at_the_same_step(overfitting, tmp
     assert whole.step == best + 6 == max(losses)
     out = capsys.readouterr().out
     assert f"best: {losses[best]:.4f} at step {best}\n" in out and "stopped early" in out
-    assert (tmp_path / "whole" / "checkpoints" / str(whole.step)).is_dir()
+    saved = checkpoints_of(tmp_path / "whole")
+    assert max(saved) == whole.step and saved[best][0] == losses[best]
+    assert best_of(tmp_path / "whole", devices) == best
 
     parts, interruptions = train_in_parts(config, tmp_path / "parts", devices, times=60)
     assert interruptions and parts.step == whole.step
     assert figures(tmp_path / "whole") == figures(tmp_path / "parts")
     for a, b in zip(params_of(whole), params_of(parts), strict=True):
         assert a.tobytes() == b.tobytes()
+    assert best_of(tmp_path / "parts", devices) == best
 
     capsys.readouterr()
     again = loop.train(config, tmp_path / "parts", devices=devices)
     assert again.finished and again.step == whole.step
     out = capsys.readouterr().out
     assert f"Already finished: stopped early after step {whole.step}, for the validation" in out
+    assert f"at step {best}. To train on" in out
+    shutil.rmtree(tmp_path / "parts" / "checkpoints" / str(best))
+    loop.train(config, tmp_path / "parts", devices=devices)
+    assert f"at step {best} (not saved; --step=best takes " in capsys.readouterr().out
     config.update({"num_train_steps": whole.step + 2})
     config.stop.patience = 0
     assert loop.train(config, tmp_path / "parts", devices=devices).step == whole.step + 2
@@ -115,11 +134,33 @@ def test_what_is_taken_back_is_not_waited_for(overfitting, tmp_path, monkeypatch
     assert seen == [0, 1, 2, 3, 4, 5, 4, 5] and result.finished
 
 
+def test_the_best_is_kept_when_a_run_goes_back_to_before_it(
+    overfitting, tmp_path, monkeypatch, capsys
+):
+    """From step 14 to 10; the loss had fallen until 12, and is then that of step 10 again."""
+    config, devices = overfitting, jax.local_devices()[:1]
+    config.update({"num_train_steps": 20, "eval_every": 2})
+    config.optimizer.learning_rate = 0.01
+    config.divergence.max_bad_steps = config.stop.patience = 1
+    judge = Divergence.add
+
+    def spoiled(self, end, losses, skipped):
+        judge(self, end, losses, [float(self.rollbacks == 0 and end == 14)] * len(losses))
+
+    monkeypatch.setattr(Divergence, "add", spoiled)
+    whole = loop.train(config, tmp_path / "whole", devices=devices)
+    assert whole.step == 14 and "at step 12\n" in capsys.readouterr().out
+    parts, interruptions = train_in_parts(config, tmp_path / "parts", devices, times=13)
+    assert interruptions and parts.step == 14 and "at step 12\n" in capsys.readouterr().out
+    assert figures(tmp_path / "whole") == figures(tmp_path / "parts")
+    assert [best_of(tmp_path / name, devices) for name in ("whole", "parts")] == [12, 12]
+
+
 @pytest.mark.parametrize("every", [2, 100])
 def test_the_evaluation_that_ends_a_run_can_be_made_after_it_resumes(
     overfitting, tmp_path, monkeypatch, every
 ):
-    """Step 6 is saved before its evaluation where it is due, and after it where it isn't."""
+    """Step 6 is saved before it, whether or not checkpoint.every says so."""
     config, devices = overfitting, jax.local_devices()[:1]
     config.update({"num_train_steps": 12, "eval_every": 2})
     config.optimizer.learning_rate = 0.0  # So that no evaluation is better than the first.

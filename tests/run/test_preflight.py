@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
@@ -70,6 +71,18 @@ def test_a_full_disk_is_refused(tmp_path, monkeypatch):
     left.parent.mkdir(parents=True)
     left.write_text("x")
     workdir_access.check_disk(tmp_path, state)
+
+
+def test_collectives_that_gloo_would_mix_up_are_refused(config, monkeypatch):
+    """Those of a delay and those within islands, between processes on CPUs."""
+    config.sync.update({"method": "diloco", "islands": 2, "every": 2, "delay": 1})
+    setup = make_setup(config, VOCAB, 4)
+    preflight.check_delay(setup)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ConfigError, match=r"\Async\.delay=1 does not work on CPUs in several"):
+        preflight.check_delay(setup)
+    config.sync.islands = 0
+    preflight.check_delay(make_setup(config, VOCAB, 4))
 
 
 def test_a_platform_that_is_not_there_is_refused(monkeypatch):
@@ -157,6 +170,8 @@ def test_files_that_only_their_owner_can_replace_are_refused(tmp_path, monkeypat
     [
         ("tfds:a", "train", "train", True),
         ("hf:a", "train", "train[99%:]", True),
+        ("tfds:a", "train[:99%]", "train", True),
+        ("tfds:a", "train[:99%]", "train[90%:]", True),
         ("tfds:a", "train[:99%]", "train[99%:]", False),
         ("hf:a", "train", "", False),
         ("text:a", "train", "train", False),  # It has no splits of its own.

@@ -1,5 +1,6 @@
 import gzip
 import json
+import re
 from collections import Counter
 
 import jax
@@ -78,8 +79,56 @@ def test_what_has_to_be_compiled_is_not_recorded(config, rounds):
 
 def test_what_is_past_is_not_recorded(config, rounds):
     config.profile.update({"start_step": 4, "num_steps": 2})
-    assert rounds(range(5, 20)) == []
     assert rounds(range(4, 20)) == ["on 4", "off 5", "Profile of steps 5 to 6", "ended"]
+    [*_, said] = rounds(range(5, 20))
+    assert said.startswith("No profile is made: the run goes on after step 5, ")
+    assert "profile.start_step=4: set that to 5 or more" in said
+
+
+def test_a_run_that_goes_on_after_its_profile_says_nothing(config, rounds, tmp_path):
+    config.profile.update({"start_step": 4, "num_steps": 2})
+    (tmp_path / "profile").mkdir()
+    assert rounds(range(5, 20)) == []
+
+
+@pytest.mark.parametrize(
+    ("total", "length", "start"), [(1, 1, 0), (6, 6, 0), (6, 6, 3), (12, 6, 7), (12, 3, 10)]
+)
+def test_how_to_get_one_is_said_where_none_could_be_made(config, rounds, total, length, start):
+    """And each of these ways leads to one."""
+
+    def said(total):
+        return rounds(range(0, total, length), length=length, new=[0])
+
+    config.profile.update({"start_step": start, "num_steps": 1})
+    [line] = said(total)
+    assert line.startswith(f"No profile was made: from profile.start_step={start} on, ")
+    enough = int(re.search(r"num_train_steps=(\d+)", line)[1])
+    assert said(enough - length)[1:] == [line]
+    assert said(enough)[-1] == "ended"
+    assert ("start_step=" in line.split(": use")[1]) == (total > length)
+    if total > length:
+        config.profile.start_step = int(re.search(r"use profile.start_step=(\d+)", line)[1])
+        assert said(total)[-1] == "ended"
+
+
+def test_a_run_that_ends_before_its_profile_says_so(config, rounds):
+    config.profile.update({"start_step": 4, "num_steps": 2})
+    [said] = rounds(range(3), new=[0])
+    assert said == (
+        "No profile was made: the run ended after step 3, and profile.start_step=4: go on with "
+        "it, or use profile.start_step=2 or less."
+    )
+
+
+def test_a_run_of_one_round_says_that_it_has_no_profile(config, tmp_path, capsys):
+    config.update({"num_train_steps": 6, "eval_every": 6})
+    config.sync.update({"method": "diloco", "every": 6})
+    config.checkpoint.every = 6
+    config.profile.update({"start_step": 0, "num_steps": 4})
+    assert loop.train(config, tmp_path, devices=jax.local_devices()[:2]).finished
+    assert "No profile was made: " in capsys.readouterr().out
+    assert not (tmp_path / "profile").exists()
 
 
 def test_rounds_are_whole(config, rounds):

@@ -38,6 +38,7 @@ def gradients(dtype, tied, parts=1, chunks=1):
         tied_head=tied,
         bias=True,
         mlp_lookback=2,
+        embed_residual=True,
     )
     params = initial_params(Transformer(config), 0)
     model = Transformer(dataclasses.replace(config, dtype=np.dtype(dtype)))

@@ -74,7 +74,12 @@ def test_masks_of_a_row_depend_on_its_number_only():
     assert (whole["weights"][0] != whole["weights"][1]).any()
 
 
-def test_padding_is_never_a_target():
-    tokens = jnp.ones((2, 64), jnp.int32)
-    batch = {"inputs": tokens, "targets": tokens, "weights": jnp.zeros(tokens.shape)}
-    assert mask_tokens(jax.random.key(0), jnp.arange(2), batch, MASK, VOCAB)["weights"].sum() == 0
+def test_padding_and_prompts_are_no_targets_and_stay_as_they_are():
+    tokens = jnp.full((8, 64), 7)
+    batch = {"inputs": tokens, "targets": tokens, "weights": jnp.ones(tokens.shape)}
+    batch["weights"] = batch["weights"].at[:, :32].set(0)
+    found = mask_tokens(jax.random.key(0), jnp.arange(8), batch, MASK, VOCAB)
+    assert found["weights"][:, :32].sum() == 0 and (found["inputs"][:, :32] == 7).all()
+    whole = masked(jnp.arange(8), tokens)  # The others are masked as they would be without.
+    for name in ("inputs", "weights"):
+        assert (found[name][:, 32:] == whole[name][:, 32:]).all() and found[name][:, 32:].any()
