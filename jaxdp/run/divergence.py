@@ -41,6 +41,7 @@ class Divergence:
 
     Attributes:
       skipped: updates skipped in all, because loss or gradient wasn't finite.
+      last_skipped: the step of the last one; 0 before.
       in_a_row: updates skipped since the last one that was applied.
       rollbacks: how often the run went back to a checkpoint.
       trouble: what is wrong since the last round; None while all is well.
@@ -50,6 +51,7 @@ class Divergence:
         """Takes a valid config; starts with nothing observed."""
         self._config = config.divergence
         self.skipped, self.in_a_row, self.rollbacks = 0, 0, 0
+        self.last_skipped = 0
         self._losses: deque[float] = deque(maxlen=WINDOW)
         self.trouble: Trouble | None = None
 
@@ -65,6 +67,7 @@ class Divergence:
             zip(losses, skipped, strict=True), end + 1 - len(losses)
         ):
             self.skipped += bool(skip)
+            self.last_skipped = step if skip else self.last_skipped
             self.in_a_row = self.in_a_row + 1 if skip else 0
             reason = None if skip else self._spike(step, loss)
             if self.in_a_row >= self._config.max_bad_steps:

@@ -3,7 +3,6 @@
 from typing import Any
 
 import jax
-import numpy as np
 
 from jaxdp.common.terminal import Display
 from jaxdp.run.divergence import Divergence
@@ -83,10 +82,8 @@ class StepLog:
         before = self._judge.skipped
         self._judge.add(done, metrics["loss"], metrics["skipped"])
         if self._judge.skipped > before:
-            skipped = np.flatnonzero(metrics["skipped"])
-            step = done - len(metrics["skipped"]) + int(skipped[-1]) + 1
             self._display.line(
-                f"step {step}: loss or gradient is not finite, the update is skipped "
+                f"step {self._judge.last_skipped}: loss or gradient is not finite, the update is skipped "
                 f"({self._judge.skipped:,} so far)",
                 "yellow",
             )
