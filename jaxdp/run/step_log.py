@@ -83,8 +83,8 @@ class StepLog:
         self._judge.add(done, metrics["loss"], metrics["skipped"])
         if self._judge.skipped > before:
             self._display.line(
-                f"step {self._judge.last_skipped}: loss or gradient is not finite, the update is skipped "
-                f"({self._judge.skipped:,} so far)",
+                f"step {self._judge.last_skipped}: loss or gradient is not finite, the update is "
+                f"skipped ({self._judge.skipped:,} so far)",
                 "yellow",
             )
 
