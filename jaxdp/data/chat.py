@@ -109,21 +109,24 @@ class Template:
             )
         return [Chat(text, [(len(a), len(b)) for a, b in pairs]) for text, pairs in examples]
 
-    def prompt(self, messages: Messages) -> np.ndarray:
+    def prompt(self, messages: Messages) -> tuple[np.ndarray, str]:
         """Returns the tokens of a chat up to where the assistant is to answer, [n] int64.
 
         They are those that training has there, where an answer follows. At the end of a text, line
         breaks can be other tokens than before a word (GPT-2: one token for two), so that a word is
-        put after them first. A space that would be part of that word stays a token of its own.
+        put after them first. A space that would be part of that word is left to the answer: it is
+        also returned, else "".
         """
         asked = self.render(messages, True)
         words = messages[-1]["content"].split() if asked[-1:].isspace() else []
         text = asked + "".join(words[:1])  # Any tokenizer that can encode the chat knows it.
         [(ids, places)] = encoding.encode_placed(self.tokenizer, [text], special=True)
         end = _first(text, places, len(asked))
-        if end and places[end - 1, 1] == len(asked):
-            return ids[:end]
-        return encoding.encode(self.tokenizer, [asked], special=True)[0]
+        at = places[end - 1, 1] if end else 0
+        left = asked[at:]
+        if at <= len(asked) and (not left or left.isspace()):
+            return ids[:end], left
+        return encoding.encode(self.tokenizer, [asked], special=True)[0], ""
 
     def stop_ids(self) -> set[int]:
         """Returns the tokens at which an answer is over: the end of a document or of a turn."""

@@ -90,4 +90,6 @@ def _config_of(config: ConfigDict, name: str) -> ConfigDict:
         own.data.separator = ""
     if kinds == {"text"}:
         own.data.prompt_key = own.data.messages_key = ""
+        if own.data.packing == "padded":  # It would leave of each file one sequence.
+            own.data.packing = "stream"
     return own

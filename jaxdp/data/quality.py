@@ -11,7 +11,7 @@ from jaxdp.data import encoding, files, special_tokens
 from jaxdp.data.example import texts
 from jaxdp.data.layout import SPLITS
 from jaxdp.data.records import is_json_lines
-from jaxdp.data.sources import Source, TextSource
+from jaxdp.data.sources import Source, TextSource, ValidationOnly
 
 SAMPLE = 300_000  # Characters at the beginning of each source.
 TOLERATED = 0.01  # The share of unknown, replaced or lost text from which a run warns.
@@ -42,11 +42,11 @@ def look_at(
         )
     if not config.data.special_tokens:
         notes += _named(begun, tokenizer)
-    separator = config.data.separator
-    if separator and not any(separator in text for text in _as_it_is(sources)):
+    separator, raw = config.data.separator, list(_as_it_is(sources))
+    if separator and raw and not any(separator in text for text in raw):
         notes.append(
-            f"data.separator={separator!r} is not in the first {SAMPLE:,} characters of the text, "
-            "so that each file would be one document"
+            f"data.separator={separator!r} is not in the first {SAMPLE:,} characters of the text; "
+            "if it is nowhere, each file is one document"
         )
     return lost, notes
 
@@ -59,6 +59,7 @@ def _beginning(source: Source) -> Iterator[str]:
 def _as_it_is(sources: Sequence[Source]) -> Iterator[str]:
     """Yields the beginning of the files of each source of text, with separators."""
     for source in sources:
+        source = source.source if isinstance(source, ValidationOnly) else source
         if isinstance(source, TextSource):
             pieces = (piece for path in source.paths for piece in files.text(path))
             yield "".join(_first(pieces))

@@ -22,6 +22,7 @@ WAYS: tuple[dict[str, Any], ...] = (
     {"method": "diloco", "every": 27, "dtype": "int2", "outer_momentum": 0.7},
     {"method": "diloco", "every": 250, "dtype": "int2", "outer_momentum": 0.7},
 )
+OFF = {"islands": 0, "fragments": 1, "delay": 0, "after": 0}  # Unless a way has them.
 ENOUGH = 0.9  # The share of the time in which devices should compute.
 
 
@@ -30,21 +31,21 @@ class Way(NamedTuple):
 
     Attributes:
       keys: {key of sync: value}.
-      intervals: {key: value} of the config's intervals that have to change, to multiples of
-        sync.every.
+      others: {key: value} of what else has to change: keys of sync that don't go with these, and
+        intervals, to multiples of sync.every.
       efficiency: compute / (compute + communication).
       sent: bytes that a device sends to other islands, or to all devices, per optimizer step.
     """
 
     keys: dict[str, Any]
-    intervals: dict[str, int]
+    others: dict[str, int]
     efficiency: float
     sent: float
 
     @property
     def flags(self) -> str:
         """The keys as flags of a command."""
-        keys = {f"sync.{key}": value for key, value in self.keys.items()} | self.intervals
+        keys = {f"sync.{key}": value for key, value in self.keys.items()} | self.others
         return " ".join(f"--config.{key}={value}" for key, value in keys.items())
 
 
@@ -68,14 +69,16 @@ def ways(
         keys = dict(way)
         if way["method"] == "diloco" and 1 < hosts < devices:
             keys["islands"] = hosts
+        off = {key: x for key, x in OFF.items() if key not in keys}
         other = config.copy_and_resolve_references()
-        other.sync.update({"islands": 0, "fragments": 1, "delay": 0} | keys)
+        other.sync.update(off | keys)
         sent = methods.traffic(other, params, opt_state, devices, hosts)
         waiting = scaling.communication(sent, devices, network)
         outside = [c for c in sent if not c.inside]
         efficiency = compute / (compute + waiting)
-        intervals = _intervals(config, way.get("every", 1))
-        found.append(Way(keys, intervals, efficiency, sent_per_step(outside, devices)))
+        others = {f"sync.{key}": x for key, x in off.items() if config.sync[key] != x}
+        others |= _intervals(config, way.get("every", 1))
+        found.append(Way(keys, others, efficiency, sent_per_step(outside, devices)))
     return found
 
 

@@ -56,7 +56,7 @@ class EarlyStopping:
         least = f" by {self._config.min_delta:g}" if self._config.min_delta else ""
         best = f"{self.best[1]:.4f} at step {self.best[0]:,}" if self.best else "none was finite"
         if self.best and not self._is_saved(self.best[0]):
-            best += " (not saved; --step=best takes the best that is)"
+            best += " (not saved)"
         return (
             f"the validation loss has not improved{least} in {self.waited} evaluations "
             f"(stop.patience={self._config.patience}); best: {best}"

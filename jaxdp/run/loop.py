@@ -135,6 +135,7 @@ def _prepare(
     feed = Feed(config, cache, resuming.newest_position(workdir, config, say))
     preflight.check_data(feed, say)
     preflight.check_init(config, workdir, feed.cache.vocab_size, say)
+    preflight.say_of_trained_sets(config, say)
     feeds = {"": feed} | preflight.open_eval_sets(config, feed.cache, say)
     resolve_steps(config, feed, say)
     setup = setup_of_feeds(feeds, replicas.device_count, jax.process_count())

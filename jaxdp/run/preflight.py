@@ -93,9 +93,16 @@ def open_eval_sets(
         with eval_sets.named(config, name):
             sets[name] = eval_sets.open_set(config, name, cache, report)
             check_split(sets[name], "validation")
-            if share_files(sets[name].config.data.path, config.data.path):
-                report(f"Evaluation set {name} has text that is trained on: files of data.path.")
     return sets
+
+
+def say_of_trained_sets(config: ConfigDict, say: Callable[[str], None]) -> None:
+    """Calls `say` with a warning for each of eval_sets that has files of data.path."""
+    for name, path in eval_sets.parse(config.eval_sets).items():
+        if share_files(path, config.data.path):
+            say(
+                f"Evaluation set {name} may have text that is trained on: it has files of data.path."
+            )
 
 
 def check_tokens(feed: Feed, step: int, saved: dict) -> bool:
@@ -188,7 +195,7 @@ def check_delay(setup: Setup) -> None:
     if delay and inside and on_cpus and jax.process_count() > 1:
         raise ConfigError(
             f"sync.delay={delay} does not work on CPUs in several processes with islands of "
-            "several devices: set it to 0, as it hides nothing on CPUs"
+            "several devices: set it to 0, as it hides nothing on CPUs, in a new --workdir"
         )
 
 

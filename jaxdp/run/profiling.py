@@ -31,9 +31,8 @@ class Profile:
         """
         self._config, self._folder, self._say = config.profile, workdir / FOLDER, say
         self._began: int | None = None
-        self._round, self._done = done, done  # Where the last round began and ended.
-        self._usable: int | None = None  # Where the last round began that wasn't compiled just now.
-        self._new, self._longest = False, (1, 0)  # Steps and start of the longest that was.
+        self._start = self._done = done
+        self._total = config.num_train_steps
         self._wanted = self._config.num_steps > 0 and processes.is_main()
         if self._wanted and done > self._config.start_step:
             self._wanted = False
@@ -53,9 +52,6 @@ class Profile:
             part of earlier steps.
           new: whether the round was compiled just now.
         """
-        self._round, self._new = done, new
-        if not new:
-            self._usable = done
         if self._wanted and done >= self._config.start_step and not new:
             jax.block_until_ready(state)
             self._wanted, self._began = False, done
@@ -77,8 +73,6 @@ class Profile:
           metrics: the metrics of the round; recording ends once they are computed.
         """
         self._done = done
-        if self._new:
-            self._longest = max(self._longest, (done - self._round, self._round))
         if self._began is None or done < self._began + self._config.num_steps:
             return False
         jax.block_until_ready(metrics)
@@ -89,28 +83,19 @@ class Profile:
         """Ends the trace of a run that ends before its last profiled step, or says why none is."""
         if self._began is not None:
             self._write(f"the steps after {self._began:,}")
-        elif self._wanted and self._round < self._done:
+        elif self._wanted and self._start < self._done:
             self._say(f"No profile was made: {self._missed()}.")
         self._wanted = False
 
     def _missed(self) -> str:
         """Says why no round could be recorded, and what to change."""
-        start, lower = self._config.start_step, ""
-        if self._usable is not None:
-            lower = f"profile.start_step={self._usable} or less"
-        if self._done <= start:
-            return (
-                f"the run ended after step {self._done:,}, and profile.start_step={start}: go on "
-                f"with it, or use {lower or 'a smaller one'}"
-            )
-        # The first round that begins late enough, of the same length as one that was compiled.
-        steps, compiled = self._longest
-        first = max(compiled // steps + 1, -(-start // steps)) * steps
-        return (
-            f"from profile.start_step={start} on, no round of steps began that hadn't just been "
-            f"compiled: use {f'{lower}, or ' if lower else ''}num_train_steps={first + steps} or "
-            "more, in a new --workdir"
-        )
+        start = self._config.start_step
+        why = f"the run ended after step {self._done:,}, and profile.start_step={start}"
+        if self._done > start:
+            why = f"no round from profile.start_step={start} on was compiled before it began"
+        if self._done < self._total:
+            return f"{why}: when the run goes on, set that to {self._done} or more"
+        return f"{why}: train for longer, or use a smaller one, in a new --workdir"
 
     def _write(self, which: str) -> None:
         self._began = None

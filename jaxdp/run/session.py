@@ -156,6 +156,7 @@ class Run:
 
     def begin(self, start: int) -> None:
         """Writes config and tokenizer, opens the metrics files, and starts to measure speed."""
+        self.checkpoints.sweep()
         messages.on_main(
             lambda: finished.describe(self.workdir, self.config, self.setup.feed.cache)
         )

@@ -118,15 +118,17 @@ def locked(workdir: Path, say: Callable[[str], None] = print) -> Iterator[None]:
 def check_disk(workdir: Path, state: Any) -> None:
     """Refuses a disk without room for one more checkpoint beside the existing ones.
 
-    What an interrupted save has left counts as room: the next save removes it.
+    What an interrupted save has left counts as room: the run removes it before it writes.
 
     Args:
       workdir: an existing folder.
       state: the arrays that a checkpoint holds, or their shapes and dtypes.
     """
     needed = files.num_bytes(state)
-    left = [path for folder in leftovers(workdir / FOLDER) for path in folder.rglob("*")]
-    free = shutil.disk_usage(workdir).free + sum(path.lstat().st_size for path in left)
+    free = shutil.disk_usage(workdir).free
+    with contextlib.suppress(OSError):  # What can't be read can't be removed, either.
+        left = [path for folder in leftovers(workdir / FOLDER) for path in folder.rglob("*")]
+        free += sum(path.lstat().st_size for path in left)
     if free < needed:
         raise ConfigError(
             f"--workdir={workdir} has {in_bytes(free)} free and a checkpoint takes "

@@ -68,6 +68,11 @@ class Checkpoints:
         )
         self._last: tuple[int, dict] | None = None
 
+    def sweep(self) -> None:
+        """Removes what interrupted saves have left; for a run that goes on, before it saves."""
+        if processes.is_main():
+            self._saver.sweep()
+
     def save(self, step: int, state: State, extra: dict) -> None:
         """Starts to save in the background; waits only for the last save and a copy of the state.
 

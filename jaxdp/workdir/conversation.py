@@ -61,7 +61,7 @@ class Conversation:
         """Adds a message of the user's, and yields the answer bit by bit; then adds that, too."""
         self.messages.append({"role": "user", "content": text})
         words = self._run.words
-        prompt = self._template.prompt(self.messages)
+        prompt, space = self._template.prompt(self.messages)
         drawn: list[int] = []
         said = ""
         for [ids] in sampling.stream(
@@ -76,7 +76,7 @@ class Conversation:
             new = ids.tolist()
             end = next((i for i, token in enumerate(new) if token in self._stop), None)
             drawn += new[:end]
-            whole = words.decode(drawn, skip_special_tokens=False)
+            whole = words.decode(drawn, skip_special_tokens=False).removeprefix(space)
             if end is not None or not whole.endswith("\ufffd"):  # Half a character.
                 yield whole[len(said) :]
                 said = whole

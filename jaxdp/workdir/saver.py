@@ -59,7 +59,6 @@ class Saver:
         args = ocp.args.Composite(state=ocp.args.StandardSave(tree), extra=ocp.args.JsonSave(extra))
         try:
             self._restore_folder()
-            self._sweep()
             self._record()
             self.eval_losses = {x: loss for x, loss in self.eval_losses.items() if x == step}
             files.require_space(self._folder, files.num_bytes(tree))
@@ -175,7 +174,7 @@ class Saver:
     def _reopen(self) -> None:
         self._close()
         if processes.is_main():
-            self._sweep(tries=10)
+            self.sweep(tries=10)
         self.manager, self._closed = self._open(), False
 
     def _open(self) -> ocp.CheckpointManager:
@@ -193,8 +192,8 @@ class Saver:
         )
         return ocp.CheckpointManager(self._folder, options=options)
 
-    def _sweep(self, tries: int = 1) -> None:
-        """Removes leftovers of saves; writes still in progress can create them again."""
+    def sweep(self, tries: int = 1) -> None:
+        """Removes leftovers of saves, of which none may be under way; failing ones can add more."""
         for _ in range(tries):
             if not (parts := leftovers(self._folder)):
                 break
@@ -234,7 +233,7 @@ def quieten() -> None:
 
 
 def leftovers(folder: Path) -> list[Path]:
-    """Returns the folders that interrupted saves have left, which the next save removes."""
+    """Returns the folders that interrupted saves have left."""
     found = folder.glob("*.orbax-checkpoint-tmp*")
     return [path for path in found if path.is_dir() and not path.is_symlink()]
 

@@ -197,17 +197,16 @@ def test_a_chat_has_the_tokens_of_its_whole_text_and_its_answers_are_learnt(make
     assert (ids == begin).sum() == whole.count("<s>") if begin is not None else True
 
 
-@pytest.mark.parametrize("template", [INST, LINES, BREAKS])
+@pytest.mark.parametrize("template", [INST, LINES, BREAKS, SPACES])
 @pytest.mark.parametrize("make", TOKENIZERS.values(), ids=TOKENIZERS)
 def test_an_answer_is_asked_for_with_the_tokens_of_training(make, template):
     written = Template(template, make())
     [(ids, _)] = encode_chats(written, [Example("", "", messages=SAID)])
     for turn in (1, 3, 5):
-        prompt = written.prompt(SAID[:turn])
+        prompt, space = written.prompt(SAID[:turn])
         assert prompt.tolist() == ids[: len(prompt)].tolist()
-        assert written.tokenizer.decode(prompt.tolist(), skip_special_tokens=False).endswith(
-            ("assistant\n\n", "<|assistant|>\n", "[/INST]")
-        )
+        text = written.tokenizer.decode(prompt.tolist(), skip_special_tokens=False) + space
+        assert text.endswith(("assistant\n\n", "<|assistant|>\n", "[/INST]", "assistant: "))
 
 
 def test_a_token_on_the_border_of_a_turn_is_where_its_word_begins():

@@ -80,17 +80,19 @@ def test_sets_of_another_kind_than_the_runs_own_data(config, tmp_path):
     config.eval_sets = f"a={tmp_path}/set.jsonl,b={tmp_path}/set.txt"
     config.data.separator = "=="
     eval_sets.check(config)
-    config.data.update({"separator": "", "prompt_key": "text"})
+    config.data.update({"separator": "", "prompt_key": "text", "packing": "padded"})
     config.data.path = f"{tmp_path}/set.jsonl"
     eval_sets.check(config)
+    opened = eval_sets.open_set(config, "b", open_cache(config), print)  # All of its text.
+    assert opened.validation.total == -(-(len(opened.cache.validation) - 1) // config.seq_len)
 
 
 def test_a_set_that_is_trained_on_is_said(config, train, tmp_path):
     said: list[str] = []
     config.eval_sets += f",own={config.data.path}"
-    preflight.open_eval_sets(config, open_cache(config), said.append)
-    [line] = [line for line in said if "trained on" in line]
-    assert line.startswith("Evaluation set own has text that is trained on")
+    preflight.say_of_trained_sets(config, said.append)
+    [line] = said
+    assert line.startswith("Evaluation set own may be trained on")
 
 
 def test_they_are_logged_and_shown_and_change_nothing_else(config, train, tmp_path, capsys):

@@ -66,7 +66,7 @@ def test_a_full_disk_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 0, 4003))
     with pytest.raises(ConfigError, match="has 4kB free and a checkpoint takes 4kB: make room"):
         workdir_access.check_disk(tmp_path, state)
-    # The next save removes what an interrupted one has left.
+    # A run removes what an interrupted save has left.
     left = tmp_path / "checkpoints" / "5.orbax-checkpoint-tmp" / "state" / "x"
     left.parent.mkdir(parents=True)
     left.write_text("x")
@@ -173,6 +173,11 @@ def test_files_that_only_their_owner_can_replace_are_refused(tmp_path, monkeypat
         ("tfds:a", "train[:99%]", "train", True),
         ("tfds:a", "train[:99%]", "train[90%:]", True),
         ("tfds:a", "train[:99%]", "train[99%:]", False),
+        ("tfds:a", "train[:-1000]", "train[-1000:]", False),
+        ("tfds:a", "train[-1000:]", "train[-1000:]", True),
+        ("tfds:a", "train[0:]", "train[:10%]", True),
+        ("tfds:a", "train[:10%]+test", "train[95%:]+test", True),
+        ("hf:a", "train.v1", "train.v1[99%:]", True),
         ("hf:a", "train", "", False),
         ("text:a", "train", "train", False),  # It has no splits of its own.
         ("texts/hf:a.txt", "train", "train", False),  # Nor has this one.

@@ -1,6 +1,5 @@
 import gzip
 import json
-import re
 from collections import Counter
 
 import jax
@@ -94,30 +93,30 @@ def test_a_run_that_goes_on_after_its_profile_says_nothing(config, rounds, tmp_p
 @pytest.mark.parametrize(
     ("total", "length", "start"), [(1, 1, 0), (6, 6, 0), (6, 6, 3), (12, 6, 7), (12, 3, 10)]
 )
-def test_how_to_get_one_is_said_where_none_could_be_made(config, rounds, total, length, start):
+def test_what_to_change_is_said_where_none_could_be_made(config, rounds, total, length, start):
     """And each of these ways leads to one."""
 
-    def said(total):
-        return rounds(range(0, total, length), length=length, new=[0])
+    def said(done):
+        return rounds(range(0, done, length), length=length, new=[0])
 
     config.profile.update({"start_step": start, "num_steps": 1})
-    [line] = said(total)
-    assert line.startswith(f"No profile was made: from profile.start_step={start} on, ")
-    enough = int(re.search(r"num_train_steps=(\d+)", line)[1])
-    assert said(enough - length)[1:] == [line]
-    assert said(enough)[-1] == "ended"
-    assert ("start_step=" in line.split(": use")[1]) == (total > length)
-    if total > length:
-        config.profile.start_step = int(re.search(r"use profile.start_step=(\d+)", line)[1])
-        assert said(total)[-1] == "ended"
+    config.num_train_steps = total
+    [*_, line] = said(total)
+    assert line.startswith("No profile was made: no round from profile.start_step=")
+    assert "train for longer, or use a smaller one, in a new --workdir" in line
+    config.num_train_steps = 10 * total
+    [*_, line] = said(total)
+    assert f"when the run goes on, set that to {total} or more" in line
+    assert said(4 * total)[-1] == "ended"
 
 
 def test_a_run_that_ends_before_its_profile_says_so(config, rounds):
     config.profile.update({"start_step": 4, "num_steps": 2})
+    config.num_train_steps = 3
     [said] = rounds(range(3), new=[0])
     assert said == (
-        "No profile was made: the run ended after step 3, and profile.start_step=4: go on with "
-        "it, or use profile.start_step=2 or less."
+        "No profile was made: the run ended after step 3, and profile.start_step=4: train for "
+        "longer, or use a smaller one, in a new --workdir."
     )
 
 

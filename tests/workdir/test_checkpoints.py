@@ -339,9 +339,8 @@ def test_where_all_are_damaged_nothing_is_touched(tmp_path, config):
         checkpoints.restore(state_of(0))
     assert files_of(tmp_path) == before
     with open_checkpoints(tmp_path, config) as checkpoints:
-        checkpoints.save(7, state_of(7), {})
-        checkpoints.finish(state_of(7))
-        assert not left.exists()
+        checkpoints.sweep()
+    assert not left.exists()
 
 
 @pytest.mark.parametrize("method", METHODS)
