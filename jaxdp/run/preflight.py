@@ -100,9 +100,7 @@ def say_of_trained_sets(config: ConfigDict, say: Callable[[str], None]) -> None:
     """Calls `say` with a warning for each of eval_sets that has files of data.path."""
     for name, path in eval_sets.parse(config.eval_sets).items():
         if share_files(path, config.data.path):
-            say(
-                f"Evaluation set {name} may have text that is trained on: it has files of data.path."
-            )
+            say(f"Evaluation set {name} may be trained on: it has files of data.path.")
 
 
 def check_tokens(feed: Feed, step: int, saved: dict) -> bool:
