@@ -41,7 +41,7 @@ def run(folder: str, names: list[str]) -> None:
     hosts = [[with_process(next(given), busy=0.0)] for _ in range(ALL)]
     for name in names:
         first, state = 0, create_state(setup, replicas)
-        # Opening the folder sweeps it, so only those who need it may.
+        # Only the runs that save or restore open the folder; others may run at the same time.
         if name == "resumed":
             with Checkpoints(Path(folder), setup, replicas) as checkpoints:
                 restored = checkpoints.restore(state)

@@ -206,20 +206,11 @@ def source_of(config: ConfigDict) -> str:
     source = _given_source(config)
     if config.data.bos != special_tokens.AUTO or "bos_token" not in source:
         return source
-    name = special_tokens.setting(_settings(config.tokenizer), "bos_token")
+    name = special_tokens.setting(tokenizers.settings_for(config.tokenizer), "bos_token")
     if name is None:
         return source
     # A template leaves out one line break after a block.
     return f"{{% set bos_token = {json.dumps(name, ensure_ascii=False)} %}}\n{source}"
-
-
-def _settings(spec: str) -> dict[str, Any]:
-    """Returns the tokenizer_config.json of a tokenizer; {} where it has none."""
-    if files := tokenizers.files_of(spec):
-        return special_tokens.settings_of(files[1])
-    if spec.startswith("hf:"):
-        return tokenizers.settings_on_hub(spec.removeprefix("hf:"))
-    return {}
 
 
 def _given_source(config: ConfigDict) -> str:

@@ -110,11 +110,12 @@ def _load(spec: str) -> tuple[Tokenizer, dict[str, Any]]:
         if (found := files_of(spec)) is None:
             paths.check_hub(f"tokenizer={shown(spec)}")
             name = spec.removeprefix("hf:")
-            tokenizer, settings = Tokenizer.from_pretrained(name), settings_on_hub(name)
+            tokenizer = Tokenizer.from_pretrained(name)
         else:
-            path, settings = found[0], special_tokens.settings_of(found[1])
+            path = found[0]
             of_spm = path.suffix == ".model" and os.path.isfile(path)
             tokenizer = sentencepiece.load(path) if of_spm else load_file(path)
+        settings = settings_for(spec)
     except ConfigError:
         raise
     except Exception as error:  # The library raises bare Exceptions, also for network errors.
@@ -143,17 +144,10 @@ def files_of(spec: str) -> tuple[Path, Path] | None:
 
 def chat_template(spec: str) -> str:
     """Returns the chat template of a tokenizer, in Jinja; "" where it has none."""
-    files = files_of(spec)
-    if files is None:
-        if not spec.startswith("hf:"):
-            return ""
-        name = spec.removeprefix("hf:")
-        own, settings = _file_on_hub(name, TEMPLATE), settings_on_hub(name)
-    else:
-        own, settings = files[1].with_name(TEMPLATE), special_tokens.settings_of(files[1])
+    own = _beside(spec, TEMPLATE)
     if own is not None and os.path.isfile(own):
         return own.read_text(encoding="utf-8")
-    found = settings.get("chat_template") or ""
+    found = settings_for(spec).get("chat_template") or ""
     if isinstance(found, list):  # Of several, each with a name.
         found = {template["name"]: template["template"] for template in found}.get("default", "")
     return found
@@ -169,10 +163,17 @@ def _file_on_hub(name: str, file: str) -> Path | None:
         return None
 
 
-def settings_on_hub(name: str) -> dict[str, Any]:
-    """Returns the tokenizer_config.json of a name on the Hugging Face hub; {} if it has none."""
-    path = _file_on_hub(name, SETTINGS)
+def settings_for(spec: str) -> dict[str, Any]:
+    """Returns the tokenizer_config.json of a tokenizer; {} where it has none."""
+    path = _beside(spec, SETTINGS)
     return special_tokens.settings_of(path) if path else {}
+
+
+def _beside(spec: str, file: str) -> Path | None:
+    """Returns the path of a file beside a tokenizer's own, which need not exist; None without."""
+    if files := files_of(spec):
+        return files[1].with_name(file)
+    return _file_on_hub(spec.removeprefix("hf:"), file) if spec.startswith("hf:") else None
 
 
 def load_file(path: Path, way_out: str = "give one that the tokenizers library wrote") -> Tokenizer:

@@ -193,7 +193,10 @@ class Saver:
         return ocp.CheckpointManager(self._folder, options=options)
 
     def sweep(self, tries: int = 1) -> None:
-        """Removes leftovers of saves, of which none may be under way; failing ones can add more."""
+        """Removes what interrupted saves have left; no save may be under way.
+
+        A save that has just failed may still write a file: then it takes several tries.
+        """
         for _ in range(tries):
             if not (parts := leftovers(self._folder)):
                 break

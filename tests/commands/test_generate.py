@@ -22,7 +22,7 @@ def test_a_prompt_is_read_from_stdin(trained, command, end):
 
 
 def test_it_takes_the_checkpoint_that_is_asked_for(workdir, command):
-    """Of steps 2 and 4, of which only 4 has been evaluated, and is then damaged."""
+    """The run has checkpoints 2 and 4. Only 4 has a validation loss, so it is the best one."""
 
     def generate(*step, check=0):
         flags = (f"--workdir={workdir}", "--prompt=1 is", "--num_tokens=9")

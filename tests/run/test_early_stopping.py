@@ -137,7 +137,7 @@ def test_what_is_taken_back_is_not_waited_for(overfitting, tmp_path, monkeypatch
 def test_the_best_is_kept_when_a_run_goes_back_to_before_it(
     overfitting, tmp_path, monkeypatch, capsys
 ):
-    """From step 14 to 10; the loss had fallen until 12, and is then that of step 10 again."""
+    """The run goes back from step 14 to checkpoint 10; its best evaluation was that of step 12."""
     config, devices = overfitting, jax.local_devices()[:1]
     config.update({"num_train_steps": 20, "eval_every": 2})
     config.optimizer.learning_rate = 0.01

@@ -74,7 +74,7 @@ def test_a_full_disk_is_refused(tmp_path, monkeypatch):
 
 
 def test_collectives_that_gloo_would_mix_up_are_refused(config, monkeypatch):
-    """Those of a delay and those within islands, between processes on CPUs."""
+    """With sync.delay two run at once: one between islands, and one within each of them."""
     config.sync.update({"method": "diloco", "islands": 2, "every": 2, "delay": 1})
     setup = make_setup(config, VOCAB, 4)
     preflight.check_delay(setup)

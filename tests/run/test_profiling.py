@@ -78,8 +78,8 @@ def test_what_has_to_be_compiled_is_not_recorded(config, rounds):
 
 def test_what_is_past_is_not_recorded(config, rounds):
     config.profile.update({"start_step": 4, "num_steps": 2})
-    assert rounds(range(4, 20)) == ["on 4", "off 5", "Profile of steps 5 to 6", "ended"]
-    [*_, said] = rounds(range(5, 20))
+    [said] = rounds(range(5, 20))
+    assert rounds(range(4, 20))[1:] == ["on 4", "off 5", "Profile of steps 5 to 6", "ended"]
     assert said.startswith("No profile is made: the run goes on after step 5, ")
     assert "profile.start_step=4: set that to 5 or more" in said
 
@@ -101,11 +101,11 @@ def test_what_to_change_is_said_where_none_could_be_made(config, rounds, total, 
 
     config.profile.update({"start_step": start, "num_steps": 1})
     config.num_train_steps = total
-    [*_, line] = said(total)
+    [line] = said(total)
     assert line.startswith("No profile was made: no round from profile.start_step=")
     assert "train for longer, or use a smaller one, in a new --workdir" in line
     config.num_train_steps = 10 * total
-    [*_, line] = said(total)
+    [_, line] = said(total)
     assert f"when the run goes on, set that to {total} or more" in line
     assert said(4 * total)[-1] == "ended"
 
