@@ -1,7 +1,7 @@
 """The allowed values of the config's keys."""
 
-# The values of sync.dtype that compress what is sent, and the bits of a number.
-BITS = {"int8": 8, "int4": 4, "int2": 2, "int1": 1}
+# The values of sync.dtype that compress what is sent, and how many values a number can take.
+LEVELS = {"int8": 256, "int4": 16, "int2": 4, "ternary": 3, "int1": 2}
 CHOICES = {
     "objective": ("causal", "masked"),
     "data.packing": ("stream", "documents", "padded"),
@@ -13,7 +13,7 @@ CHOICES = {
     "optimizer.name": ("adamw", "lion", "sgd", "muon"),
     "optimizer.schedule": ("cosine", "linear", "wsd", "constant"),
     "sync.method": ("gradient_mean", "parameter_mean", "diloco", "sharded", "fixed_order"),
-    "sync.dtype": ("float32", "bfloat16", *BITS),
+    "sync.dtype": ("float32", "bfloat16", *LEVELS),
 }
 
 # Optimizers whose update of a weight matrix needs the whole matrix, not a slice of it.

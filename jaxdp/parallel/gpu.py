@@ -8,7 +8,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from jaxdp.common import nvidia
-from jaxdp.common.choices import BITS
+from jaxdp.common.choices import LEVELS
 
 # By name: the value that is better than XLA's default for a training step. The first was timed
 # (benchmarks/RESULTS.md); what those for several GPUs do was seen in compiled programs only
@@ -46,7 +46,7 @@ def prepare(config: ConfigDict) -> None:
 def wanted(config: ConfigDict) -> dict[str, str]:
     """Returns the flags that a run on NVIDIA GPUs adds to what the user has set."""
     given, flags = os.environ.get("XLA_FLAGS", ""), dict(FLAGS)
-    if config.sync.dtype in BITS and config.sync.method in ("gradient_mean", "sharded"):
+    if config.sync.dtype in LEVELS and config.sync.method in ("gradient_mean", "sharded"):
         flags |= OF_FEW_BITS
     names = [name for name in flags if config.xla_flags and name not in given]
     return {name: flags[name] for name in names if _is_known(name)}

@@ -3,7 +3,7 @@
 from ml_collections import ConfigDict
 
 from jaxdp.common import config as configs
-from jaxdp.common.choices import BITS
+from jaxdp.common.choices import LEVELS
 from jaxdp.common.errors import ConfigError, shown
 from jaxdp.sync.method import Sync
 from jaxdp.sync.methods import METHODS
@@ -23,7 +23,7 @@ def check(config: ConfigDict, saved: ConfigDict) -> None:
     ]
     # What compressed sums have lost is in the state.
     dtypes = [flat.get("sync.dtype", "float32") for flat in (new, old)]
-    compressed = [str(dtype) in BITS for dtype in dtypes]
+    compressed = [str(dtype) in LEVELS for dtype in dtypes]
     if compressed[0] != compressed[1]:
         differing.append(f"sync.dtype={dtypes[0]!r} (was {shown(dtypes[1])})")
     # Devices have parameters of their own only with fragments or a delay, and what compressed sums

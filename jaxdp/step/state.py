@@ -90,7 +90,7 @@ def per_device_fields(method: Sync) -> set[str]:
     own = {
         "opt_state": method.per_device_opt_state,
         "ema": method.per_device_ema and method.ema_decay > 0,
-        "residual": method.bits > 0,
+        "residual": method.levels > 0,
         "local_params": method.per_device_params,
     }
     return {name for name, is_own in own.items() if is_own}
@@ -146,7 +146,7 @@ def saved_shapes(state: State, method: Sync, islands: Islands) -> dict[str, Any]
     own = unsliced_shapes(state, method)
     count = islands.devices
     saved = {name: method.saved_shapes(like, count) for name, like in own.items()}
-    if method.bits:
+    if method.levels:
         one = jax.eval_shape(lambda: method.residual(state.params, islands))
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), one)
         saved["residual"] = shapes

@@ -1,15 +1,11 @@
-"""Sums over devices of which only small integers cross the network, with error feedback.
+"""Sums over devices that send only a few bits of each number, with error feedback.
 
 A sum takes two exchanges, as a reduce-scatter and an all-gather do. In the first, each device sends
-every other device that one's slice of its numbers, rounded to 8, 4, 2 or 1 bits; the receiver sums
+every other device that one's slice of its numbers, rounded to 8 bits or fewer; the receiver sums
 what comes. In the second, it sends the sum, rounded again, to all. What rounding loses in either
 exchange is kept on the device, the residual, and added to the numbers of the next sum (Seide et al.
 2014; Karimireddy et al. 2019; for both exchanges Tang et al. 2019, DoubleSqueeze). So errors don't
 add up over steps. All devices decode the same bytes, so their results are equal to the bit.
-
-Our choices: blocks of 128 numbers share a scale in bfloat16. With 8 or 4 bits the largest number of
-a block is the largest integer, and numbers are rounded to the nearest. That would make most numbers
-zeros with fewer bits: with 2 they become -3/2, -1/2, 1/2 or 3/2 of the scale, with 1 their sign.
 
 Shapes: n devices that exchange, S numbers in a slice of a leaf.
 """
@@ -22,91 +18,27 @@ import numpy as np
 from jax import lax
 
 from jaxdp.sync.buckets import BUCKET_BYTES, Buckets
+from jaxdp.sync.encoding import decode, encode, num_encoded_bytes
 from jaxdp.sync.islands import Groups, Islands, slice_shapes, slices, unslice
 from jaxdp.sync.traffic import Collective
-
-BLOCK = 128  # Numbers with a common scale.
 
 Tree = Any
 
 
-def encode(x: jax.Array, bits: int) -> jax.Array:
-    """Rounds numbers to integers with a scale per block, as bytes.
-
-    Args:
-      x: [..., S] float32.
-      bits: 8, 4, 2 or 1.
-
-    Returns:
-      [..., bytes] uint8: for each block of 128, their integers (8 / bits in a byte), then the two
-      bytes of their scale. A block with NaN or infinity decodes to NaN.
-    """
-    blocks = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % BLOCK)])
-    blocks = blocks.reshape(*x.shape[:-1], -1, BLOCK)
-    whole, scale = _to_multiples(blocks, bits) if bits > 2 else _to_halves(blocks, bits)
-    data = lax.bitcast_convert_type(whole, jnp.uint8).reshape(*whole.shape[:-1], 8 // bits, -1)
-    shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
-    # Sums of disjoint bits.
-    data = ((data & np.uint8(2**bits - 1)) << shifts).sum(-2, dtype=jnp.uint8)
-    sent = jnp.concatenate([data, lax.bitcast_convert_type(scale[..., 0], jnp.uint8)], -1)
-    return sent.reshape(*x.shape[:-1], -1)
-
-
-def _to_multiples(blocks: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
-    """Rounds to whole multiples of a block's scale, the largest number / the largest integer."""
-    limit = 2 ** (bits - 1) - 1
-    scale = (jnp.abs(blocks).max(-1, keepdims=True) / limit).astype(jnp.bfloat16)
-    wide = scale.astype(jnp.float32)
-    whole = jnp.round(blocks / jnp.where(wide > 0, wide, 1))
-    whole = jnp.clip(jnp.where(wide > 0, whole, 0), -limit, limit).astype(jnp.int8)
-    return whole, scale
-
-
-def _to_halves(blocks: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
-    """Rounds to odd halves of a block's scale, which is the best for the chosen halves.
-
-    The root mean square of a block, or a bit less, is the best scale for 2 bits and numbers that
-    are normally distributed (Max 1960); with 1 bit twice the mean of |x| is the best for any.
-    """
-    limit = 2 ** (bits - 1)
-    unit = jnp.sqrt(jnp.mean(blocks**2, -1, keepdims=True))
-    whole = jnp.clip(jnp.floor(blocks / jnp.where(unit > 0, unit, 1)), -limit, limit - 1)
-    half = whole + 0.5
-    scale = (blocks * half).sum(-1, keepdims=True) / (half * half).sum(-1, keepdims=True)
-    return whole.astype(jnp.int8), scale.astype(jnp.bfloat16)
-
-
-def decode(sent: jax.Array, size: int, bits: int) -> jax.Array:
-    """Returns the numbers that `encode` made bytes of, [..., size] float32."""
-    data = sent.reshape(*sent.shape[:-1], -1, BLOCK * bits // 8 + 2)
-    scale = lax.bitcast_convert_type(data[..., -2:], jnp.bfloat16)
-    shifts = np.arange(8 - bits, -1, -bits, dtype=np.uint8)[:, None]
-    whole = lax.bitcast_convert_type(data[..., None, :-2] << shifts, jnp.int8)
-    whole = (whole >> (8 - bits)).reshape(*data.shape[:-1], BLOCK)  # Keeps the sign.
-    numbers = whole.astype(jnp.float32) + (0 if bits > 2 else 0.5)
-    numbers *= scale.astype(jnp.float32)[..., None]
-    return numbers.reshape(*sent.shape[:-1], -1)[..., :size]
-
-
-def num_encoded_bytes(size: int, bits: int) -> int:
-    """Returns the bytes that `encode` makes of this many numbers."""
-    return -(-size // BLOCK) * (BLOCK * bits // 8 + 2)
-
-
 def traffic(
-    tree: Tree, bits: int, count: int, steps: float = 1, bucket_bytes: int = BUCKET_BYTES
+    tree: Tree, levels: int, count: int, steps: float = 1, bucket_bytes: int = BUCKET_BYTES
 ) -> list[Collective]:
     """Returns the collectives of a sum; joined ones count as one.
 
     Args:
       tree: what a device sums, or its shapes.
-      bits: 8, 4, 2 or 1.
+      levels: see `encode`.
       count: n.
       steps: optimizer steps from one sum to the next.
       bucket_bytes: see `Exchange`.
     """
     sizes = Buckets(slice_shapes(tree, count), bucket_bytes // count).sizes
-    sent = count * sum(num_encoded_bytes(size, bits) for size in sizes)
+    sent = count * sum(num_encoded_bytes(size, levels) for size in sizes)
     return [Collective(kind, sent, steps, count) for kind in ("all-to-all", "all-gather")]
 
 
@@ -132,14 +64,14 @@ class Exchange(NamedTuple):
 
     Attributes:
       axis: name of the device axis.
-      bits: 8, 4, 2 or 1.
+      levels: see `encode`.
       devices: n.
       groups: groups of n devices that sum among each other; all by default.
       bucket_bytes: bytes of the numbers that are sent at a time, about.
     """
 
     axis: str
-    bits: int
+    levels: int
     devices: int
     groups: Groups = None
     bucket_bytes: int = BUCKET_BYTES
@@ -189,7 +121,8 @@ class Exchange(NamedTuple):
         return Buckets(like, self.bucket_bytes // self.devices)
 
     def _decoded(self, received: list[jax.Array], buckets: Buckets) -> list[jax.Array]:
-        return [decode(x, size, self.bits) for x, size in zip(received, buckets.sizes, strict=True)]
+        sizes = zip(received, buckets.sizes, strict=True)
+        return [decode(x, size, self.levels) for x, size in sizes]
 
     def _rounded(
         self, tree: Tree, residual: Tree, buckets: Buckets
@@ -197,13 +130,13 @@ class Exchange(NamedTuple):
         """Returns what to send of a tree, by bucket, and what rounding has lost of it."""
         joined = zip(buckets.join(tree), buckets.join(residual), strict=True)
         numbers = [x + lost for x, lost in joined]
-        sent = [encode(x, self.bits) for x in numbers]
-        read = [decode(x, y.shape[-1], self.bits) for x, y in zip(sent, numbers, strict=True)]
+        sent = [encode(x, self.levels) for x in numbers]
+        read = [decode(x, y.shape[-1], self.levels) for x, y in zip(sent, numbers, strict=True)]
         return sent, buckets.split([x - y for x, y in zip(numbers, read, strict=True)])
 
 
 def compressed_sum(
-    tree: Tree, residual: dict[str, Tree], axis: str, bits: int, count: int
+    tree: Tree, residual: dict[str, Tree], axis: str, levels: int, count: int
 ) -> tuple[Tree, dict[str, Tree]]:
     """Sums a tree over all devices.
 
@@ -211,30 +144,30 @@ def compressed_sum(
       tree: float32 leaves of this device.
       residual: what earlier sums have lost; see `empty_residual`.
       axis: name of the device axis.
-      bits: 8, 4, 2 or 1.
+      levels: see `encode`.
       count: n.
 
     Returns:
       The sums, equal on all devices, and the new residual.
     """
-    parts, sent = scatter_sum(slices(tree, count), residual["sent"], axis, bits, count)
-    whole, summed = gather(parts, residual["summed"], axis, bits, count)
+    parts, sent = scatter_sum(slices(tree, count), residual["sent"], axis, levels, count)
+    whole, summed = gather(parts, residual["summed"], axis, levels, count)
     return unslice(whole, tree), {"sent": sent, "summed": summed}
 
 
-def scatter_sum(cut: Tree, residual: Tree, axis: str, bits: int, count: int) -> tuple[Tree, Tree]:
+def scatter_sum(cut: Tree, residual: Tree, axis: str, levels: int, count: int) -> tuple[Tree, Tree]:
     """Makes the first exchange: leaves [n, S] -> this device's slices of the sums [S].
 
     Also returns the new residual, [n, S] per leaf.
     """
-    exchange = Exchange(axis, bits, count)
+    exchange = Exchange(axis, levels, count)
     received, residual = exchange.send_slices(cut, residual)
     return exchange.sum_slices(received, jax.tree.map(lambda x: x[0], cut)), residual
 
 
-def gather(parts: Tree, residual: Tree, axis: str, bits: int, count: int) -> tuple[Tree, Tree]:
+def gather(parts: Tree, residual: Tree, axis: str, levels: int, count: int) -> tuple[Tree, Tree]:
     """Makes the second exchange: leaves [S] -> all devices' slices [n, S], and the new residual."""
-    exchange = Exchange(axis, bits, count)
+    exchange = Exchange(axis, levels, count)
     received, residual = exchange.send_sums(parts, residual)
     return exchange.whole_sums(received, parts), residual
 

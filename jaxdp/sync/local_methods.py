@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxdp.common.choices import BITS, MAX_INT32
+from jaxdp.common.choices import LEVELS, MAX_INT32
 from jaxdp.common.errors import ConfigError
 from jaxdp.sync import compression, reductions
 from jaxdp.sync.compression import Exchange
@@ -131,7 +131,7 @@ class DiLoCo(ParameterMean):
     has_outer = True
     starts_late = False
     has_fragments = True
-    dtypes = ("float32", *BITS)
+    dtypes = ("float32", *LEVELS)
 
     def __init__(self, config, axis_name, island_count=0):
         super().__init__(config, axis_name, island_count)
@@ -166,11 +166,11 @@ class DiLoCo(ParameterMean):
     def _traffic_of(self, params, exchanged, device_count):
         """Returns the collectives of a round in which islands exchange a part of `params`."""
         found = self._traffic(params, exchanged, device_count)
-        if not self.bits:
+        if not self.levels:
             return found
         islands = self.islands(device_count)
         own = slice_shapes(exchanged, islands.size)
-        sent = compression.traffic(own, self.bits, islands.islands, self.every, ONE_BUCKET)
+        sent = compression.traffic(own, self.levels, islands.islands, self.every, ONE_BUCKET)
         return [*sent, *(c for c in found if c.inside)]
 
     def _average(self, before, after, figures):
@@ -199,7 +199,7 @@ class DiLoCo(ParameterMean):
 
     @property
     def _exchange_count(self):
-        return 2 if self.bits else 1
+        return 2 if self.levels else 1
 
     def _exchange(self, number, like, moved, mine, received, residual):
         """Makes one of the exchanges between islands, one after the other.
@@ -218,7 +218,7 @@ class DiLoCo(ParameterMean):
         islands, axis = self._islands, self.axis
         if number == 1:
             moved = jax.tree.map(lambda x: x * mine, moved)
-        if not self.bits:
+        if not self.levels:
             return islands.sum_between(moved, axis), residual
         if number == 1:
             cut = slices(islands.own_slice(moved, axis), islands.islands)
@@ -231,7 +231,7 @@ class DiLoCo(ParameterMean):
     def _outer_gradient(self, like, received):
         """Returns the sum over islands from what the last exchange received; like: its shapes."""
         islands = self._islands
-        if not self.bits:
+        if not self.levels:
             return received
         whole = self._compressed.whole_sums(received, self._parts(like))
         own = unslice(whole, slice_shapes(like, islands.size))
@@ -240,7 +240,7 @@ class DiLoCo(ParameterMean):
     @property
     def _compressed(self):
         islands = self._islands
-        return Exchange(self.axis, self.bits, islands.islands, islands.between, ONE_BUCKET)
+        return Exchange(self.axis, self.levels, islands.islands, islands.between, ONE_BUCKET)
 
     def _parts(self, params):
         """Returns the shapes of what a device sums of its island's slice of parameters."""

@@ -11,7 +11,7 @@ import optax
 from jax import lax
 from ml_collections import ConfigDict
 
-from jaxdp.common.choices import BITS, MAX_INT32
+from jaxdp.common.choices import LEVELS, MAX_INT32
 from jaxdp.sync import compression, reductions
 from jaxdp.sync.islands import Islands
 from jaxdp.sync.reductions import Figures, Tree
@@ -36,7 +36,7 @@ class Sync:
     has_islands = False  # Devices may be grouped into islands, by sync.islands.
     has_fragments = False  # Can synchronise the model in parts, and late.
     # Values of sync.dtype that it can send.
-    dtypes: tuple[str, ...] = ("float32", "bfloat16", *BITS)
+    dtypes: tuple[str, ...] = ("float32", "bfloat16", *LEVELS)
     every = 1  # Optimizer steps in a round.
     delay = 0  # The last of them, which are made while the devices synchronise ...
     exchanges = 0  # ... in so many exchanges, one after the other.
@@ -47,7 +47,7 @@ class Sync:
         With 0 islands, each device is one.
         """
         self.config, self.axis, self.island_count = config.sync, axis_name, island_count
-        self.bits = BITS.get(config.sync.dtype, 0)  # Of compressed numbers; 0: not compressed.
+        self.levels = LEVELS.get(config.sync.dtype, 0)  # Of compressed numbers; 0: not compressed.
         self.ema_decay = config.ema.decay
         self.grad_accum_steps = config.grad_accum_steps
 
@@ -90,7 +90,7 @@ class Sync:
 
     def residual(self, params: Tree, islands: Islands) -> Tree:
         """Returns what a device's compressed sums have lost before the first: zeros, or {}."""
-        return compression.empty_residual(params, islands.islands) if self.bits else {}
+        return compression.empty_residual(params, islands.islands) if self.levels else {}
 
     def accumulate(self, value_and_grad: Callable, params: Tree, batch: Tree) -> Tree:
         """Returns ((loss_sum, weight_sum), gradient_sums) over this device's batch."""
@@ -102,14 +102,14 @@ class Sync:
 
         Figures that are not summed over all devices here are in `synchronise`.
         """
-        if not self.bits:
+        if not self.levels:
             sent = reductions.gradient_mean(sums, figures, self.axis, self.config.dtype)
             return *sent, residual
         figures = lax.psum(figures, self.axis)
         # Before they are sent, as what is lost must not depend on a batch's number of tokens.
         shares = reductions.divide(sums, figures)
         count = lax.axis_size(self.axis)
-        mean, residual = compression.compressed_sum(shares, residual, self.axis, self.bits, count)
+        mean, residual = compression.compressed_sum(shares, residual, self.axis, self.levels, count)
         return mean, figures, residual
 
     def norm(self, grads: Tree) -> jax.Array:
@@ -178,6 +178,6 @@ class Sync:
     def traffic(self, params: Tree, opt_state: Tree, device_count: int) -> list[Collective]:
         """Returns the collectives of a round that grow with the model; trees are one device's."""
         del opt_state
-        if self.bits:
-            return compression.traffic(params, self.bits, device_count)
+        if self.levels:
+            return compression.traffic(params, self.levels, device_count)
         return [Collective("all-reduce", num_bytes(params, self.config.dtype))]

@@ -13,7 +13,7 @@ import optax
 from jax import lax
 from ml_collections import ConfigDict
 
-from jaxdp.common.choices import BITS, NEEDS_FULL_MATRICES
+from jaxdp.common.choices import LEVELS, NEEDS_FULL_MATRICES
 from jaxdp.common.errors import ConfigError
 from jaxdp.sync import compression, reductions
 from jaxdp.sync.dealing import collect, deal, is_params
@@ -42,7 +42,7 @@ class Sharded(Sync):
 
     @classmethod
     def check(cls, config):
-        if config.optimizer.name in NEEDS_FULL_MATRICES and config.sync.dtype in BITS:
+        if config.optimizer.name in NEEDS_FULL_MATRICES and config.sync.dtype in LEVELS:
             raise ConfigError(
                 f"sync.dtype={config.sync.dtype!r} does not go with sync.method='sharded' and "
                 f"optimizer.name={config.optimizer.name!r}: use 'float32' or 'bfloat16', or "
@@ -55,7 +55,7 @@ class Sharded(Sync):
     def mean(self, sums, figures, residual):
         cut = self._cut(sums, sums, lax.axis_size(self.axis))
         flat = jax.tree.map(lambda x: x.reshape(len(x), -1), cut)
-        if not self.bits:
+        if not self.levels:
             own, figures = reductions.scatter_mean(flat, figures, self.axis, self.config.dtype)
             return (
                 jax.tree.map(lambda x, all_: x.reshape(all_.shape[1:]), own, cut),
@@ -65,7 +65,7 @@ class Sharded(Sync):
         figures = lax.psum(figures, self.axis)
         count = lax.axis_size(self.axis)
         shares = reductions.divide(flat, figures)
-        own, sent = compression.scatter_sum(shares, residual["sent"], self.axis, self.bits, count)
+        own, sent = compression.scatter_sum(shares, residual["sent"], self.axis, self.levels, count)
         own = jax.tree.map(self._without_padding, own, sums)
         return own, figures, residual | {"sent": sent}
 
@@ -87,11 +87,11 @@ class Sharded(Sync):
 
     def _gather(self, state, mine, updates):
         """Returns the updated parameters of all devices' slices, and the new residual."""
-        if not self.bits:
+        if not self.levels:
             mine = optax.apply_updates(mine, updates)
             return self.join_slices(mine, state.params), state.residual
         lost, count = state.residual["summed"], lax.axis_size(self.axis)
-        whole, summed = compression.gather(updates, lost, self.axis, self.bits, count)
+        whole, summed = compression.gather(updates, lost, self.axis, self.levels, count)
         params = jax.tree.map(jnp.add, state.params, unslice(whole, state.params))
         return params, state.residual | {"summed": summed}
 
@@ -131,7 +131,7 @@ class Sharded(Sync):
         return collect(parts, like, params) if self._whole_matrices else unslice(parts, like)
 
     def traffic(self, params, opt_state, device_count):
-        if self.bits:
+        if self.levels:
             return super().traffic(params, opt_state, device_count)
         cut = jax.eval_shape(lambda x: self._cut(x, x, device_count), params)
         padded = sum(x.size for x in jax.tree.leaves(cut))
