@@ -18,7 +18,7 @@ WAYS: tuple[dict[str, Any], ...] = (
     {"method": "gradient_mean", "dtype": "int8"},
     {"method": "gradient_mean", "dtype": "int4"},
     {"method": "diloco", "every": 3, "dtype": "int4", "outer_momentum": 0.3},
-    {"method": "diloco", "every": 4, "dtype": "int1", "outer_momentum": 0.3},
+    {"method": "diloco", "every": 6, "dtype": "ternary", "outer_momentum": 0.3},
     {"method": "diloco", "every": 27, "dtype": "int2", "outer_momentum": 0.7},
     {"method": "diloco", "every": 250, "dtype": "int2", "outer_momentum": 0.7},
 )

@@ -77,6 +77,6 @@ def test_a_plan_of_several_devices_ends_with_advice(config):
         "advice" in fast
         and "--config.sync.method=gradient_mean --config.sync.dtype=float32 (" in fast
     )
-    assert "none reaches 90%" in slow and "diloco, every 4, int1" in slow
+    assert "none reaches 90%" in slow and "diloco, every 6, ternary" in slow
     assert "advice" not in shown(devices=1)
     assert advice.rows([])["advice"].startswith("none reaches")
