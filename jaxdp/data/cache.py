@@ -28,6 +28,7 @@ from jaxdp.data import building, chat, layout, quality
 from jaxdp.data import tokenizer as tokenizers
 from jaxdp.data.layout import SPLITS, DamagedError
 from jaxdp.data.sources import Source, ValidationOnly, get_sources
+from jaxdp.data.tfds_source import TfdsSource
 
 FORMAT = 3  # Raise it when the same config would give other tokens than before.
 CHATS = 2  # The same for chats only.
@@ -105,6 +106,7 @@ def open_cache(
       ConfigError: the data or the tokenizer can't be found, or the folder can't be written.
     """
     sources = get_sources(config, report)
+    _prepare(config, sources, report)
     if not train:
         sources = [ValidationOnly(source) for source in sources]
     folder = _root(config) / _fingerprint(config, sources)
@@ -114,12 +116,8 @@ def open_cache(
     except DamagedError:
         pass
 
-    def busy(lock: str) -> None:
-        dead = f"; if it has died on another machine, remove {lock}" if lock else ""
-        report(f"Another process is tokenising {config.data.path}; waiting for it{dead} ...")
-
     try:
-        with locks.held(_lock(folder), busy, report):
+        with locks.held(_lock(folder), _busy("tokenising", config, report), report):
             return _build_once(config, sources, folder, report)
     except OSError as error:
         full = error.errno in files.DISK_FULL_ERRORS
@@ -133,6 +131,31 @@ def open_cache(
             f"data.cache_dir={str(folder.parent)!r} can't be written ({error.strerror}{where}): "
             f"{way_out}, or choose another folder"
         ) from None
+
+
+def _prepare(config: ConfigDict, sources: list[Source], report: Callable[[str], None]) -> None:
+    """Has TFDS prepare what isn't yet, as a fingerprint has its files; other processes wait."""
+    missing = [s for s in sources if isinstance(s, TfdsSource) and not s.prepared]
+    if not missing:
+        return
+    lock = _lock(_root(config) / "tfds")
+    try:
+        with locks.held(lock, _busy("preparing", config, report), report):
+            for source in missing:
+                source.prepare()
+    except OSError as error:
+        raise ConfigError(
+            f"data.cache_dir={shown(str(lock.parent))} can't be written ({error.strerror}): choose "
+            "another folder"
+        ) from None
+
+
+def _busy(doing: str, config: ConfigDict, report: Callable[[str], None]) -> Callable[[str], None]:
+    def busy(lock: str) -> None:
+        dead = f"; if it has died on another machine, remove {lock}" if lock else ""
+        report(f"Another process is {doing} {config.data.path}; waiting for it{dead} ...")
+
+    return busy
 
 
 def _root(config: ConfigDict) -> Path:

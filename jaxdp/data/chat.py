@@ -18,6 +18,7 @@ from jaxdp.data.example import Example
 from jaxdp.data.layout import BEGINS, LEARNT
 
 DAY = datetime(2024, 7, 26)  # Llama 3's templates have it where they aren't told the date.
+SET_BOS = "{% set bos_token = "  # How a kept template begins, where settings name a bos_token.
 PROBE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 Messages = list[dict[str, Any]]
@@ -204,13 +205,29 @@ def source_of(config: ConfigDict) -> str:
       ConfigError: there is none.
     """
     source = _given_source(config)
-    if config.data.bos != special_tokens.AUTO or "bos_token" not in source:
+    kept = source.startswith(SET_BOS)
+    if kept or config.data.bos != special_tokens.AUTO or "bos_token" not in source:
         return source
     name = special_tokens.setting(tokenizers.settings_for(config.tokenizer), "bos_token")
     if name is None:
         return source
     # A template leaves out one line break after a block.
-    return f"{{% set bos_token = {json.dumps(name, ensure_ascii=False)} %}}\n{source}"
+    return f"{SET_BOS}{json.dumps(name, ensure_ascii=False)} %}}\n{source}"
+
+
+def take_tokenizer(config: ConfigDict, folder: Path) -> None:
+    """Sets a config, in place, to the tokenizer in the folder of a run or a token cache.
+
+    And to the chat template there, if there is one, which may have changed where it came from.
+    """
+    config.tokenizer = str(folder / "tokenizer.json")
+    take_template(config, folder)
+
+
+def take_template(config: ConfigDict, folder: Path) -> None:
+    """Sets data.chat_template, in place, to that in the folder of a run, if it has one."""
+    if (folder / tokenizers.TEMPLATE).is_file():
+        config.data.chat_template = str(folder / tokenizers.TEMPLATE)
 
 
 def _given_source(config: ConfigDict) -> str:

@@ -2,12 +2,12 @@
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 
 from ml_collections import ConfigDict
 
 from jaxdp.common.errors import ConfigError, shown
-from jaxdp.data import sources
+from jaxdp.data import chat, sources
 from jaxdp.data.cache import TokenCache, open_cache
 from jaxdp.data.feed import Feed
 
@@ -43,7 +43,7 @@ def check(config: ConfigDict) -> None:
     """Checks that all evaluation sets exist; raises ConfigError where one is wrong or missing."""
     for name in parse(config.eval_sets):
         with named(config, name):
-            sources.get_sources(_config_of(config, name))
+            sources.get_sources(config_of(config, name))
 
 
 def open_set(
@@ -60,8 +60,8 @@ def open_set(
     Raises:
       ConfigError: the set can't be read, or has a character that the tokenizer doesn't know.
     """
-    own = _config_of(config, name)
-    own.tokenizer = str(cache.folder / "tokenizer.json")
+    own = config_of(config, name)
+    chat.take_tokenizer(own, cache.folder)
     return Feed(own, open_cache(own, report, train=False))
 
 
@@ -78,18 +78,28 @@ def _path(config: ConfigDict, name: str) -> str:
     return parse(config.eval_sets)[name]
 
 
-def _config_of(config: ConfigDict, name: str) -> ConfigDict:
-    """Returns the run's config with a set as its validation split; of files, all of their text.
-
-    Keys that are about the run's kind of data don't concern a set of another kind.
-    """
+def config_of(config: ConfigDict, name: str) -> ConfigDict:
+    """Returns the run's config with a set as its validation split; of files, all of their text."""
     own = ConfigDict(config.to_dict())
     own.data.path, own.data.eval_fraction = _path(config, name), 1.0
-    kinds = sources.kinds(own.data.path)
-    if "text" not in kinds:
-        own.data.separator = ""
+    return of_kind(own)
+
+
+def of_kind(config: ConfigDict, given: Container[str] = ()) -> ConfigDict:
+    """Returns a config without the keys that don't concern the kind of data that data.path names.
+
+    They are about the data of a run, which can be of another kind.
+
+    Args:
+      config: left as it is.
+      given: keys such as "data.packing" that are meant for this data, and kept.
+    """
+    kinds = sources.kinds(config.data.path)
+    drop = {} if "text" in kinds else {"separator": ""}
     if kinds == {"text"}:
-        own.data.prompt_key = own.data.messages_key = ""
-        if own.data.packing == "padded":  # It would leave of each file one sequence.
-            own.data.packing = "stream"
+        drop = {"prompt_key": "", "messages_key": ""}
+        if config.data.packing == "padded":  # It would leave of each file one sequence.
+            drop["packing"] = "stream"
+    own = ConfigDict(config.to_dict())
+    own.data.update({key: value for key, value in drop.items() if f"data.{key}" not in given})
     return own

@@ -49,6 +49,11 @@ class Feed:
         """The sequences of the validation split."""
         return self._sequences("validation")
 
+    @property
+    def tokens_per_byte(self) -> float | None:
+        """The cache's; None also of masked tokens, whose loss is no code length of the text."""
+        return self.cache.tokens_per_byte if self.config.objective == "causal" else None
+
     def train(self, start: int) -> Iterator[Batch]:
         """Yields the batches of the steps from `start`, at or after the origin, to the end."""
         return pipeline.train_batches(

@@ -55,9 +55,9 @@ def find(
 
     Args:
       path: what follows the prefix; parts of a list are taken in their order, the files of a glob
-        or a folder in the order of their names.
+        or a folder in the order of their names. A file that has several names there is taken once.
       kind: the prefix, if there is one: a key of `KINDS`.
-      report: called with a line about files of a folder that are left out.
+      report: called with a line about files that are left out.
 
     Returns:
       The kind of all files, and their paths.
@@ -67,7 +67,8 @@ def find(
     """
     key = f"data.path={shown(f'{kind}:{path}' if kind else path)}"
     parts = [path] if _match(path) else [part.strip() for part in path.split(",")]
-    found: dict[Path, None] = {}
+    by_file: dict[Path, Path] = {}
+    again: list[Path] = []
     for part in parts:
         part = part.removeprefix(f"{kind}:")
         paths = _match(part)
@@ -79,7 +80,13 @@ def find(
                 f"{key} matches no file{where}: give the path of a text file, a folder, a quoted "
                 "glob, or tfds:NAME"
             )
-        found |= dict.fromkeys(paths)
+        again += [p for p in paths if by_file.setdefault(p.resolve(), p) != p]
+    found = by_file.values()
+    if again:
+        report(
+            f"data.path: {again[0]} is {by_file[again[0].resolve()]} by another name, and is read "
+            f"once{f'; so are {len(again) - 1:,} more' if again[1:] else ''}."
+        )
     kinds = collections.Counter(kind or kind_of(path) or "text" for path in found)
     if len(kinds) > 1:
         counts = ", ".join(f"{count} {name}" for name, count in kinds.most_common())

@@ -59,7 +59,7 @@ class HfSource:
         stream, key = self._stream(split), f"{self.path}, {split}"
         columns = stream.column_names or self.fields.keys
         if missing := [name for name in self.fields.keys if name not in columns]:
-            raise no_key(self.path, missing[0], columns)
+            raise no_key(self.path, missing[0], columns, some_have=False)
         shared, count = not self.splits["validation"], 0
         for number, record in enumerate(stream.select_columns(self.fields.keys), 1):
             # Of the first n documents floor(n * eval_fraction) are validation text.

@@ -203,8 +203,10 @@ def _read_parquet(path: Path, skip: int, keys: list[str]) -> Iterator[Record]:
 
     with _parquet(path) as file:
         names, number = file.schema_arrow.names, 0
-        if missing := [key for key in keys if key not in names]:
-            raise no_key(str(path), missing[0], names)
+        if any(key not in names for key in keys):  # None of its rows has them.
+            for row in range(skip + 1, file.metadata.num_rows + 1):
+                yield Record(f"{path}, row {row}", dict.fromkeys(names, ""))
+            return
         for group in range(file.num_row_groups):
             if number + file.metadata.row_group(group).num_rows <= skip:
                 number += file.metadata.row_group(group).num_rows
@@ -222,12 +224,15 @@ def _read_parquet(path: Path, skip: int, keys: list[str]) -> Iterator[Record]:
                 ) from None
 
 
-def no_key(place: str, key: str, found: list[str]) -> ConfigError:
-    """Returns the error for a record without a key that is wanted; it lists those it has."""
+def no_key(place: str, key: str, found: list[str], some_have: bool = True) -> ConfigError:
+    """Returns the error for a record without a key that is wanted; it lists those it has.
+
+    With `some_have`, others may have the key, and it says how to skip this one.
+    """
+    skipping = ", or data.skip_missing=True to leave such records out" if some_have else ""
     return ConfigError(
         f"data.path: {place} has no {key!r} but {', '.join(map(repr, found)) or 'nothing'}: set "
-        "data.text_key (and data.prompt_key, if there are prompts) to one of these, or "
-        "data.skip_missing=True to leave such records out"
+        f"data.text_key (and data.prompt_key, if there are prompts) to one of these{skipping}"
     )
 
 

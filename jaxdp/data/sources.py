@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import itertools
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -115,19 +116,24 @@ def kinds(path: str) -> set[str]:
     return found
 
 
-def share_files(one: str, other: str) -> bool:
-    """Returns whether two values of data.path have a file in common, under whatever name."""
-    return not _files(one).isdisjoint(_files(other))
+def contents(path: str) -> dict[str, tuple[str, list[str]]]:
+    """Returns what the sources are that a data.path names, by whatever names.
+
+    Returns:
+      {source: (its kind, the real paths of its files)}; a dataset of TFDS or the hub has its name
+      in place of files, and files that aren't there are left out.
+    """
+    return {source: _content(source) for source in mixture.parse(path)}
 
 
-def _files(path: str) -> set[str]:
-    """Returns the real paths of the files that data.path names; TFDS and the hub have none."""
-    found: set[str] = set()
-    for source in mixture.parse(path):
-        if not has_splits(source):
-            with contextlib.suppress(ConfigError):  # Files that are no longer there.
-                found |= {str(file.resolve()) for file in _find(source, lambda _: None)[2]}
-    return found
+def _content(source: str) -> tuple[str, list[str]]:
+    if has_splits(source):
+        kind, _, name = source.partition(":")
+        return kind, [f"{kind}:{os.path.realpath(name) if os.path.isdir(name) else name}"]
+    with contextlib.suppress(ConfigError):
+        _, kind, paths = _find(source, lambda _: None)
+        return kind, [str(path.resolve()) for path in paths]
+    return "", []
 
 
 def _find(path: str, report: Report) -> tuple[str | None, str, list[Path]]:

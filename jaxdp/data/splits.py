@@ -1,9 +1,45 @@
-"""Names of splits, such as "train[:99%]", as TFDS and the Hugging Face hub have them."""
+"""What validation text is trained on, as far as the names of files and of splits tell.
+
+Names of splits, such as "train[:99%]", are those of TFDS and of the Hugging Face hub.
+"""
 
 import math
 import re
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from jaxdp.data import sources
 
 SPLIT = re.compile(r"([\w.-]+)(?:\[(?:(-?\d+)(%?))?:(?:(-?\d+)(%?))?\])?")
+
+
+def trained_on(config: ConfigDict, run: ConfigDict) -> list[str]:
+    """Returns the sources of a config whose validation text has text that a run trains on.
+
+    Args:
+      config: names the validation text.
+      run: the config of the run, which may be the same.
+    """
+    c, trained = config.data, sources.contents(run.data.path).values()
+    return [
+        source
+        for source, content in sources.contents(c.path).items()
+        if any(_shared(content, other, c, run.data) for other in trained)
+    ]
+
+
+def _shared(one: tuple[str, list[str]], other: tuple[str, list[str]], c: Any, run: Any) -> bool:
+    """Returns whether validation text of a source is training text of another, by `contents`."""
+    if one != other:
+        return not set(one[1]).isdisjoint(other[1])
+    if one[0] not in ("tfds", "hf"):
+        return c.eval_fraction > run.eval_fraction  # Validation text is the last part.
+    if c.eval_split:
+        return overlap(c.eval_split, run.train_split)
+    if run.eval_split or c.train_split != run.train_split:
+        return overlap(c.train_split, run.train_split)
+    return c.eval_fraction != run.eval_fraction  # It is taken from all of the split.
 
 
 def overlap(one: str, other: str) -> bool:

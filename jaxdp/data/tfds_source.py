@@ -55,15 +55,26 @@ class TfdsSource:
                 "tensorflow.org/datasets/catalog for names, or check data.data_dir"
             ) from None
 
+    @property
+    def prepared(self) -> bool:
+        """Whether the dataset's files are there."""
+        return self.builder.data_path.exists()
+
     def identity(self) -> dict:
-        """Returns the dataset's full name with its version, the splits and the features."""
-        name = self.builder.info.full_name
+        """Returns the dataset's full name with its version, the splits, the features, its files.
+
+        Of the files, paths, sizes and modification times; there are none before `prepare`.
+        """
+        name, gfile = self.builder.info.full_name, self._tf.io.gfile
         cleaned = {"cleaned": CLEANED[self.builder.name]} if self.builder.name in CLEANED else {}
-        return {"tfds": name, "splits": self.splits} | self.keys | cleaned
+        paths = sorted(map(str, self.builder.data_path.iterdir())) if self.prepared else []
+        stats = [(path, gfile.stat(path)) for path in paths]
+        files = [[path, stat.length, stat.mtime_nsec] for path, stat in stats]
+        return {"tfds": name, "splits": self.splits, "files": files} | self.keys | cleaned
 
     def examples(self, split: str) -> Iterator[Example]:
         """Prepares the dataset if needed; yields each example's prompt ("" if none) and text."""
-        self._prepare()
+        self.prepare()
         spec = self.splits[split]
         # Its cache would warn of each reader that stops early.
         config = self._tfds.ReadConfig(try_autocache=False)
@@ -103,13 +114,16 @@ class TfdsSource:
             text = re.sub(pattern, replacement, text)
         return text
 
-    def _prepare(self) -> None:
-        if not self.builder.data_path.exists():
+    def prepare(self) -> None:
+        """Makes the dataset's files, if need be; raises ConfigError where that can't be done."""
+        if not self.prepared:
             size = self.builder.info.download_size  # 0 also where it is unknown.
             self._report(f"Preparing {self.path}{f' (a download of {size})' if size else ''} ...")
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints "Unknown size".
                 self.builder.download_and_prepare()
+            if self.prepared and not self.builder.info.splits:  # By another process, a moment ago.
+                self.builder.info.read_from_directory(self.builder.data_path)
         except Exception as error:  # Downloads fail in as many ways as there are servers.
             raise ConfigError(
                 f"data.path={shown(self.path)} can't be prepared ({first_line(error)}): "

@@ -13,11 +13,11 @@ from ml_collections import ConfigDict
 from jaxdp.common import config as configs
 from jaxdp.common import paths
 from jaxdp.configs import default
-from jaxdp.data import tokenizer
+from jaxdp.data import chat, eval_sets, tokenizer
 from jaxdp.data.batch import Batch, with_number
 from jaxdp.data.cache import open_cache
 from jaxdp.data.feed import Feed
-from jaxdp.data.sources import share_files
+from jaxdp.data.sources import contents
 from jaxdp.model.transformer import parameter_shapes
 from jaxdp.parallel.replicas import Replicas, prefetch
 from jaxdp.run import preflight, same_run
@@ -92,7 +92,7 @@ def evaluate_all(
     found = {}
     for name, feed in feeds.items():
         evaluation = evaluate(p_eval_step, params, watch(feed.evaluation()), replicas)
-        found[name] = dataclasses.replace(evaluation, tokens_per_byte=feed.cache.tokens_per_byte)
+        found[name] = dataclasses.replace(evaluation, tokens_per_byte=feed.tokens_per_byte)
     return found
 
 
@@ -159,24 +159,33 @@ def evaluate_valid(
     devices: Sequence[jax.Device] | None = None,
     say: Callable[[str], None] = print,
 ) -> tuple[int, Evaluations]:
-    """Evaluates like `evaluate_checkpoint`, with a config that `completed` has made of `saved`."""
+    """Evaluates like `evaluate_checkpoint`, with a config that `completed` has made of `saved`.
+
+    Of another data.path, keys of data that are as the run's apply where they fit its kind.
+    """
     same_run.check(config, saved)
     now, before = configs.flatten(config.data, "data."), configs.flatten(saved)
-    other = any(now[key] != before.get(key, now[key]) for key in now.keys() - {"data.cache_dir"})
-    if other:
+    given = {key for key in now if now[key] != before.get(key, now[key])} - {"data.cache_dir"}
+    if given:
         # A tokenizer trained on the new data would not be the run's.
         config.tokenizer = str(workdir / "tokenizer.json")
+    if "data.chat_template" not in given:
+        chat.take_template(config, workdir)
     replicas = Replicas(devices)
     _fit(config, replicas.device_count)
-    feed = Feed(config, open_cache(config, say, train=not other))
+    own = eval_sets.of_kind(config, given) if "data.path" in given else config
+    feed = Feed(own, open_cache(own, say, train=not given))
     preflight.check_split(feed, "validation")
     feeds = {"": feed} | preflight.open_eval_sets(config, feed.cache, say)
+    run = _joined(saved, {})
+    preflight.say_of_trained_text(own, run, say)
+    preflight.say_of_trained_sets(config, say, run)
     setup = setup_of_feeds(feeds, replicas.device_count, 1)
     rows = setup.sizes.micro
 
     def check(step: int, extra: dict[str, Any]) -> None:
         nonlocal rows
-        if not other:
+        if not given:
             preflight.check_tokens(feed, step, extra)
         # The run may have had more devices, and so fewer sequences on each.
         rows = min(setup.sizes.micro, extra.get("micro", setup.sizes.micro))
@@ -207,7 +216,7 @@ def _fit(config: ConfigDict, device_count: int) -> None:
 def completed(saved: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
     """Returns a valid config from a saved one, which may be of another version, and changes to it.
 
-    Of data that the run doesn't have, all is for evaluation, unless the changes say how much is.
+    Of other data than the run's, all is for evaluation, unless the changes say how much is.
 
     Args:
       saved: the result of `config.load`; missing keys get defaults, unknown keys are left out.
@@ -216,17 +225,24 @@ def completed(saved: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
     Raises:
       ConfigError: the resulting config isn't valid.
     """
-    config = default.get_config()
-    known = configs.flatten(config)
     configs.check_known(dict(changes))
-    with config.ignore_type():
-        for flat in (configs.flatten(saved), changes):
-            config.update_from_flattened_dict({k: v for k, v in flat.items() if k in known})
+    config = _joined(saved, changes)
+    config.wandb_project = ""  # Nothing is sent there.
     validate(config)
-    trained = configs.flatten(saved).get("data.path", "")
-    if config.data.path != trained and not share_files(config.data.path, trained):
+    now, trained = (list(contents(c.data.path).values()) for c in (config, _joined(saved, {})))
+    if now != trained:
         everything = {"data.eval_fraction": 1.0, "eval_max_batches": 0}
         config.update_from_flattened_dict(
             {key: value for key, value in everything.items() if key not in changes}
         )
+    return config
+
+
+def _joined(saved: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
+    """Returns the default config with a saved one's values and changes, as far as it has them."""
+    config = default.get_config()
+    known = configs.flatten(config)
+    with config.ignore_type():
+        for flat in (configs.flatten(saved), changes):
+            config.update_from_flattened_dict({k: v for k, v in flat.items() if k in known})
     return config

@@ -16,7 +16,7 @@ from jaxdp.data import eval_sets, special_tokens, splits
 from jaxdp.data.cache import TokenCache
 from jaxdp.data.feed import Feed
 from jaxdp.data.layout import SPLITS
-from jaxdp.data.sources import has_splits, share_files
+from jaxdp.data.sources import has_splits
 from jaxdp.estimate import memory
 from jaxdp.huggingface import load
 from jaxdp.model.architecture import ModelConfig
@@ -41,11 +41,17 @@ def check_data(feed: Feed, say: Callable[[str], None] = print) -> None:
         check_split(feed, split)
     config, cache = feed.config, feed.cache
     train, evaluation = config.data.train_split, config.data.eval_split
-    named = has_splits(config.data.path)  # Else data.eval_fraction splits the files.
-    if named and splits.overlap(train, evaluation):
+    found = splits.trained_on(config, config)
+    if any(map(has_splits, found)):
         say(
             f"Evaluation is on text that is trained on: data.eval_split={shown(evaluation)} has "
             f"some of data.train_split={shown(train)}."
+        )
+    if files := [source for source in found if not has_splits(source)]:
+        # Each is divided by data.eval_fraction for itself.
+        say(
+            f"Evaluation is on text that is trained on: in data.path, {' and '.join(files)} have "
+            "files in common."
         )
     if config.objective == "causal" and config.sample.num_tokens:
         try:
@@ -96,11 +102,31 @@ def open_eval_sets(
     return sets
 
 
-def say_of_trained_sets(config: ConfigDict, say: Callable[[str], None]) -> None:
-    """Calls `say` with a warning for each of eval_sets that has files of data.path."""
-    for name, path in eval_sets.parse(config.eval_sets).items():
-        if share_files(path, config.data.path):
-            say(f"Evaluation set {name} may be trained on: it has files of data.path.")
+def say_of_trained_sets(
+    config: ConfigDict, say: Callable[[str], None], run: ConfigDict | None = None
+) -> None:
+    """Calls `say` with a warning for each of eval_sets that has text of a run's training split.
+
+    `run` is the config of that run, by default `config`.
+    """
+    for name in eval_sets.parse(config.eval_sets):
+        with eval_sets.named(config, name):
+            own = eval_sets.config_of(config, name)
+        if splits.trained_on(own, run or config):
+            say(f"Evaluation set {name} may be trained on: it has text of data.path.")
+
+
+def say_of_trained_text(config: ConfigDict, run: ConfigDict, say: Callable[[str], None]) -> None:
+    """Calls `say` with a warning if the validation text of a config may be what a run trains on."""
+    if splits.trained_on(config, run):
+        keys = ("path", "eval_split", "train_split", "eval_fraction")
+        differing = [
+            f"data.{key}={shown(config.data[key])} (the run's is {shown(run.data[key])})"
+            for key in keys
+            if config.data[key] != run.data[key]
+        ]
+        reason = ", ".join(differing) or "so it was in the run"
+        say(f"Evaluation may be on text that is trained on: {reason}.")
 
 
 def check_tokens(feed: Feed, step: int, saved: dict) -> bool:

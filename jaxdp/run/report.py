@@ -68,7 +68,7 @@ def _evaluation(feed: Feed) -> str:
     if c.eval_max_batches:
         part = f"{c.eval_max_batches:,} batches of the validation split"
     hint = "; bits/byte is the loss in bits per byte of text, comparable between tokenizers"
-    return f"every {c.eval_every:,} steps, on {part}" + (hint if feed.cache.tokens_per_byte else "")
+    return f"every {c.eval_every:,} steps, on {part}" + (hint if feed.tokens_per_byte else "")
 
 
 def _ends(feed: Feed) -> str:

@@ -19,7 +19,9 @@ LOGGED = ("eval/loss", "eval/perplexity", "eval/bits_per_byte")
 
 def logged(workdir, step):
     [record] = [r for r in figures(workdir) if r["step"] == step]
-    return {name: record[name] for name in LOGGED}
+    masked = json.loads((workdir / "config.json").read_text())["objective"] == "masked"
+    assert ("eval/bits_per_byte" in record) != masked  # That loss is no length of the text.
+    return {name: record[name] for name in LOGGED[: 2 if masked else 3]}
 
 
 def evaluated(workdir, which="newest", **changes):
@@ -81,6 +83,72 @@ def test_all_of_a_given_text_is_evaluated(workdir, tmp_path):
     (tmp_path / "link.txt").symlink_to(own)
     for name in (own, str(tmp_path / "link.txt")):
         assert evaluated(workdir, data__path=name) == (4, logged(workdir, 4))
+
+
+@pytest.fixture
+def parts(short, tmp_path):
+    """A run on a folder of three files of 900 characters; its workdir, and a way to evaluate it.
+
+    That returns {eval set: tokens}, and the lines that are said of what is trained on.
+    """
+    (tmp_path / "set").mkdir()
+    for name in "abc":
+        (tmp_path / "set" / f"{name}.txt").write_text(TEXT[:900])
+    short.data.path = str(tmp_path / "set")
+    loop.train(short, tmp_path / "run", devices=jax.local_devices()[:1])
+
+    def evaluate(**changes):
+        said: list[str] = []
+        flat = {key.replace("__", "."): value for key, value in changes.items()}
+        devices = jax.local_devices()[:1]
+        _, found = evaluate_checkpoint(
+            tmp_path / "run", "newest", flat, devices=devices, say=said.append
+        )
+        tokens = {name: evaluation.tokens for name, evaluation in found.items()}
+        return tokens, [line for line in said if "trained on" in line]
+
+    return tmp_path, evaluate
+
+
+def test_evaluation_on_what_the_run_trained_on_is_said(parts):
+    """A part of the run's files is another text, of which all is evaluated."""
+    folder, evaluate = parts
+    (folder / "other.txt").write_text(TEXT[900:1900])
+    every = ",".join(f"{folder}/set/{name}.txt" for name in "abc")
+    assert evaluate() == evaluate(data__path=every) == ({"": 269}, [])
+    assert evaluate(data__path=f"{folder}/other.txt") == ({"": 999}, [])
+    assert evaluate(data__eval_fraction=0.05) == ({"": 134}, [])
+    for changes, tokens in (
+        ({"data__path": f"{folder}/set/a.txt"}, {"": 899}),
+        ({"data__path": f"{folder}/*/[bc].txt"}, {"": 1799}),
+        ({"data__path": f"{folder}/set/c.txt", "data__eval_fraction": 0.1}, {"": 89}),
+        ({"data__eval_fraction": 0.5}, {"": 1349}),
+        ({"eval_sets": f"x={folder}/set/a.txt"}, {"": 269, "x": 899}),
+    ):
+        found, [line] = evaluate(**changes)
+        assert found == tokens
+        assert line.startswith(("Evaluation may be on text that is", "Evaluation set x may be"))
+
+
+def test_all_of_a_text_is_evaluated_by_a_run_on_records(short, tmp_path):
+    """What is about the run's kind of data doesn't concern it."""
+    lines = [f'{{"q": "{i} is ", "text": "{"odd" if i % 2 else "even"}"}}\n' for i in range(60)]
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    (tmp_path / "other.txt").write_text(TEXT[:1601])
+    short.data.update({"path": f"{tmp_path}/a.jsonl", "packing": "padded", "prompt_key": "q"})
+    short.tokenizer, short.eval_sets = "byte", f"own={tmp_path}/a.jsonl"
+    found = loop.train(short, tmp_path / "run", devices=jax.local_devices()[:1]).evaluations
+    devices, changes = jax.local_devices()[:1], {"data.path": f"{tmp_path}/other.txt"}
+    _, other = evaluate_checkpoint(tmp_path / "run", changes=changes, devices=devices)
+    assert other[""].tokens == 1601  # And a token that ends it.
+    assert other["own"] == found["own"]
+
+
+def test_a_run_in_wandb_is_evaluated_without_it(workdir, monkeypatch):
+    config = json.loads((workdir / "config.json").read_text())
+    (workdir / "config.json").write_text(json.dumps(config | {"wandb_project": "p"}))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert evaluated(workdir) == (4, logged(workdir, 4))
 
 
 def test_a_text_that_has_changed_is_refused(trained, workdir, tmp_path):

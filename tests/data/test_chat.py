@@ -17,6 +17,8 @@ from jaxdp.data.feed import Feed
 from jaxdp.data.layout import BEGINS, LEARNT
 from jaxdp.data.sources import get_source
 from jaxdp.data.tokenizer import get_tokenizer
+from jaxdp.run import loop
+from jaxdp.run.evaluation import evaluate_checkpoint
 from jaxdp.step.setup import validate
 from jaxdp.workdir.conversation import Conversation
 from support.bad_input import train
@@ -258,6 +260,38 @@ def test_a_template_writes_the_settings_bos_though_documents_do_not_begin_with_i
         assert ((cache.train == words.token_to_id("<s>")) == begins).all()
     chats.data.bos = ""
     assert source_of(chats) == template
+
+
+def test_other_chats_are_evaluated_as_the_runs_own_with_the_template_of_training(chats, tmp_path):
+    """As an eval set, and afterwards; whatever has become of the file of the template."""
+    template = "{{ bos_token }} " + TEMPLATE.replace("<s> ", "")
+    settings = {"add_bos_token": False, "bos_token": "<s>", "eos_token": "<end>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    file, copy = tmp_path / "own.jinja", tmp_path / "copy.jsonl"
+    file.write_text(template)
+    lines = (tmp_path / "chats.jsonl").read_text().splitlines()
+    copy.write_text("\n".join(lines[-6:]))  # The validation split.
+    chats.data.update({"chat_template": str(file), "packing": "documents"})
+    chats.update({"seq_len": 24, "eval_sets": f"copy={copy}"})
+    found = loop.train(chats, tmp_path / "run").evaluations
+    assert found["copy"] == found[""]
+
+    def evaluated(**changes):
+        told: list[str] = []
+        flat = {key.replace("__", "."): value for key, value in changes.items()}
+        _, result = evaluate_checkpoint(tmp_path / "run", "newest", flat, say=told.append)
+        return result, told
+
+    for change in (lambda: None, lambda: file.write_text("# " + template), file.unlink):
+        change()
+        assert evaluated() == (found, [])  # From the run's own token cache.
+        assert evaluated(data__path=str(copy))[0] == found
+    (tmp_path / "words.txt").write_text("sky blue " * 50)
+    other = evaluated(data__path=str(tmp_path / "words.txt"))[0]  # Text is no chat.
+    assert other[""].tokens == 100 and other["copy"] == found["copy"]
+    (tmp_path / "other.jinja").write_text("! " + template)
+    changes = {"data__path": str(copy), "data__chat_template": str(tmp_path / "other.jinja")}
+    assert evaluated(**changes)[0] != found
 
 
 def test_texts_to_train_on_do_not_depend_on_the_day(tmp_path):

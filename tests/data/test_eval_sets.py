@@ -84,6 +84,7 @@ def test_sets_of_another_kind_than_the_runs_own_data(config, tmp_path):
     config.data.path = f"{tmp_path}/set.jsonl"
     eval_sets.check(config)
     opened = eval_sets.open_set(config, "b", open_cache(config), print)  # All of its text.
+    assert config.data.packing == "padded"
     assert opened.validation.total == -(-(len(opened.cache.validation) - 1) // config.seq_len)
 
 

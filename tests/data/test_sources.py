@@ -17,6 +17,7 @@ from pyarrow import parquet
 from jaxdp.common.errors import ConfigError
 from jaxdp.configs import default
 from jaxdp.data import files
+from jaxdp.data.cache import open_cache
 from jaxdp.data.example import Example, texts
 from jaxdp.data.sources import get_source, get_sources, separated
 from jaxdp.data.tensorflow import tf
@@ -297,6 +298,35 @@ def test_a_line_that_is_no_example_is_refused_by_its_place(line, tmp_path):
     assert "\n" not in str(e.value)
 
 
+def test_a_tfds_dataset_of_the_same_name_with_other_files_has_another_cache(
+    tfds_config, tmp_path, monkeypatch
+):
+    """In another folder, or made again there; the same texts are the same tokens to a run."""
+    tfds_config.data.cache_dir, tfds_config.tokenizer = str(tmp_path / "cache"), "byte"
+    found, told = {}, []
+    for name in ("one", "two", "one"):
+        monkeypatch.setitem(DOCUMENTS, "test", [name, "three"])
+        tfds_config.data.data_dir = str(tmp_path / name)
+        cache = open_cache(tfds_config, told.append)
+        assert bytes((cache.validation % 256).astype("u1")).startswith(name.encode())
+        assert found.setdefault(name, cache.folder) == cache.folder
+    assert sum("Tokenising" in line for line in told) == 2
+    [file] = (tmp_path / "one").rglob("*test.tfrecord*")
+    os.utime(file, (1, 1))
+    again = open_cache(tfds_config)
+    assert again.folder not in found.values() and again.digest == cache.digest
+
+
+def test_a_process_that_waited_while_another_prepared_reads_what_that_has_made(
+    tfds_config, tmp_path
+):
+    tfds_config.data.data_dir = str(tmp_path)
+    first, second = get_source(tfds_config), get_source(tfds_config)
+    first.prepare()
+    assert first.identity() == second.identity()
+    assert list(texts(second.examples("train"))) == DOCUMENTS["train"]
+
+
 def test_prompts_of_a_tfds_dataset(tfds_config):
     tfds_config.data.update({"prompt_key": "text", "text_key": "text"})
     text = DOCUMENTS["test"][0]
@@ -304,6 +334,20 @@ def test_prompts_of_a_tfds_dataset(tfds_config):
     tfds_config.data.prompt_key = "label"
     with pytest.raises(ConfigError, match=r"data\.prompt_key='label' is no text feature"):
         next(get_source(tfds_config).examples("validation"))
+
+
+def test_a_file_of_several_names_is_read_once(tmp_path, monkeypatch):
+    """Else its end, which is validation text, would also be trained on."""
+    (tmp_path / "set").mkdir()
+    for name in "ab":
+        (tmp_path / "set" / f"{name}.txt").write_text(name * 10)
+    (tmp_path / "set" / "z.txt").symlink_to("a.txt")
+    for path in (f"{tmp_path}/set", f"{tmp_path}/set/a.txt,{tmp_path}/set/../set/*.txt"):
+        told: list[str] = []
+        kind, found = files.find(path, None, told.append)
+        assert (kind, [file.name for file in found]) == ("text", ["a.txt", "b.txt"])
+        assert len(told) == 1 and "by another name, and is read once" in told[0]
+        assert "".join(documents(path, "train", 0.5)) == "a" * 10
 
 
 def test_a_text_file_has_no_prompts(corpus):
@@ -341,7 +385,6 @@ def test_other_datasets_keep_what_looks_like_it(corpus):
 
 def test_a_built_dataset_trains(tfds_config, config, tmp_path):
     """From the files that TFDS wrote, through all of the pipeline; TFDS text is bytes."""
-    from jaxdp.data.cache import open_cache
     from jaxdp.data.feed import Feed
 
     config.data.update(tfds_config.data)
@@ -431,6 +474,19 @@ def test_records_without_a_text_are_skipped_where_that_is_meant(tmp_path):
     config.data.skip_missing = True
     with pytest.raises(ConfigError, match=r"line 2 holds no text \('text' is of type int\)"):
         list(get_source(config).examples("validation"))
+
+
+def test_a_parquet_file_without_the_column_can_be_skipped(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(parquet_of(TABLE))
+    parquet.write_table(pyarrow.table({"body": ["x"] * 6, "n": [1] * 6}), tmp_path / "b.parquet")
+    config = default.get_config()
+    config.data.update({"path": str(tmp_path), "skip_missing": True, "eval_fraction": 0.5})
+    kept = [Example("", text) for text, _ in TABLE]
+    assert list(get_source(config).examples("train")) == [*kept, None]
+    assert list(get_source(config).examples("validation")) == [None] * 5
+    config.data.skip_missing = False
+    with pytest.raises(ConfigError, match=r"row 1 has no 'text' but 'body', 'n'.*skip_missing="):
+        list(get_source(config).examples("train"))
 
 
 @pytest.mark.parametrize(
@@ -583,8 +639,10 @@ def test_a_dataset_of_the_hub_is_streamed(hub_folder):
     ):
         list(get_source(config).examples("validation"))
     config.data.text_key = "content"
-    with pytest.raises(ConfigError, match=r"has no 'content' but 'text', 'n'"):
+    config.data.skip_missing = True  # It can't help: no record has the key.
+    with pytest.raises(ConfigError, match=r"has no 'content' but 'text', 'n'") as refused:
         list(get_source(config).examples("train"))
+    assert "skip_missing" not in str(refused.value)
     config.data.path = f"hf:{folder}:other"
     with pytest.raises(ConfigError, match="can't be opened by the library datasets"):
         get_source(config)

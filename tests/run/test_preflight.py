@@ -188,3 +188,54 @@ def test_evaluation_on_what_is_trained_on_is_said(config, path, train, evaluatio
     config.data.update({"path": path, "train_split": train, "eval_split": evaluation})
     preflight.check_data(feed, said.append)
     assert bool(said) == warned and all("text that is trained on" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("path", "warned"),
+    [
+        ("0.5*text:{0}/a.txt+0.5*text:{0}", True),
+        ("0.5*text:{0}/a.txt+0.5*text:{0}/link.txt", False),  # Both are divided alike.
+        ("0.5*text:{0}/a.txt+0.5*text:{0}/b.txt", False),
+    ],
+)
+def test_trained_on_text_of_another_source_of_a_mixture_is_said(config, tmp_path, path, warned):
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text("1 is odd " * 99)
+    (tmp_path / "link.txt").symlink_to("a.txt")
+    config.data.path, said = path.format(tmp_path), []
+    preflight.check_data(Feed(config, open_cache(config)), said.append)
+    assert len(said) == warned and all("have files in common" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("now", "warned"),
+    [
+        ({}, False),
+        ({"eval_split": "train"}, True),
+        ({"eval_split": "train[:2%]"}, True),
+        ({"eval_split": "other"}, False),
+        ({"eval_split": "", "train_split": "other"}, False),
+        ({"eval_split": "", "train_split": "train"}, True),
+        ({"path": "hf:b", "eval_split": "train"}, False),
+    ],
+)
+def test_other_splits_that_the_run_trained_on_are_said(config, now, warned):
+    config.data.update({"path": "hf:a", "train_split": "train[1%:]", "eval_split": "train[:1%]"})
+    run, said = config.copy_and_resolve_references(), []
+    config.data.update(now)
+    preflight.say_of_trained_text(config, run, said.append)
+    assert len(said) == warned and all("may be on text that is trained on" in s for s in said)
+
+
+def test_other_documents_of_a_split_that_the_run_trained_on_are_said(config):
+    """Of one split, validation is taken at distances that depend on the fraction."""
+    config.data.update({"path": "hf:a", "eval_split": "", "eval_fraction": 0.1})
+    for fraction, warned in ((0.1, False), (0.03, True), (0.3, True)):
+        run, said = config.copy_and_resolve_references(), []
+        config.data.eval_fraction = fraction
+        preflight.say_of_trained_text(config, run, said.append)
+        assert len(said) == warned
+        config.data.eval_fraction = 0.1
+    config.eval_sets = "x=hf:a"  # All of its documents.
+    preflight.say_of_trained_sets(config, said.append)
+    assert said[-1].startswith("Evaluation set x may be trained on")
