@@ -15,7 +15,8 @@ from ml_collections import ConfigDict
 from jaxdp.common import config as configs
 from jaxdp.common.choices import MAX_INT32
 from jaxdp.common.files import num_bytes
-from jaxdp.data.cache import open_cache
+from jaxdp.data import eval_sets
+from jaxdp.data.cache import TokenCache, open_cache
 from jaxdp.estimate import advice, assumptions, compiled, memory, scaling, tables
 from jaxdp.estimate.assumptions import MFU, Assumptions
 from jaxdp.estimate.budget import Budget, Proposal, propose
@@ -111,7 +112,7 @@ def plan(
     proposal = None
     if hours is not None:
         cache = open_cache(config, report) if config.data.path and not vocab_size else None
-        text = (cache.train.size, cache.validation.size) if cache else ()
+        text = (cache.train.size, evaluated_sizes(config, cache, report)) if cache else ()
         there = Budget(hours, vocab, machine.devices, *text)
         measure = functools.partial(
             timed, vocab=vocab, devices=machine.devices, room=room[0], report=report
@@ -161,6 +162,17 @@ def plan(
         }
         | ({f"Ways to synchronise {count} devices": advice.rows(ways)} if count > 1 else {}),
     )
+
+
+def evaluated_sizes(
+    config: ConfigDict, cache: TokenCache, report: Callable[[str], None]
+) -> list[int]:
+    """Returns the number of tokens of the validation split and of each of eval_sets."""
+    sizes = [cache.validation.size]
+    for name in eval_sets.parse(config.eval_sets):
+        with eval_sets.named(config, name):
+            sizes.append(eval_sets.open_set(config, name, cache, report).cache.validation.size)
+    return sizes
 
 
 def evaluation_bytes(setup: Setup, step: Compiled) -> int:
