@@ -13,7 +13,7 @@ import jax
 from ml_collections import ConfigDict
 
 from jaxdp.common import config as configs
-from jaxdp.common.choices import MAX_INT32
+from jaxdp.common.choices import MAX_INT32, check_options
 from jaxdp.common.files import num_bytes
 from jaxdp.data import eval_sets
 from jaxdp.data.cache import TokenCache, open_cache
@@ -102,8 +102,21 @@ def plan(
       report: called with a line of text before something slow.
 
     Raises:
-      ConfigError: the config is wrong, or can't be planned on this host.
+      ConfigError: the config or a number is wrong, or can't be planned on this host.
     """
+    configs.check_values(config)
+    options = {
+        "devices": devices,
+        "hosts": hosts,
+        "bandwidth_gbps": bandwidth_gbps,
+        "inside_bandwidth_gbps": inside_bandwidth_gbps,
+        "latency_us": latency_us,
+        "tflops": tflops,
+        "mfu": mfu,
+        "memory_gib": memory_gib,
+        "vocab_size": vocab_size,
+    }
+    check_options(**{name: value for name, value in options.items() if value is not None})
     config = config.copy_and_resolve_references()
     vocab = vocabulary(config, vocab_size, report)
     count = devices or (1 if gpu else jax.local_device_count())

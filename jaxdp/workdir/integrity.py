@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jaxdp.common.errors import ConfigError, RunError
+from jaxdp.common.errors import ConfigError, RunError, check_step
 from jaxdp.common.files import first_line, write_atomically
 from jaxdp.sync.fingerprints import fingerprints
 from jaxdp.workdir.reading import ending_reads, is_io_error
@@ -239,12 +239,13 @@ def best_steps(folder: Path, steps: list[int]) -> list[int]:
     return [min(group, key=lambda step: (finite[step], -step)) for group in groups if group]
 
 
-def step_of(folder: Path, steps: list[int], which: str) -> int:
+def step_of(folder: Path, steps: list[int], which: str | int) -> int:
     """Returns the step that `which` means: "best" by validation loss, or a number of steps.
 
     Raises:
       ConfigError: there is no such checkpoint.
     """
+    check_step(which)
     if which == "best":
         best = best_steps(folder, steps)
         if not best:
