@@ -25,7 +25,9 @@ def get_config() -> ConfigDict:
     c.seq_len = 256  # Tokens per sequence; also the longest context of the model.
     c.log_every = 10  # Steps between lines of metrics.jsonl.
     c.eval_every = 250  # Steps between evaluations; there is always one at the end.
-    c.eval_max_batches = 0  # Batches per evaluation; 0: the entire validation split.
+    # Batches per evaluation; 0: the entire validation split. After a change, the best checkpoint is
+    # chosen anew.
+    c.eval_max_batches = 0
     # More data to evaluate on, "NAME=PATH,NAME=PATH": all text of files, data.eval_split of TFDS.
     # Logged as eval/NAME/loss. Early stopping and the choice of the best checkpoint ignore it.
     c.eval_sets = ""

@@ -23,7 +23,7 @@ from ml_collections import config_flags
 
 from jaxdp.common import cli, config_file, paths
 from jaxdp.common import config as configs
-from jaxdp.common.errors import ConfigError, shown
+from jaxdp.common.errors import ConfigError, check_step, shown
 from jaxdp.common.terminal import Display
 from jaxdp.configs import default
 
@@ -53,7 +53,7 @@ def main() -> int:
     """Evaluates a checkpoint and prints the result; returns the exit status."""
     if not WORKDIR.value:
         raise ConfigError("--workdir is missing: give the folder of a training run")
-    cli.check_step(STEP)
+    check_step(STEP.value)
     workdir = paths.local("--workdir", WORKDIR.value)
     # Imported here, so that --help and mistakes in flags don't wait seconds for JAX.
     from jaxdp.parallel import cpu

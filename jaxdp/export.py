@@ -15,8 +15,7 @@ import sys
 from absl import flags
 
 from jaxdp.common import cli, paths
-from jaxdp.common.choices import CHOICES
-from jaxdp.common.errors import ConfigError, shown
+from jaxdp.common.errors import ConfigError, check_step
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.")
 OUTPUT = flags.DEFINE_string("output", None, "Folder to make; must not exist yet.")
@@ -31,13 +30,9 @@ def main() -> int:
         raise ConfigError("--workdir is missing: give the folder of a training run")
     if not OUTPUT.value:
         raise ConfigError("--output is missing: give the folder to make")
-    cli.check_step(STEP)
+    check_step(STEP.value)
     workdir = paths.local("--workdir", WORKDIR.value)
     output = paths.local("--output", OUTPUT.value)
-    if DTYPE.value not in CHOICES["model.dtype"]:
-        raise ConfigError(
-            f"--dtype={shown(DTYPE.value)} is unknown: give {' or '.join(CHOICES['model.dtype'])}"
-        )
     # Imported here, so that --help and mistakes in flags don't wait seconds for JAX.
     from jaxdp.huggingface.save import export
     from jaxdp.run import preflight

@@ -17,23 +17,35 @@ from typing import Any
 from absl import flags
 
 from jaxdp.common import choices, cli, paths
-from jaxdp.common.choices import MAX_INT32
-from jaxdp.common.errors import ConfigError, check_text
+from jaxdp.common.choices import OPTIONS
+from jaxdp.common.errors import ConfigError, check_step, check_text
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.")
 STEP = flags.DEFINE_string("step", "newest", "Checkpoint: newest, best, or a number of steps.")
 PROMPT = flags.DEFINE_multi_string("prompt", [], "Text to continue; may be given several times.")
 CHAT = flags.DEFINE_bool("chat", False, "Answer the lines of stdin, one after the other.")
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Continuations of each prompt.", 1, 10_000)
-NUM_TOKENS = flags.DEFINE_integer("num_tokens", 200, "Tokens to add to each prompt.", 1, MAX_INT32)
+NUM_TOKENS = flags.DEFINE_integer(
+    "num_tokens", 200, "Tokens to add to each prompt.", *OPTIONS["num_tokens"]
+)
 TEMPERATURE = flags.DEFINE_float(
-    "temperature", choices.TEMPERATURE, "Sampling temperature; 0: always the likeliest token.", 0.0
+    "temperature",
+    choices.TEMPERATURE,
+    "Sampling temperature; 0: always the likeliest token.",
+    *OPTIONS["temperature"],
 )
-TOP_K = flags.DEFINE_integer("top_k", 0, "Sample from the k likeliest tokens only; 0: from all.", 0)
+TOP_K = flags.DEFINE_integer(
+    "top_k", 0, "Sample from the k likeliest tokens only; 0: from all.", *OPTIONS["top_k"]
+)
 TOP_P = flags.DEFINE_float(
-    "top_p", 1.0, "Sample from the likeliest tokens whose probabilities reach p.", 1e-6, 1.0
+    "top_p",
+    1.0,
+    "Sample from the likeliest tokens whose probabilities reach p.",
+    *OPTIONS["top_p"],
 )
-SEED = flags.DEFINE_integer("seed", 0, "Random seed; equal seeds give equal texts.", 0, MAX_INT32)
+SEED = flags.DEFINE_integer(
+    "seed", 0, "Random seed; equal seeds give equal texts.", *OPTIONS["seed"]
+)
 
 
 def main() -> int:
@@ -45,7 +57,7 @@ def main() -> int:
     if not PROMPT.value and not CHAT.value:
         raise ConfigError("--prompt is missing: give a text to continue")
     cli.check_finite(TEMPERATURE, TOP_P)
-    cli.check_step(STEP)
+    check_step(STEP.value)
     workdir = paths.local("--workdir", WORKDIR.value)
     # Imported here, so that --help and mistakes in flags don't wait seconds for JAX.
     from jaxdp.run import preflight

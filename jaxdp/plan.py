@@ -19,7 +19,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from jaxdp.common import cli, pictures
-from jaxdp.common.choices import MAX_INT32
+from jaxdp.common.choices import OPTIONS
 from jaxdp.common.terminal import Display
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config().")
@@ -27,30 +27,52 @@ GPU = flags.DEFINE_string(
     "gpu", None, "Compile for h100, h200, a100, l4 or rtx4090; by default for this machine's."
 )
 DEVICES = flags.DEFINE_integer(
-    "devices", None, "Number of devices; by default one GPU, or this machine's.", 1, MAX_INT32
+    "devices",
+    None,
+    "Number of devices; by default one GPU, or this machine's.",
+    *OPTIONS["devices"],
 )
-HOSTS = flags.DEFINE_integer("hosts", 1, "Machines that the GPUs are in, together.", 1, MAX_INT32)
+HOSTS = flags.DEFINE_integer(
+    "hosts", 1, "Machines that the GPUs are in, together.", *OPTIONS["hosts"]
+)
 BANDWIDTH = flags.DEFINE_float(
-    "bandwidth_gbps", None, "Gbit/s that a device can send; by default by NVLink, or 100.", 1e-6
+    "bandwidth_gbps",
+    None,
+    "Gbit/s that a device can send; by default by NVLink, or 100.",
+    *OPTIONS["bandwidth_gbps"],
 )
 INSIDE = flags.DEFINE_float(
     "inside_bandwidth_gbps",
     None,
     "Gbit/s within an island; by default by NVLink.",
-    1e-6,
+    *OPTIONS["inside_bandwidth_gbps"],
 )
-LATENCY = flags.DEFINE_float("latency_us", 10.0, "Latency of a message in microseconds.", 0.0)
+LATENCY = flags.DEFINE_float(
+    "latency_us", 10.0, "Latency of a message in microseconds.", *OPTIONS["latency_us"]
+)
 TFLOPS = flags.DEFINE_float(
-    "tflops", None, "10^12 FLOP/s that a device reaches; by default by --mfu, or measured.", 1e-6
+    "tflops",
+    None,
+    "10^12 FLOP/s that a device reaches; by default by --mfu, or measured.",
+    *OPTIONS["tflops"],
 )
 MFU = flags.DEFINE_float(
-    "mfu", 0.4, "Share of the GPU's bfloat16 peak that a step reaches, without remat.", 1e-6, 1.0
+    "mfu",
+    0.4,
+    "Share of the GPU's bfloat16 peak that a step reaches, without remat.",
+    *OPTIONS["mfu"],
 )
 MEMORY = flags.DEFINE_float(
-    "memory_gib", None, "GiB of a device for programs; by default what JAX takes of it.", 1e-6
+    "memory_gib",
+    None,
+    "GiB of a device for programs; by default what JAX takes of it.",
+    *OPTIONS["memory_gib"],
 )
 VOCAB_SIZE = flags.DEFINE_integer(
-    "vocab_size", None, "Size of the vocabulary; by default taken from the tokenizer.", 1, MAX_INT32
+    "vocab_size",
+    None,
+    "Size of the vocabulary; by default taken from the tokenizer.",
+    *OPTIONS["vocab_size"],
 )
 HOURS = flags.DEFINE_float(
     "hours", None, "Plan the best model that can be trained in this time, on these devices."

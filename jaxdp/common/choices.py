@@ -1,4 +1,10 @@
-"""The allowed values of the config's keys."""
+"""The allowed values of the config's keys, and of other numbers that the user gives."""
+
+import math
+import numbers
+from typing import Any
+
+from jaxdp.common.errors import ConfigError, shown
 
 # The values of sync.dtype that compress what is sent, and how many values a number can take.
 LEVELS = {"int8": 256, "int4": 16, "int2": 4, "ternary": 3, "int1": 2}
@@ -87,6 +93,25 @@ RANGES = {
     "profile.num_steps": (0, MAX_INT32),
 }
 
+# Option of generate and plan, as a flag or an argument -> (lowest, highest) allowed value, both
+# included; None: any. Where the lowest is an int, the value is one.
+OPTIONS: dict[str, tuple[Any, Any]] = {
+    "num_tokens": (1, MAX_INT32),
+    "temperature": (0.0, None),
+    "top_k": (0, None),
+    "top_p": (1e-6, 1.0),
+    "seed": (0, MAX_INT32),
+    "devices": (1, MAX_INT32),
+    "hosts": (1, MAX_INT32),
+    "bandwidth_gbps": (1e-6, None),
+    "inside_bandwidth_gbps": (1e-6, None),
+    "latency_us": (0.0, None),
+    "tflops": (1e-6, None),
+    "mfu": (1e-6, 1.0),
+    "memory_gib": (1e-6, None),
+    "vocab_size": (1, MAX_INT32),
+}
+
 # Keys of IDENTITY that the config.json of an older version lacks; it behaved as their defaults.
 NEW_KEYS = (
     "init_from",
@@ -111,3 +136,17 @@ NEW_KEYS = (
     "model.window_skip",
     "model.attention_dropout",
 )
+
+
+def check_options(**given: Any) -> None:
+    """Raises ConfigError for a value that OPTIONS doesn't allow, or that is no finite number."""
+    for name, value in given.items():
+        low, high = OPTIONS[name]
+        kind = numbers.Integral if type(low) is int else numbers.Real
+        fits = isinstance(value, kind) and not isinstance(value, bool)
+        if not (fits and low <= value < math.inf and (high is None or value <= high)):
+            one = "an integer" if type(low) is int else "a number"
+            most = "" if high is None else f" to {high}"
+            raise ConfigError(
+                f"--{name}={shown(value)} is not allowed: give {one} from {low}{most}"
+            )

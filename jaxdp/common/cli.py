@@ -183,14 +183,6 @@ def check_finite(*given: flags.FlagHolder) -> None:
             raise ConfigError(f"--{flag.name}={flag.value} is not finite: give a finite number")
 
 
-def check_step(flag: flags.FlagHolder) -> None:
-    """Raises ConfigError if a flag's value can't name a checkpoint."""
-    if not re.fullmatch("newest|best|[0-9]{1,10}", flag.value):
-        raise ConfigError(
-            f"--{flag.name}={shown(flag.value)} names no checkpoint: give newest, best, or a number"
-        )
-
-
 def prepare_jax() -> None:
     """Prepares JAX for a command, except for what the user has set; call it before JAX is used.
 

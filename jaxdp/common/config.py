@@ -58,8 +58,13 @@ def check_values(config: ConfigDict) -> None:
     """Checks each key of a config by itself.
 
     Raises:
-      ConfigError: a key is unknown or missing, of the wrong type, or out of range.
+      ConfigError: a key is unknown or missing, of the wrong type, or out of range, or it is none.
     """
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(
+            f"the config is of type {type(config).__name__}: give a ConfigDict, as get_config() of "
+            "configs/default.py returns"
+        )
     flat = flatten(config)
     check_known(flat)
     _check_values(flatten(default.get_config()), flat)

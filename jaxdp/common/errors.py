@@ -1,5 +1,6 @@
 """Errors that end a command with a one-line message, and helpers to write such messages."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,14 @@ def check_text(key: str, text: str) -> None:
         raise ConfigError(f"{key}={shown(text)} is not UTF-8: write it in UTF-8")
     if "\0" in text and "prompt" not in key:
         raise ConfigError(f"{key}={shown(text)} holds a NUL character: leave it out")
+
+
+def check_step(which: str | int) -> None:
+    """Raises ConfigError for a value of --step that can't name a checkpoint."""
+    if not re.fullmatch("newest|best|[0-9]{1,10}", str(which)):
+        raise ConfigError(
+            f"--step={shown(which)} names no checkpoint: give newest, best, or a number"
+        )
 
 
 def shown(value: Any, length: int = 200, as_text: Callable[[Any], str] = repr) -> str:

@@ -73,7 +73,7 @@ class Budget(NamedTuple):
       vocab: size of the tokenizer's vocabulary.
       devices: those that train.
       train: tokens of training text; 0: not known.
-      validation: tokens of the validation split; 0: not known.
+      validation: tokens of each split to evaluate on; empty: not known.
       ratio: tokens for each parameter of the core; see `Cost`.
     """
 
@@ -81,7 +81,7 @@ class Budget(NamedTuple):
     vocab: int
     devices: Sequence[jax.Device]
     train: int = 0
-    validation: int = 0
+    validation: Sequence[int] = ()
     ratio: float = TOKENS_PER_PARAMETER
 
 
@@ -222,6 +222,7 @@ def with_size(config: ConfigDict, size: Size) -> ConfigDict:
     heads = max(1, width // (c.head_dim or (32 if width < 256 else 64 if width < 2048 else 128)))
     groups = max(1, heads * c.num_kv_heads // c.num_heads)  # At most so many; they divide heads.
     groups = max(n for n in range(1, groups + 1) if heads % n == 0)
+    mlp = c.mlp_dim / c.embed_dim * width
     other = config.copy_and_resolve_references()
     other.model.update(
         {
@@ -229,7 +230,7 @@ def with_size(config: ConfigDict, size: Size) -> ConfigDict:
             "embed_dim": width,
             "num_heads": heads,
             "num_kv_heads": groups if c.num_kv_heads else 0,
-            "mlp_dim": round(c.mlp_dim / c.embed_dim * width / 64) * 64,
+            "mlp_dim": round(mlp / 64) * 64 or max(round(mlp), min(c.mlp_dim, 1)),  # 0 is 4 x.
         }
     )
     return other
@@ -249,10 +250,13 @@ def filled(
     """
     parameters, core, per_token = cost(config, size, budget.vocab)
     speed = rate * len(budget.devices) / per_token
-    # An evaluation takes a third of a training step's time, for the forward pass.
-    tokens = USED * 3600 * budget.hours * speed - EVALUATIONS * budget.validation / 3
     unit = METHODS[config.sync.method].batch_unit(config, len(budget.devices)) * len(budget.devices)
-    rows = round(batch_tokens(max(tokens, 1)) / config.seq_len / unit) * unit or unit
+    tokens = total = USED * 3600 * budget.hours * speed
+    for _ in range(2):  # The batch depends on what evaluations leave, and they on the batch.
+        rows = round(batch_tokens(max(tokens, 1)) / config.seq_len / unit) * unit or unit
+        most = config.eval_max_batches * rows * config.seq_len or math.inf
+        # An evaluation takes a third of a training step's time, for the forward pass.
+        tokens = total - EVALUATIONS * sum(min(size, most) for size in budget.validation) / 3
     every = methods.make(config, "", 1).every  # Evaluations come after whole rounds.
     steps = min(int(tokens / rows / config.seq_len), MAX_INT32) // every * every
     if steps < LEAST_STEPS:

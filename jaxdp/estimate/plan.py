@@ -13,9 +13,10 @@ import jax
 from ml_collections import ConfigDict
 
 from jaxdp.common import config as configs
-from jaxdp.common.choices import MAX_INT32
+from jaxdp.common.choices import MAX_INT32, check_options
 from jaxdp.common.files import num_bytes
-from jaxdp.data.cache import open_cache
+from jaxdp.data import eval_sets
+from jaxdp.data.cache import TokenCache, open_cache
 from jaxdp.estimate import advice, assumptions, compiled, memory, scaling, tables
 from jaxdp.estimate.assumptions import MFU, Assumptions
 from jaxdp.estimate.budget import Budget, Proposal, propose
@@ -101,8 +102,21 @@ def plan(
       report: called with a line of text before something slow.
 
     Raises:
-      ConfigError: the config is wrong, or can't be planned on this host.
+      ConfigError: the config or a number is wrong, or can't be planned on this host.
     """
+    configs.check_values(config)
+    options = {
+        "devices": devices,
+        "hosts": hosts,
+        "bandwidth_gbps": bandwidth_gbps,
+        "inside_bandwidth_gbps": inside_bandwidth_gbps,
+        "latency_us": latency_us,
+        "tflops": tflops,
+        "mfu": mfu,
+        "memory_gib": memory_gib,
+        "vocab_size": vocab_size,
+    }
+    check_options(**{name: value for name, value in options.items() if value is not None})
     config = config.copy_and_resolve_references()
     vocab = vocabulary(config, vocab_size, report)
     count = devices or (1 if gpu else jax.local_device_count())
@@ -111,7 +125,7 @@ def plan(
     proposal = None
     if hours is not None:
         cache = open_cache(config, report) if config.data.path and not vocab_size else None
-        text = (cache.train.size, cache.validation.size) if cache else ()
+        text = (cache.train.size, evaluated_sizes(config, cache, report)) if cache else ()
         there = Budget(hours, vocab, machine.devices, *text)
         measure = functools.partial(
             timed, vocab=vocab, devices=machine.devices, room=room[0], report=report
@@ -161,6 +175,17 @@ def plan(
         }
         | ({f"Ways to synchronise {count} devices": advice.rows(ways)} if count > 1 else {}),
     )
+
+
+def evaluated_sizes(
+    config: ConfigDict, cache: TokenCache, report: Callable[[str], None]
+) -> list[int]:
+    """Returns the number of tokens of the validation split and of each of eval_sets."""
+    sizes = [cache.validation.size]
+    for name in eval_sets.parse(config.eval_sets):
+        with eval_sets.named(config, name):
+            sizes.append(eval_sets.open_set(config, name, cache, report).cache.validation.size)
+    return sizes
 
 
 def evaluation_bytes(setup: Setup, step: Compiled) -> int:

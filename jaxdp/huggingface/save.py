@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
 from jaxdp.common import files, paths
+from jaxdp.common.choices import CHOICES
 from jaxdp.common.errors import ConfigError, check_text, shown
 from jaxdp.common.terminal import quantity
 from jaxdp.data import special_tokens, tokenizer
@@ -54,9 +55,14 @@ def export(
       The step of the checkpoint.
 
     Raises:
-      ConfigError: transformers has no such model, or the folder exists or can't be written.
+      ConfigError: the dtype or the checkpoint is unknown, transformers has no such model, or the
+        folder exists or can't be written.
       RunError: the checkpoint is damaged.
     """
+    if dtype not in CHOICES["model.dtype"]:
+        raise ConfigError(
+            f"--dtype={shown(dtype)} is unknown: give {' or '.join(CHOICES['model.dtype'])}"
+        )
     workdir, output = Path(workdir), paths.local("output", output)
     _check_absent(output)
     run = finished.open_workdir(workdir)
@@ -184,7 +190,7 @@ def _cell(value: str) -> str:
 def _eval_loss(workdir: Path, step: int) -> str:
     try:
         losses = [r.get("eval/loss") for r in read_jsonl(workdir) if r["step"] == step]
-    except OSError:
+    except ConfigError:
         losses = []
     known = [loss for loss in losses if isinstance(loss, float)]
     return f"{known[-1]:.4f} nats per token" if known else "not evaluated at this step"

@@ -12,7 +12,8 @@ class EarlyStopping:
 
     An improvement is a loss at least stop.min_delta below the loss of the last improvement, as in
     Keras's EarlyStopping. Only evaluations count, so that all processes, and a resumed run, end at
-    the same step.
+    the same step. Losses over different text can't be compared: where an evaluation is of another
+    number of tokens than the last, it counts as the first.
 
     Attributes:
       waited: evaluations since the last improvement.
@@ -31,9 +32,17 @@ class EarlyStopping:
         self.waited = 0
         self.best: tuple[int, float] | None = None
         self._reference: float | None = None  # The loss of the last improvement.
+        self._tokens: int | None = None  # Of each evaluation; None: not known.
 
-    def add(self, step: int, loss: float) -> None:
-        """Adds an evaluation; a loss that isn't finite is no improvement."""
+    def add(self, step: int, loss: float, tokens: int | None = None) -> None:
+        """Adds an evaluation; a loss that isn't finite is no improvement.
+
+        Args:
+          step: steps done.
+          loss: nats per token.
+          tokens: how many it is the mean of; None: not known, as in older versions.
+        """
+        self._begin_anew_unless(tokens)
         before = math.inf if self._reference is None else self._reference
         if loss < before and before - loss >= self._config.min_delta:
             self._reference, self.waited = loss, 0
@@ -41,6 +50,12 @@ class EarlyStopping:
             self.waited += 1
         if math.isfinite(loss):
             self._compare(step, loss)
+
+    def _begin_anew_unless(self, tokens: int | None) -> None:
+        """Forgets evaluations if they were of another number of tokens."""
+        if None not in (tokens, self._tokens) and tokens != self._tokens:
+            self._reference, self.best, self.waited = None, None, 0
+        self._tokens = self._tokens if tokens is None else tokens
 
     def _compare(self, step: int, loss: float) -> None:
         found = [(step, loss), *([self.best] if self.best else [])]
@@ -65,7 +80,12 @@ class EarlyStopping:
     def to_json(self) -> dict[str, Any]:
         """Returns what a checkpoint must save of this object."""
         best = list(self.best) if self.best else None
-        return {"reference": self._reference, "waited": self.waited, "best": best}
+        return {
+            "reference": self._reference,
+            "waited": self.waited,
+            "best": best,
+            "tokens": self._tokens,
+        }
 
     def load(self, saved: dict[str, Any]) -> None:
         """Restores what `to_json` returned; an empty dict means that nothing was evaluated.
@@ -73,6 +93,7 @@ class EarlyStopping:
         A better evaluation that is known here stays the best: a run that goes back to a checkpoint
         keeps the best one.
         """
+        self._begin_anew_unless(saved.get("tokens"))
         self._reference, self.waited = saved.get("reference"), saved.get("waited", 0)
         if best := saved.get("best"):
             self._compare(best[0], best[1])

@@ -13,13 +13,14 @@ from jaxdp.run import divergence, report
 from jaxdp.run.divergence import Trouble
 from jaxdp.run.session import Run
 from jaxdp.step.state import State, abstract_state
+from jaxdp.workdir import integrity
 
 
 def roll_back(run: Run, state: State) -> tuple[int, State]:
     """Restores the last good checkpoint, and skips the data since then.
 
     The result depends on the training alone: rounds dispatched after the trouble are dropped, and
-    only checkpoints at multiples of checkpoint.every count. Others depend on when the run was
+    only checkpoints that checkpoint.every asked for count. Others depend on when the run was
     interrupted, or need not be kept until then.
 
     Args:
@@ -57,8 +58,8 @@ def roll_back(run: Run, state: State) -> tuple[int, State]:
 
 
 def _good(run: Run, step: int, extra: dict[str, Any]) -> bool:
-    scheduled = step % run.config.checkpoint.every == 0
-    return scheduled and extra["divergence"]["in_a_row"] == 0
+    good = integrity.is_good(step, extra, run.config.checkpoint.every)
+    return good and extra["divergence"]["in_a_row"] == 0
 
 
 def _diagnosis(run: Run, trouble: Trouble, state: State) -> RunError:

@@ -36,7 +36,7 @@ from jaxdp.step.program import Program, pmapped_evaluation
 from jaxdp.step.setup import Setup
 from jaxdp.step.state import State, abstract_state, create_state, fields_of, per_device_fields
 from jaxdp.sync.fingerprints import ReplicaCheck
-from jaxdp.workdir import finished
+from jaxdp.workdir import finished, integrity
 from jaxdp.workdir.checkpoints import Checkpoints, folder_of
 from jaxdp.workdir.metrics import MetricsWriter
 
@@ -121,16 +121,15 @@ class Run:
 
         Args:
           step: the checkpoint's step.
-          extra: the JSON saved with it. It has a "line" if the checkpoint was saved before its
-            evaluation, whose loss was then recorded in the checkpoint, unless the run ended first.
+          extra: the JSON saved with it. It has a "line" if the step hadn't been evaluated. If it
+            was to be, or is by today's config, that may have been done since: see its loss.
         """
         self.stopping.load(extra.get("stopping", {}))
         if "line" not in extra:
             return False
-        loss = self.checkpoints.eval_loss(step)
-        if loss is not None:
-            self.stopping.add(step, loss)
-        return loss is None
+        if found := self.checkpoints.evaluation(step):
+            self.stopping.add(step, *found)
+        return not found and (extra.get("evaluating", True) or self.due(step)[0])
 
     def first_state(self) -> State:
         """Creates the state of step 0: random parameters, or the weights that init_from names."""
@@ -217,9 +216,10 @@ class Run:
             self.display.line(report.evaluated(done, evaluation, name), "bold")
         # The loss is recorded last: a run that finds it there doesn't evaluate again.
         self._writer.flush()
-        self.checkpoints.evaluated(done, found[""].loss)
+        own = found[""].loss, found[""].tokens
+        self.checkpoints.evaluated(done, *own)
         self.unevaluated = False
-        self.stopping.add(done, found[""].loss)
+        self.stopping.add(done, *own)
         if self.config.sample.at_eval and not self.over(done):  # The summary shows one, too.
             self.sample(done, params)
         self.log.throughput.pause(time.perf_counter() - before)
@@ -248,8 +248,8 @@ class Run:
         Args:
           done: steps done.
           state: the state after them.
-          evaluating: whether this step's evaluation is to come. Its line of metrics, which the
-            evaluation completes, is then saved in the checkpoint.
+          evaluating: whether this step's evaluation is to come. The checkpoint holds the line of
+            metrics that it completes; also where only a later start may want to evaluate.
         """
         self.watchdog.beat("saving", done, slow=True)
         line = self._writer.line(done)
@@ -263,10 +263,11 @@ class Run:
             "micro": self.setup.sizes.micro,
             resuming.POSITION: list(position.taken),
             resuming.SHUFFLE: position.shuffle,
+            "evaluating": evaluating,
+            integrity.GOOD: done % self.config.checkpoint.every == 0 and self.judge.in_a_row == 0,
         }
-        if evaluating:
-            extra["line"] = line
-        else:
+        extra |= {} if self.evaluated == done else {"line": line}
+        if not evaluating:
             self._writer.flush()
         self.unevaluated = evaluating
         if processes.is_main() and not (self.workdir / "config.json").exists():
@@ -286,8 +287,7 @@ class Run:
         if text:
             rest = ", and run again to go on from there" if unsaved else "; all else is saved"
             text += f": {way_out(text)} (--workdir={self.workdir}){rest}"
-        text = messages.from_main(text)
-        if text:
+        if text := messages.from_main(text):
             raise RunError(text)
 
     def sample(self, done: int, params: Any) -> str:

@@ -1,6 +1,7 @@
 """The checkpoints of a run: what they hold, saving them, and restoring intact ones."""
 
 import functools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -29,7 +30,7 @@ class Checkpoints:
     """The checkpoints of a workdir, `checkpoints/<step>/`, named by the steps done.
 
     Kept are the newest keep_last, the best by validation loss, the multiples of keep_every, and the
-    newest multiple of `every`, to which a diverged run rolls back.
+    newest to which a diverged run may roll back; see `integrity.best_steps` and `is_good`.
     Each holds the state (`step`, `params`, `opt_state`, ...), a fingerprint of each of its arrays,
     and a small JSON with what else a run needs to resume.
     """
@@ -95,23 +96,31 @@ class Checkpoints:
             one = first_copies(tree) if jax.process_count() == 1 else jax.device_get(tree)
             self._saver.start(step, one, extra)
 
-    def evaluated(self, step: int, loss: float) -> None:
-        """Records a step's validation loss in its checkpoint, if it has one; see `Saver`."""
-        if processes.is_main():
-            self._saver.evaluated(step, loss)
+    def evaluated(self, step: int, loss: float, tokens: int | None = None) -> None:
+        """Records a step's validation loss in its checkpoint, if it has one; see `Saver`.
 
-    def eval_loss(self, step: int) -> float | None:
-        """Returns the validation loss of a checkpoint; all processes have to call this.
-
-        Infinite if the loss isn't finite; None if the checkpoint hasn't been evaluated.
+        Args:
+          step: steps done.
+          loss: nats per token.
+          tokens: how many it is the mean of; None: not known.
         """
-        loss = None
         if processes.is_main():
-            read = functools.partial(integrity.eval_loss, self._folder / str(step))
-            recorded = self._patiently(read, step)
-            loss = self._saver.eval_losses.get(step, recorded)
-        text = messages.from_main("" if loss is None else repr(loss))
-        return float(text) if text else None
+            self._saver.evaluated(step, loss, tokens)
+
+    def evaluation(self, step: int) -> tuple[float, int | None] | None:
+        """Returns a checkpoint's validation loss and its tokens; all processes have to call this.
+
+        The loss is infinite if it isn't finite; None if the checkpoint hasn't been evaluated.
+        """
+        found = None
+        if processes.is_main():
+            folder = self._folder / str(step)
+            recorded = self._patiently(lambda: integrity.eval_loss(folder), step)
+            if recorded is not None:
+                found = recorded, self._patiently(lambda: integrity.eval_tokens(folder), step)
+            found = self._saver.evaluations.get(step, found)
+        found = json.loads(messages.from_main(json.dumps(found)))
+        return tuple(found) if found else None
 
     def check(self) -> None:
         """Reports a save that failed in the background, without waiting for one in progress."""

@@ -5,6 +5,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from jaxdp.common.choices import check_options
 from jaxdp.common.errors import ConfigError
 from jaxdp.data import tokenizer
 from jaxdp.data.chat import Messages, Template
@@ -36,7 +37,8 @@ class Conversation:
           workdir: the folder of the run.
           which: the checkpoint, as for `generation.generate`.
           num_tokens: the most tokens in an answer.
-          report: called with a line of text about a damaged checkpoint.
+          report: called with a line of text about a damaged checkpoint, and once when the
+            conversation is longer than the context.
           **options: temperature, top_k, top_p and seed of `sampling.stream`.
 
         Raises:
@@ -44,6 +46,7 @@ class Conversation:
             trained on chats.
           RunError: the checkpoint, or all of them, are damaged.
         """
+        check_options(num_tokens=num_tokens, **options)
         self._run = open_causal(workdir)
         source = self._run.chat_template
         if not source:
@@ -54,7 +57,8 @@ class Conversation:
         self._template = Template(source, self._run.words, datetime.now())
         self._params, _ = self._run.params(which, report)
         self._stop = self._template.stop_ids()
-        self._num_tokens, self._options = num_tokens, options
+        self._num_tokens, self._options, self._report = num_tokens, options, report
+        self._cut = False  # Whether it has been said that the model doesn't see the beginning.
         self.messages: Messages = []
 
     def answer(self, text: str) -> Iterator[str]:
@@ -62,6 +66,13 @@ class Conversation:
         self.messages.append({"role": "user", "content": text})
         words = self._run.words
         prompt, space = self._template.prompt(self.messages)
+        context = self._run.model.config.seq_len
+        if len(prompt) >= context and not self._cut:
+            self._cut = True
+            self._report(
+                f"the conversation is longer than the model's context of {context} tokens: from "
+                "here on it doesn't see the beginning, nor a system message"
+            )
         drawn: list[int] = []
         said = ""
         for [ids] in sampling.stream(

@@ -159,13 +159,7 @@ def curves(workdir: str, x: str = "steps") -> dict[str, Curve]:
       ConfigError: there is no such run, or it has logged nothing yet.
     """
     folder = paths.local("WORKDIR", workdir)
-    try:
-        records = read_jsonl(folder)
-    except OSError as error:
-        raise ConfigError(
-            f"{folder / JSONL} can't be read ({error.strerror}): give the --workdir of a training "
-            "run"
-        ) from None
+    records = read_jsonl(folder)
     wanted = [name for _, _, figures in PANELS for name in figures]
     logged = set().union(*records)
     wanted += sorted(name for name in logged if EVAL_SET.fullmatch(name))

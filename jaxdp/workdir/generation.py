@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from jaxdp.common.choices import TEMPERATURE
+from jaxdp.common.choices import TEMPERATURE, check_options
 from jaxdp.common.errors import ConfigError, check_text
 from jaxdp.data import encoding, special_tokens, tokenizer
 from jaxdp.model import sampling
@@ -43,9 +43,13 @@ def generate(
       Each prompt with its continuation, up to an end-of-text token if one is drawn.
 
     Raises:
-      ConfigError: there is no trained causal model, no such checkpoint, or a prompt can't be used.
+      ConfigError: there is no trained causal model, no such checkpoint, or a prompt or a number
+        can't be used.
       RunError: the checkpoint, or all of them, are damaged.
     """
+    check_options(
+        num_tokens=num_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+    )
     run = open_causal(workdir)
     words = run.words
     for prompt in prompts:

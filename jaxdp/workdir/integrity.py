@@ -12,13 +12,14 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jaxdp.common.errors import ConfigError, RunError
+from jaxdp.common.errors import ConfigError, RunError, check_step
 from jaxdp.common.files import first_line, write_atomically
 from jaxdp.sync.fingerprints import fingerprints
 from jaxdp.workdir.reading import ending_reads, is_io_error
 
-METRIC = "eval/loss"
-FINGERPRINTS, CHECKSUM = "fingerprints", "checksum"  # Keys of a checkpoint's JSON.
+METRIC, TOKENS = "eval/loss", "eval/tokens"
+# Keys of a checkpoint's JSON.
+FINGERPRINTS, CHECKSUM, GOOD = "fingerprints", "checksum", "good"
 
 
 class DamagedError(ValueError):
@@ -54,6 +55,19 @@ def read_extra(folder: Path) -> dict[str, Any]:
 def _checksum(extra: dict[str, Any]) -> int:
     rest = {key: value for key, value in extra.items() if key != CHECKSUM}
     return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
+
+
+def is_good(step: int, extra: dict[str, Any], every: int) -> bool:
+    """Returns whether a run that diverges may go back to a checkpoint.
+
+    That is whether checkpoint.every asked for it, and no update was skipped just before.
+
+    Args:
+      step: the checkpoint's step.
+      extra: its JSON, which says so; what older versions wrote doesn't.
+      every: today's checkpoint.every, which decides for these.
+    """
+    return extra.get(GOOD, step % every == 0)
 
 
 def check_arrays(folder: Path, wanted: Any, extra: dict[str, Any], field: str = "") -> None:
@@ -151,21 +165,28 @@ def readable(checkpoint: Path) -> bool:
     Raises:
       OSError: the disk doesn't answer, which says nothing about them.
     """
-    return checkpoint.is_dir() and _metric(checkpoint) is not None
+    return checkpoint.is_dir() and _metrics(checkpoint) is not None
 
 
-def record_eval_loss(checkpoint: Path, loss: float) -> None:
+def record_eval_loss(checkpoint: Path, loss: float, tokens: int | None = None) -> None:
     """Records the validation loss of a checkpoint in its folder, atomically.
 
     It is the file that Orbax would write if it knew the loss when it saves. A loss that isn't
     finite is recorded as infinity, which ranks worst.
+
+    Args:
+      checkpoint: its folder.
+      loss: nats per token.
+      tokens: how many it is the mean of; None: not known.
 
     Raises:
       ConfigError, OSError: it can't be written, for example on a full disk.
     """
     path = _metrics_file(checkpoint)
     path.parent.mkdir(exist_ok=True)
-    write_atomically(path, json.dumps({METRIC: loss if math.isfinite(loss) else math.inf}))
+    known = {} if tokens is None else {TOKENS: tokens}
+    loss = loss if math.isfinite(loss) else math.inf
+    write_atomically(path, json.dumps({METRIC: loss} | known))
 
 
 def eval_loss(checkpoint: Path) -> float | None:
@@ -173,43 +194,66 @@ def eval_loss(checkpoint: Path) -> float | None:
     return _eval_loss(checkpoint) if _metrics_file(checkpoint).exists() else None
 
 
+def eval_tokens(checkpoint: Path) -> int | None:
+    """Returns the number of tokens that the recorded loss is the mean of; None if unknown."""
+    found = (_metrics(checkpoint) or {}).get(TOKENS)
+    return found if type(found) is int else None
+
+
 def _eval_loss(checkpoint: Path) -> float:
     """Returns the validation loss of a checkpoint; infinite if it has none."""
-    found = _metric(checkpoint)
-    return found if found is not None and -math.inf < found < math.inf else math.inf
+    found = (_metrics(checkpoint) or {}).get(METRIC, math.inf)
+    return found if -math.inf < found < math.inf else math.inf
 
 
 def _metrics_file(checkpoint: Path) -> Path:
     return checkpoint / "metrics" / "metrics"
 
 
-def _metric(checkpoint: Path) -> float | None:
-    """Reads the validation loss of a checkpoint: infinite if missing, None if unreadable."""
+def _metrics(checkpoint: Path) -> dict[str, Any] | None:
+    """Reads the metrics of a checkpoint; the loss is infinite if missing. None if unreadable."""
     path = _metrics_file(checkpoint)
     try:
         metrics = json.loads(path.read_bytes()) if path.exists() else {METRIC: math.inf}
-        value = metrics.get(METRIC) if isinstance(metrics, dict) else None
-        return value if _number(value) else None
+        return metrics if isinstance(metrics, dict) and _number(metrics.get(METRIC)) else None
     except (ValueError, RecursionError, OSError) as error:
         if is_io_error(error):
             raise
         return None
 
 
-def step_of(folder: Path, steps: list[int], which: str) -> int:
+def best_steps(folder: Path, steps: list[int]) -> list[int]:
+    """Returns the checkpoint with the lowest validation loss, of equal ones the newest.
+
+    Losses over different text can't be compared. So where losses are means of different numbers of
+    tokens, as after a change of eval_max_batches, this is the best of each number, the one of the
+    newest loss first. Where the number isn't known, as in older versions, it is taken to be any.
+    """
+    finite = {step: x for step in steps if (x := _eval_loss(folder / str(step))) < math.inf}
+    tokens = {step: eval_tokens(folder / str(step)) for step in finite}
+    known = [tokens[step] for step in sorted(finite, reverse=True) if tokens[step] is not None]
+    groups = [
+        [step for step in finite if tokens[step] in (number, None)]
+        for number in (dict.fromkeys(known) or [None])
+    ]
+    return [min(group, key=lambda step: (finite[step], -step)) for group in groups if group]
+
+
+def step_of(folder: Path, steps: list[int], which: str | int) -> int:
     """Returns the step that `which` means: "best" by validation loss, or a number of steps.
 
     Raises:
       ConfigError: there is no such checkpoint.
     """
+    check_step(which)
     if which == "best":
-        losses = {step: _eval_loss(folder / str(step)) for step in steps}
-        if min(losses.values()) == math.inf:
+        best = best_steps(folder, steps)
+        if not best:
             raise ConfigError(
                 f"--step=best: no checkpoint in {folder} has been evaluated: choose one of "
                 f"{', '.join(map(str, steps))}"
             )
-        return min(steps, key=lambda step: losses[step])
+        return best[0]
     if int(which) not in steps:
         raise ConfigError(
             f"--step={int(which)} is no checkpoint in {folder}: choose one of "

@@ -12,6 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from jaxdp.common.errors import ConfigError
 from jaxdp.common.files import PatientFile, reason, write_atomically
 from jaxdp.workdir.wandb_run import WandbRun
 
@@ -201,9 +202,17 @@ def read_jsonl(workdir: str | Path, report: Callable[[str], None] = _warn) -> li
     """Reads a run's metrics.jsonl; leaves out lines that are damaged, and says which.
 
     Nothing is said of a last line that is cut off: the run may be writing it.
+
+    Raises:
+      ConfigError: there is no such file, or it can't be read.
     """
     path = Path(workdir) / JSONL
-    lines = path.read_bytes().split(b"\n")
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise ConfigError(
+            f"{path} can't be read ({error.strerror}): give the --workdir of a training run"
+        ) from None
     _report_damaged(path, lines[:-1], report)
     return [record for line in lines if (record := _parse(line))]
 

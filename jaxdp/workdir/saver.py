@@ -39,7 +39,7 @@ class Saver:
     Attributes:
       manager: Orbax's manager, for this process alone; a new one after a failed save.
       failure: why the newest state could not be saved; empty if it was, or is being saved.
-      eval_losses: {step: validation loss} that are not recorded yet.
+      evaluations: {step: (validation loss, its tokens)} that are not recorded yet.
     """
 
     def __init__(self, folder: Path, config: ConfigDict, report: Callable[[str], None]):
@@ -48,7 +48,7 @@ class Saver:
         quieten()
         self.failure, self._step, self._under_way = "", 0, False
         self._error: Exception | None = None
-        self.eval_losses: dict[int, float] = {}
+        self.evaluations: dict[int, tuple[float, int | None]] = {}
         self._told: set[Path] = set()  # What can't be removed, and has been reported.
         self.manager, self._closed = self._open(), False
 
@@ -60,7 +60,7 @@ class Saver:
         try:
             self._restore_folder()
             self._record()
-            self.eval_losses = {x: loss for x, loss in self.eval_losses.items() if x == step}
+            self.evaluations = {x: y for x, y in self.evaluations.items() if x == step}
             files.require_space(self._folder, files.num_bytes(tree))
             self.manager.save(step, args=args, force=True)
         except Exception as error:  # Orbax and TensorStore raise whatever they like.
@@ -75,9 +75,9 @@ class Saver:
         elif self._closed:
             self._reopen()
 
-    def evaluated(self, step: int, loss: float) -> None:
+    def evaluated(self, step: int, loss: float, tokens: int | None) -> None:
         """Records the validation loss of a step once its checkpoint, if it has one, is on disk."""
-        self.eval_losses[step] = loss
+        self.evaluations[step] = loss, tokens
         self.check()
         if not self._under_way:
             self.unrecorded()
@@ -87,17 +87,17 @@ class Saver:
         try:
             self._record()
         except Exception as error:  # As above: reading metrics is Orbax's part.
-            step = next(iter(self.eval_losses))
+            step = next(iter(self.evaluations))
             return f"the loss of checkpoint {step} could not be recorded ({files.reason(error)})"
         return ""
 
     def _record(self) -> None:
         """Records losses in the checkpoints that are on disk."""
-        for step, loss in list(self.eval_losses.items()):
+        for step, evaluation in list(self.evaluations.items()):
             if (checkpoint := self._folder / str(step)).is_dir():
-                integrity.record_eval_loss(checkpoint, loss)
+                integrity.record_eval_loss(checkpoint, *evaluation)
                 self._remove_old()
-                del self.eval_losses[step]
+                del self.evaluations[step]
 
     def _remove_old(self) -> None:
         """Removes checkpoints that are to be kept no longer; one that can't be costs a line.
@@ -106,11 +106,12 @@ class Saver:
         """
         try:
             steps = integrity.steps_of(self._folder)
-            losses = {step: integrity.eval_loss(self._folder / str(step)) for step in steps}
+            best = integrity.best_steps(self._folder, steps)
+            good = [step for step in steps if self._is_good(step)]
         except OSError as error:
             self._tell_once(self._folder, f"can't be read ({files.reason(error)})")
             return
-        kept = kept_steps(losses, self._config)
+        kept = kept_steps(steps, {*best, *good[:1]}, self._config)
         old = [self._folder / str(step) for step in steps if step not in kept]
         for path in [*old, *self._folder.glob(f"*{REMOVED}")]:
             gone = path.with_name(path.name.removesuffix(REMOVED) + REMOVED)
@@ -120,6 +121,13 @@ class Saver:
             except OSError as error:
                 why = files.reason(error)
                 self._tell_once(gone, f"is no longer needed, and can't be removed ({why})")
+
+    def _is_good(self, step: int) -> bool:
+        extra: dict[str, Any] = {}
+        # What restores a damaged one will say so.
+        with contextlib.suppress(integrity.DamagedError, FileNotFoundError, NotADirectoryError):
+            extra = integrity.read_extra(self._folder / str(step))
+        return integrity.is_good(step, extra, self._config.checkpoint.every)
 
     def _tell_once(self, path: Path, trouble: str) -> None:
         if path not in self._told:
@@ -241,23 +249,21 @@ def leftovers(folder: Path) -> list[Path]:
     return [path for path in found if path.is_dir() and not path.is_symlink()]
 
 
-def kept_steps(losses: dict[int, float | None], config: ConfigDict) -> set[int]:
+def kept_steps(steps: list[int], wanted: set[int], config: ConfigDict) -> set[int]:
     """Returns which checkpoints are to be kept.
 
     Examples:
       >>> from jaxdp.configs import default
       >>> config = default.get_config()
-      >>> config.checkpoint.update({"keep_last": 1, "every": 10})
-      >>> sorted(kept_steps({10: 3.0, 20: 2.5, 30: None, 31: 2.7, 32: None}, config))
+      >>> config.checkpoint.keep_last = 1
+      >>> sorted(kept_steps([32, 31, 30, 20, 10], {20, 30}, config))
       [20, 30, 32]
 
     Args:
-      losses: {step: validation loss, or None} of the checkpoints on disk.
+      steps: those of the checkpoints on disk.
+      wanted: the best ones, and the newest to which a run that diverges may go back.
       config: the run's config.
     """
-    c, steps = config.checkpoint, sorted(losses)
-    best = [(loss, -step) for step, loss in losses.items() if loss is not None]
-    kept = set(steps[-c.keep_last :]) | {-step for _, step in sorted(best)[:1]}
-    # Interruptions save unscheduled ones; a run that diverges rolls back to a scheduled one.
-    kept |= set([step for step in steps if step % c.every == 0][-1:])
+    c = config.checkpoint
+    kept = wanted | set(sorted(steps)[-c.keep_last :])
     return kept | {step for step in steps if c.keep_every and step % c.keep_every == 0}

@@ -68,6 +68,68 @@ def test_a_run_from_a_notebook(workdir, tmp_path):
     assert len(repr(finished.open_workdir(workdir))) < 300
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"top_p": 0.0},
+        {"top_p": 2.0},
+        {"top_k": -5},
+        {"num_tokens": -3},
+        {"num_tokens": 2.5},
+        {"seed": -1},
+        {"seed": 2**40},
+        {"seed": True},
+        {"seed": None},
+    ],
+)
+def test_wrong_numbers_for_a_text_are_refused(options, workdir, no_compiling):
+    [(name, value)] = options.items()
+    with pytest.raises(jaxdp.ConfigError, match=f"--{name}={value} is not allowed: give a"):
+        jaxdp.generate_text(workdir, ["1 is"], **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bandwidth_gbps": -1},
+        {"inside_bandwidth_gbps": 0},
+        {"memory_gib": -1},
+        {"mfu": 0},
+        {"mfu": 1.5},
+        {"tflops": float("inf")},
+        {"devices": 0},
+        {"hosts": 0},
+        {"vocab_size": 0},
+        {"latency_us": -1},
+    ],
+)
+def test_wrong_numbers_for_a_plan_are_refused(options, config, no_compiling):
+    [(name, value)] = options.items()
+    with pytest.raises(jaxdp.ConfigError, match=f"--{name}={value} is not allowed: give a"):
+        jaxdp.plan_run(config, **options)
+
+
+@pytest.mark.parametrize("which", ["foo", "-1", "1.5", -1, None])
+def test_what_names_no_checkpoint_is_refused(which, workdir, tmp_path, no_compiling):
+    for call in (
+        lambda: jaxdp.generate_text(workdir, ["1 is"], which=which),
+        lambda: jaxdp.evaluate_model(workdir, which, devices=jax.local_devices()[:1]),
+        lambda: jaxdp.export_model(workdir, tmp_path / "out", which=which),
+    ):
+        with pytest.raises(jaxdp.ConfigError, match=f"--step={which!r} names no checkpoint"):
+            call()
+
+
+def test_other_mistakes_are_a_line_too(config, tmp_path):
+    with pytest.raises(jaxdp.ConfigError, match=r"metrics.jsonl can't be read \(No such file"):
+        jaxdp.read_metrics(tmp_path)
+    for call in (lambda c: jaxdp.train_model(c, tmp_path), jaxdp.plan_run):
+        with pytest.raises(jaxdp.ConfigError, match="the config is of type dict: give a Conf"):
+            call(config.to_dict())
+
+
 def test_a_plan_from_a_notebook(config: ConfigDict):
     said = []
     plan = jaxdp.plan_run(config, devices=2, tflops=1, memory_gib=1e-3, report=said.append)

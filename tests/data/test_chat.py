@@ -334,8 +334,12 @@ def test_a_chat_model_answers_its_training_question(chats, tmp_path, command):
         assert "".join(conversation.answer(question)) == answer
     assert conversation.messages == TWO_TURNS
     # Another text keeps the run's tokenizer and template.
-    again = Conversation(tmp_path / "run", temperature=0.0, num_tokens=1)
-    assert "".join(again.answer("grass")) == "green"
+    lines = []
+    again = Conversation(tmp_path / "run", temperature=0.0, num_tokens=1, report=lines.append)
+    assert "".join(again.answer("grass")) == "green" and not lines
+    for _ in range(9):  # A conversation beyond the context is told, once.
+        assert list(again.answer("grass"))
+    assert len(lines) == 1 and "the model's context of 24 tokens" in lines[0]
     # The command answers line by line, up to an empty one.
     flags = (f"--workdir={tmp_path / 'run'}", "--chat", "--temperature=0", "--num_tokens=9")
     lines = "sky\ngrass\n\nsky\n"

@@ -40,7 +40,7 @@ def test_of_more_time_model_and_text_get_equal_parts(config):
 def test_the_keys_make_the_proposed_config(config):
     config.optimizer.name, config.sync.method, config.sync.every = "muon", "diloco", 7
     config.model.update({"num_kv_heads": 1, "mlp_dim": 40})
-    found = propose(config, budget_of(validation=1000), 1e12)
+    found = propose(config, budget_of(validation=[1000]), 1e12)
     changed = config.copy_and_resolve_references()
     changed.update_from_flattened_dict(found.keys)
     assert flatten(changed) == flatten(found.config)
@@ -76,10 +76,42 @@ def test_evaluations_take_of_the_time(config):
     """Each is a forward pass, a third of a training step, over the validation split."""
     whole = propose(config, budget_of(), 1e12)
     tenth = whole.tokens // 10
-    less = propose(config, budget_of(validation=tenth, train=whole.tokens // 5), 1e12)
+    less = propose(config, budget_of(validation=[tenth], train=whole.tokens // 5), 1e12)
     assert less.tokens == pytest.approx(whole.tokens - budget.EVALUATIONS * tenth / 3, rel=0.01)
     assert less.passes == pytest.approx(4.33, abs=0.1)
     assert "more text would be better" in less.rows()["tokens"]
+
+
+def test_evaluations_are_of_all_sets_and_as_long_as_they_may_be(config):
+    """eval_max_batches limits each split; those that are shorter are read whole."""
+    whole = propose(config, budget_of(), 1e12)
+    tenth = whole.tokens // 10
+    two = propose(config, budget_of(validation=[tenth, tenth]), 1e12)
+    assert two.tokens == pytest.approx(whole.tokens - budget.EVALUATIONS * tenth / 1.5, rel=0.01)
+    config.eval_max_batches = 20
+    few = propose(config, budget_of(validation=[tenth, tenth, 10]), 1e12)
+    batch = few.config.global_batch_size * config.seq_len
+    assert 20 * batch < tenth
+    less = budget.EVALUATIONS * (2 * 20 * batch + 10) / 3
+    assert few.tokens == pytest.approx(whole.tokens - less, abs=2 * batch)
+
+
+def test_a_plan_knows_the_sets(config, tmp_path):
+    (tmp_path / "more.txt").write_text("1 is odd.\n" * 30_000)
+    options = {"hours": 1e-2, "tflops": 1e-3, "memory_gib": 1e-6, "report": lambda line: None}
+    without = plan(config, **options).proposal
+    config.eval_sets = f"more={tmp_path / 'more.txt'}"
+    assert plan(config, **options).proposal.tokens < without.tokens
+
+
+@pytest.mark.parametrize("mlp_dim", [0, 1, 8, 90])
+def test_an_mlp_stays_narrow(config, mlp_dim):
+    """And isn't 4 times as wide as the model, which 0 means."""
+    config.model.update({"embed_dim": 32, "mlp_dim": mlp_dim})
+    for width in (32, 64, 96, 1024):
+        found = budget.with_size(config, Size(2, width)).model.mlp_dim
+        assert type(found) is int and (found > 0) == (mlp_dim > 0)
+        assert found == pytest.approx(mlp_dim * width / 32, abs=32)
 
 
 def test_learning_rates_are_those_of_the_paper():

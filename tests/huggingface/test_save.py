@@ -132,6 +132,20 @@ def test_weights_in_bfloat16_are_those_in_float32_rounded(workdir, tmp_path):
     assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "int8"}, "--dtype='int8' is unknown: give float32 or bfloat16"),
+        ({"dtype": "foo"}, "--dtype='foo' is unknown"),
+        ({"which": "foo"}, "--step='foo' names no checkpoint"),
+    ],
+)
+def test_what_can_not_be_exported_so_leaves_nothing(workdir, tmp_path, options, message):
+    with pytest.raises(ConfigError, match=message):
+        save.export(workdir, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_that_is_there_is_left_alone(workdir, tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(ConfigError, match=r"--output='.*out' exists already: give another"):

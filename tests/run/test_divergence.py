@@ -19,7 +19,7 @@ from jaxdp.run.rollback import roll_back
 from jaxdp.step.objective import Objective
 from jaxdp.step.setup import make_setup
 from jaxdp.sync.fingerprints import ReplicaCheck
-from support.runs import figures, train_in_parts
+from support.runs import after, checkpoints_of, figures, train_in_parts
 from support.steps import VOCAB, batches, start
 
 POISON = 7  # A token after which the model's output is not finite.
@@ -213,6 +213,26 @@ def test_going_back_leaves_the_same_run_however_it_is_interrupted(diverging, tmp
     assert records == figures(tmp_path / "parts")
     for a, b in zip(*(jax.tree.leaves(r.state.params) for r in (whole, parts)), strict=True):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def test_a_change_of_the_interval_costs_no_good_checkpoint(config, tmp_path, monkeypatch, capsys):
+    """An interruption's checkpoint isn't gone back to, and the one that was due is kept."""
+    devices, judge = jax.local_devices()[:1], Divergence.add
+    config.update({"num_train_steps": 8, "eval_every": 100})
+    config.checkpoint.update({"every": 4, "keep_last": 1})
+    config.divergence.max_bad_steps = 1
+    loop.train(config, tmp_path, devices=devices)
+    config.update({"num_train_steps": 14})
+    config.checkpoint.every = 7
+    stopped = loop.train(config, tmp_path, devices=devices, stop_requested=after(5))
+    assert 8 < stopped.step < 12 and set(checkpoints_of(tmp_path)) == {8, stopped.step}
+
+    def spoiled(self, end, losses, skipped):
+        judge(self, end, losses, [float(self.rollbacks == 0 and end == 12)] * len(losses))
+
+    monkeypatch.setattr(Divergence, "add", spoiled)
+    assert loop.train(config, tmp_path, devices=devices).finished
+    assert "Back to the parameters of step 8;" in capsys.readouterr().out
 
 
 def test_going_back_holds_one_state(config):

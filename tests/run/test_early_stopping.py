@@ -57,6 +57,24 @@ def test_of_equal_evaluations_the_last_is_the_best(config):
     assert judged(config, [3.0, 2.0, 2.5, 2.0, 2.5]).best == (4, 2.0)
 
 
+def test_an_evaluation_on_other_text_is_the_first(config):
+    """As after a change of eval_max_batches; that of an older version is on the same text."""
+    stopping = judged(config, [1.0, 1.5], patience=2)
+    stopping.add(3, 1.2, 90)
+    assert stopping.over and stopping.best == (1, 1.0)
+    stopping.add(4, 3.0, 70)
+    assert not stopping.over and stopping.best == (4, 3.0)
+    stopping.add(5, 2.5, 70)
+    parts = EarlyStopping(config)
+    parts.load(json.loads(json.dumps(stopping.to_json())))
+    for step, tokens in ((6, 70), (7, None)):
+        assert not parts.over and parts.best == (5, 2.5)
+        parts.add(step, 2.6, tokens)
+    assert parts.over
+    parts.load({"reference": 0.5, "waited": 0, "best": [1, 0.5], "tokens": 90})
+    assert parts.best == (1, 0.5)
+
+
 @tries(200)
 @given(
     losses=st.lists(st.floats(0, 4) | st.sampled_from([1.0, math.nan, math.inf]), max_size=20),

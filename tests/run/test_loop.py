@@ -105,6 +105,28 @@ def test_a_run_that_is_asked_to_stop_evaluates_when_it_resumes(config, tmp_path,
     assert loop.train(config, tmp_path / "parts", devices=devices).evaluations == {}
 
 
+@pytest.mark.parametrize("log_every", [1, 100])
+def test_a_run_that_is_shortened_to_where_it_was_stopped_is_evaluated(config, tmp_path, log_every):
+    """As there is always an evaluation at the end; the line of that step isn't written twice."""
+    config.update({"num_train_steps": 40, "eval_every": 20, "log_every": log_every})
+    devices = jax.local_devices()[:1]
+    stopped = loop.train(config, tmp_path / "run", devices=devices, stop_requested=after(5))
+    assert 1 < stopped.step < 20 and not stopped.evaluations
+    config.num_train_steps = stopped.step
+    whole = loop.train(config, tmp_path / "whole", devices=devices)
+    result = loop.train(config, tmp_path / "run", devices=devices)
+    assert result.finished and result.step == stopped.step
+    records = figures(tmp_path / "run")
+    assert len(records) == len({r["step"] for r in records})
+    assert records[-1]["step"] == whole.step and ("train/loss" in records[-1]) == (log_every == 1)
+    assert records[-1]["eval/loss"] == result.evaluations[""].loss
+    loss, _ = checkpoints_of(tmp_path / "run")[result.step]
+    assert loss == result.evaluations[""].loss
+    tokens = integrity.eval_tokens(tmp_path / "run" / "checkpoints" / str(result.step))
+    assert tokens == result.evaluations[""].tokens
+    assert loop.train(config, tmp_path / "run", devices=devices).evaluations == {}
+
+
 COMPRESSED = {"gradient_mean": "int4", "sharded": "int8", "diloco": "int1"}
 
 

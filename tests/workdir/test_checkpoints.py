@@ -74,16 +74,16 @@ def test_the_former_best_goes_when_the_new_best_is_known(tmp_path, config):
     assert saved_steps(tmp_path) == [1, 2]
     with open_checkpoints(tmp_path, config) as checkpoints:
         assert checkpoints.restore(state_of(0))[0] == 2
-        assert [checkpoints.eval_loss(step) for step in (1, 2)] == [2.0, None]
+        assert [checkpoints.evaluation(step) for step in (1, 2)] == [(2.0, None), None]
         checkpoints.evaluated(2, 1.0)
         assert saved_steps(tmp_path) == [2]
-        assert checkpoints.eval_loss(2) == 1.0
+        assert checkpoints.evaluation(2) == (1.0, None)
 
 
 def test_no_later_step_is_saved_before_a_loss_is_recorded(tmp_path, config, monkeypatch):
     """So only the newest checkpoint can lack its loss; there, a run that resumes evaluates."""
 
-    def full(checkpoint, loss):
+    def full(checkpoint, loss, tokens):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     lines = []
@@ -94,7 +94,7 @@ def test_no_later_step_is_saved_before_a_loss_is_recorded(tmp_path, config, monk
         assert saved_steps(tmp_path) == [1] and len(lines) == 1
         assert lines[0].startswith("Checkpoint 2 could not be saved (No space left on device)")
         # A roll-back needs the loss, whether it is on disk or not.
-        assert checkpoints.eval_loss(1) == 2.0
+        assert checkpoints.evaluation(1) == (2.0, None)
         assert checkpoints.finish(state_of(2)) == (
             "checkpoint 2 could not be saved (No space left on device; the newest is checkpoint 1)"
         )
@@ -119,6 +119,50 @@ def test_interruptions_leave_the_newest_that_was_due(tmp_path, config):
     with open_checkpoints(tmp_path, config) as checkpoints:
         found = checkpoints.restore(state_of(0), lambda step, extra: step % 4 == 0)
         assert found[0] == 4
+
+
+def test_what_was_due_stays_so_when_the_interval_changes(tmp_path, config):
+    """An interruption's checkpoint doesn't become due by that, either."""
+    config.checkpoint.update({"keep_last": 1, "every": 4})
+    with open_checkpoints(tmp_path, config) as checkpoints:
+        for step in (4, 5, 8, 9):
+            checkpoints.save(step, state_of(step), {integrity.GOOD: step % 4 == 0})
+    config.checkpoint.every = 3
+    with open_checkpoints(tmp_path, config) as checkpoints:
+        checkpoints.save(10, state_of(10), {integrity.GOOD: False})
+    assert saved_steps(tmp_path) == [8, 10]
+
+
+def test_one_that_has_lost_its_json_is_in_no_others_way(tmp_path, config):
+    config.checkpoint.update({"keep_last": 1, "every": 100})
+    lines = []
+    with open_checkpoints(tmp_path, config, report=lines.append) as checkpoints:
+        checkpoints.save(1, state_of(1), {})
+        checkpoints.wait()
+        (tmp_path / "checkpoints" / "1" / "extra" / "metadata").unlink()
+        save_and_evaluate(checkpoints, {2: None, 3: None})
+    assert saved_steps(tmp_path) == [3] and not lines
+
+
+def test_losses_over_other_text_are_not_compared(tmp_path, config):
+    """The best over each text is kept; `best` is over the text of the newest loss."""
+    config.checkpoint.update({"keep_last": 1, "every": 100})
+
+    def best():
+        steps = integrity.steps_of(tmp_path / "checkpoints")
+        return integrity.step_of(tmp_path / "checkpoints", steps, "best")
+
+    with open_checkpoints(tmp_path, config) as checkpoints:
+        evaluations = {1: (5.0, None), 2: (2.0, 90), 3: (3.0, 7), 4: (2.5, 7), 5: (2.7, 7)}
+        for step, evaluation in evaluations.items():
+            checkpoints.save(step, state_of(step), {})
+            checkpoints.evaluated(step, *evaluation)
+        checkpoints.wait()
+        assert saved_steps(tmp_path) == [2, 4, 5] and best() == 4
+        assert checkpoints.evaluation(4) == (2.5, 7)
+        checkpoints.save(6, state_of(6), {})
+        checkpoints.evaluated(6, 2.1, 90)
+    assert saved_steps(tmp_path) == [2, 4, 6] and best() == 2
 
 
 def test_what_can_not_be_removed_costs_a_line(tmp_path, config, monkeypatch):
