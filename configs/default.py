@@ -176,9 +176,9 @@ def get_config() -> ConfigDict:
     # change of the parameters is the gradient of an outer optimizer.
     c.sync.method = "gradient_mean"
     # To send gradients, or the changes of "diloco", in: "float32"; "bfloat16", half the bytes;
-    # "int8", "int4", "int2", "ternary" (-1, 0 or 1) or "int1", a quarter, an eighth, a 15th, an 18th
-    # or a 28th: what rounding loses is added to the next. With the last three, better the changes
-    # of "diloco" than gradients.
+    # "int8", "int4", "int2", "ternary" (-1, 0 or 1) or "int1", a quarter, an eighth, a 15th, an
+    # 18th or a 28th: what rounding loses is added to the next. With the last three, better the
+    # changes of "diloco" than gradients.
     c.sync.dtype = "float32"
     c.sync.every = 10  # "parameter_mean", "diloco": steps between synchronisations.
     # "parameter_mean", "diloco": groups of devices that train as one, with the mean gradient of the

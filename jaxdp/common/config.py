@@ -58,7 +58,8 @@ def check_values(config: ConfigDict) -> None:
     """Checks each key of a config by itself.
 
     Raises:
-      ConfigError: a key is unknown or missing, of the wrong type, or out of range, or it is none.
+      ConfigError: a key is unknown or missing, of the wrong type, or out of range, or
+        `config` is no ConfigDict.
     """
     if not isinstance(config, ConfigDict):
         raise ConfigError(

@@ -135,19 +135,19 @@ def open_cache(
 
 def _prepare(config: ConfigDict, sources: list[Source], report: Callable[[str], None]) -> None:
     """Has TFDS prepare what isn't yet, as a fingerprint has its files; other processes wait."""
-    missing = [s for s in sources if isinstance(s, TfdsSource) and not s.prepared]
-    if not missing:
-        return
-    lock = _lock(_root(config) / "tfds")
-    try:
-        with locks.held(lock, _busy("preparing", config, report), report):
-            for source in missing:
+    for source in sources:
+        if not isinstance(source, TfdsSource) or source.prepared:
+            continue
+        name = hashlib.sha256(str(source.builder.data_path).encode()).hexdigest()[:16]
+        lock = _lock(_root(config) / f"tfds-{name}")
+        try:
+            with locks.held(lock, _busy("preparing", config, report), report):
                 source.prepare()
-    except OSError as error:
-        raise ConfigError(
-            f"data.cache_dir={shown(str(lock.parent))} can't be written ({error.strerror}): choose "
-            "another folder"
-        ) from None
+        except OSError as error:
+            raise ConfigError(
+                f"data.cache_dir={shown(str(lock.parent))} can't be written ({error.strerror}: "
+                f"{error.filename}): ask its owner for permission, or choose another folder"
+            ) from None
 
 
 def _busy(doing: str, config: ConfigDict, report: Callable[[str], None]) -> Callable[[str], None]:

@@ -98,7 +98,8 @@ def of_kind(config: ConfigDict, given: Container[str] = ()) -> ConfigDict:
     drop = {} if "text" in kinds else {"separator": ""}
     if kinds == {"text"}:
         drop = {"prompt_key": "", "messages_key": ""}
-        if config.data.packing == "padded":  # It would leave of each file one sequence.
+        # It would leave of each file one sequence.
+        if config.data.packing == "padded" and not config.data.separator:
             drop["packing"] = "stream"
     own = ConfigDict(config.to_dict())
     own.data.update({key: value for key, value in drop.items() if f"data.{key}" not in given})

@@ -65,10 +65,16 @@ class TfdsSource:
 
         Of the files, paths, sizes and modification times; there are none before `prepare`.
         """
-        name, gfile = self.builder.info.full_name, self._tf.io.gfile
+        name, folder = self.builder.info.full_name, self.builder.data_path
         cleaned = {"cleaned": CLEANED[self.builder.name]} if self.builder.name in CLEANED else {}
-        paths = sorted(map(str, self.builder.data_path.iterdir())) if self.prepared else []
-        stats = [(path, gfile.stat(path)) for path in paths]
+        try:
+            paths = sorted(map(str, folder.iterdir())) if self.prepared else []
+            stats = [(path, self._tf.io.gfile.stat(path)) for path in paths]
+        except Exception as error:  # TensorFlow's own types, or Python's.
+            raise ConfigError(
+                f"data.path={shown(self.path)}: its files in {folder} can't be read "
+                f"({first_line(error)}): check data.data_dir"
+            ) from None
         files = [[path, stat.length, stat.mtime_nsec] for path, stat in stats]
         return {"tfds": name, "splits": self.splits, "files": files} | self.keys | cleaned
 

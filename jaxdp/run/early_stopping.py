@@ -42,7 +42,7 @@ class EarlyStopping:
           loss: nats per token.
           tokens: how many it is the mean of; None: not known, as in older versions.
         """
-        self._begin_anew_unless(tokens)
+        self._forget_other_text(tokens)
         before = math.inf if self._reference is None else self._reference
         if loss < before and before - loss >= self._config.min_delta:
             self._reference, self.waited = loss, 0
@@ -51,7 +51,7 @@ class EarlyStopping:
         if math.isfinite(loss):
             self._compare(step, loss)
 
-    def _begin_anew_unless(self, tokens: int | None) -> None:
+    def _forget_other_text(self, tokens: int | None) -> None:
         """Forgets evaluations if they were of another number of tokens."""
         if None not in (tokens, self._tokens) and tokens != self._tokens:
             self._reference, self.best, self.waited = None, None, 0
@@ -93,7 +93,7 @@ class EarlyStopping:
         A better evaluation that is known here stays the best: a run that goes back to a checkpoint
         keeps the best one.
         """
-        self._begin_anew_unless(saved.get("tokens"))
+        self._forget_other_text(saved.get("tokens"))
         self._reference, self.waited = saved.get("reference"), saved.get("waited", 0)
         if best := saved.get("best"):
             self._compare(best[0], best[1])

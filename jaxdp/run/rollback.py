@@ -58,8 +58,7 @@ def roll_back(run: Run, state: State) -> tuple[int, State]:
 
 
 def _good(run: Run, step: int, extra: dict[str, Any]) -> bool:
-    good = integrity.is_good(step, extra, run.config.checkpoint.every)
-    return good and extra["divergence"]["in_a_row"] == 0
+    return integrity.is_good(step, extra, run.config.checkpoint.every)
 
 
 def _diagnosis(run: Run, trouble: Trouble, state: State) -> RunError:

@@ -121,8 +121,8 @@ class Run:
 
         Args:
           step: the checkpoint's step.
-          extra: the JSON saved with it. It has a "line" if the step hadn't been evaluated. If it
-            was to be, or is by today's config, that may have been done since: see its loss.
+          extra: the JSON saved with it. It has a "line" if the step hadn't been evaluated. If its
+            evaluation was due, or is by today's config, and was made since, there is its loss.
         """
         self.stopping.load(extra.get("stopping", {}))
         if "line" not in extra:

@@ -65,9 +65,10 @@ def is_good(step: int, extra: dict[str, Any], every: int) -> bool:
     Args:
       step: the checkpoint's step.
       extra: its JSON, which says so; what older versions wrote doesn't.
-      every: today's checkpoint.every, which decides for these.
+      every: today's checkpoint.every, which these are taken to be of.
     """
-    return extra.get(GOOD, step % every == 0)
+    skipped = extra.get("divergence", {}).get("in_a_row", 0)
+    return extra.get(GOOD, step % every == 0 and not skipped)
 
 
 def check_arrays(folder: Path, wanted: Any, extra: dict[str, Any], field: str = "") -> None:
@@ -223,11 +224,11 @@ def _metrics(checkpoint: Path) -> dict[str, Any] | None:
 
 
 def best_steps(folder: Path, steps: list[int]) -> list[int]:
-    """Returns the checkpoint with the lowest validation loss, of equal ones the newest.
+    """Returns the checkpoint with the lowest validation loss for each number of tokens in it.
 
-    Losses over different text can't be compared. So where losses are means of different numbers of
-    tokens, as after a change of eval_max_batches, this is the best of each number, the one of the
-    newest loss first. Where the number isn't known, as in older versions, it is taken to be any.
+    Losses over different text can't be compared, and after a change of eval_max_batches they are
+    means of another number of tokens. The number of the newest loss comes first; of equal losses,
+    the newest. Where the number isn't known, as in older versions, it is taken to be any.
     """
     finite = {step: x for step in steps if (x := _eval_loss(folder / str(step))) < math.inf}
     tokens = {step: eval_tokens(folder / str(step)) for step in finite}

@@ -107,11 +107,11 @@ class Saver:
         try:
             steps = integrity.steps_of(self._folder)
             best = integrity.best_steps(self._folder, steps)
-            good = [step for step in steps if self._is_good(step)]
+            good = next(([step] for step in steps if self._is_good(step)), [])
         except OSError as error:
             self._tell_once(self._folder, f"can't be read ({files.reason(error)})")
             return
-        kept = kept_steps(steps, {*best, *good[:1]}, self._config)
+        kept = kept_steps(steps, {*best, *good}, self._config)
         old = [self._folder / str(step) for step in steps if step not in kept]
         for path in [*old, *self._folder.glob(f"*{REMOVED}")]:
             gone = path.with_name(path.name.removesuffix(REMOVED) + REMOVED)
@@ -123,10 +123,10 @@ class Saver:
                 self._tell_once(gone, f"is no longer needed, and can't be removed ({why})")
 
     def _is_good(self, step: int) -> bool:
-        extra: dict[str, Any] = {}
-        # What restores a damaged one will say so.
-        with contextlib.suppress(integrity.DamagedError, FileNotFoundError, NotADirectoryError):
+        try:
             extra = integrity.read_extra(self._folder / str(step))
+        except (integrity.DamagedError, FileNotFoundError, NotADirectoryError):
+            return False  # What restores it will say so.
         return integrity.is_good(step, extra, self._config.checkpoint.every)
 
     def _tell_once(self, path: Path, trouble: str) -> None:

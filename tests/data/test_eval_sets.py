@@ -88,6 +88,14 @@ def test_sets_of_another_kind_than_the_runs_own_data(config, tmp_path):
     assert opened.validation.total == -(-(len(opened.cache.validation) - 1) // config.seq_len)
 
 
+def test_documents_of_a_padded_run_stay_documents(config):
+    """Without a separator a file would be one sequence; with one it has as many as documents."""
+    config.data.update({"path": "a.txt", "packing": "padded", "separator": "<|end|>"})
+    assert eval_sets.of_kind(config).data.packing == "padded"
+    config.data.separator = ""
+    assert eval_sets.of_kind(config).data.packing == "stream"
+
+
 def test_a_set_that_is_trained_on_is_said(config, train, tmp_path):
     said: list[str] = []
     config.eval_sets += f",own={config.data.path}"
