@@ -67,10 +67,11 @@ CONTESTANTS = {
     "diloco-10": local("diloco", 10),
     "diloco-3-int4": local("diloco", 3, outer_momentum=0.3, dtype="int4"),
     "diloco-6-ternary": local("diloco", 6, outer_momentum=0.3, dtype="ternary"),
+    "diloco-4-int1": local("diloco", 4, outer_momentum=0.3, dtype="int1"),
     "diloco-2-int4-batch2": outer(1.5, 0.0) | local("diloco", 2, dtype="int4", batch=2),
     "diloco-3-ternary-batch2": outer(1.4, 0.0) | local("diloco", 3, dtype="ternary", batch=2),
     "diloco-11-ternary-batch2": outer(1.5, 0.2) | local("diloco", 11, dtype="ternary", batch=2),
-    "diloco-22-ternary": local("diloco", 22, outer_momentum=0.3, dtype="ternary"),
+    "diloco-15-int1": local("diloco", 15, outer_momentum=0.3, dtype="int1"),
 }
 
 

@@ -90,7 +90,7 @@ def test_sets_of_another_kind_than_the_runs_own_data(config, tmp_path):
 
 def test_documents_of_a_padded_run_stay_documents(config):
     """Without a separator a file would be one sequence; with one it has as many as documents."""
-    config.data.update({"path": "a.txt", "packing": "padded", "separator": "<|end|>"})
+    config.data.update({"packing": "padded", "separator": "<|end|>"})
     assert eval_sets.of_kind(config).data.packing == "padded"
     config.data.separator = ""
     assert eval_sets.of_kind(config).data.packing == "stream"
