@@ -7,6 +7,7 @@ begins. One atomic rename makes it visible when it is complete. Every opening ch
 the sizes of its files, and up to VERIFY_UP_TO bytes their content. A damaged cache is built again.
 """
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
@@ -14,7 +15,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -116,9 +117,23 @@ def open_cache(
     except DamagedError:
         pass
 
+    with _held(folder, "tokenising", config, report):
+        return _build_once(config, sources, folder, report)
+
+
+@contextlib.contextmanager
+def _held(
+    folder: Path, doing: str, config: ConfigDict, report: Callable[[str], None]
+) -> Iterator[None]:
+    """Holds the lock of a folder in data.cache_dir; ConfigError where that can't be written."""
+
+    def busy(lock: str) -> None:
+        dead = f"; if it has died on another machine, remove {lock}" if lock else ""
+        report(f"Another process is {doing} {config.data.path}; waiting for it{dead} ...")
+
     try:
-        with locks.held(_lock(folder), _busy("tokenising", config, report), report):
-            return _build_once(config, sources, folder, report)
+        with locks.held(_lock(folder), busy, report):
+            yield
     except OSError as error:
         full = error.errno in files.DISK_FULL_ERRORS
         if not full and folder.name not in str(error.filename):
@@ -139,23 +154,8 @@ def _prepare(config: ConfigDict, sources: list[Source], report: Callable[[str], 
         if not isinstance(source, TfdsSource) or source.prepared:
             continue
         name = hashlib.sha256(str(source.builder.data_path).encode()).hexdigest()[:16]
-        lock = _lock(_root(config) / f"tfds-{name}")
-        try:
-            with locks.held(lock, _busy("preparing", config, report), report):
-                source.prepare()
-        except OSError as error:
-            raise ConfigError(
-                f"data.cache_dir={shown(str(lock.parent))} can't be written ({error.strerror}: "
-                f"{error.filename}): ask its owner for permission, or choose another folder"
-            ) from None
-
-
-def _busy(doing: str, config: ConfigDict, report: Callable[[str], None]) -> Callable[[str], None]:
-    def busy(lock: str) -> None:
-        dead = f"; if it has died on another machine, remove {lock}" if lock else ""
-        report(f"Another process is {doing} {config.data.path}; waiting for it{dead} ...")
-
-    return busy
+        with _held(_root(config) / f"tfds-{name}", "preparing", config, report):
+            source.prepare()
 
 
 def _root(config: ConfigDict) -> Path:

@@ -1,6 +1,6 @@
-"""What validation text is trained on, as far as the names of files and of splits tell.
+"""Finds validation text that is trained on, as far as the names of files and of splits tell.
 
-Names of splits, such as "train[:99%]", are those of TFDS and of the Hugging Face hub.
+A split is a part of a dataset of TFDS or of the Hugging Face hub, such as "train[:99%]".
 """
 
 import math

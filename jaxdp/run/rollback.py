@@ -3,7 +3,6 @@
 import functools
 import json
 import time
-from typing import Any
 
 from jaxdp.common.errors import ConfigError, RunError
 from jaxdp.common.files import write_atomically
@@ -41,7 +40,8 @@ def roll_back(run: Run, state: State) -> tuple[int, State]:
     run.watchdog.beat("going back", trouble.end, slow=True)
     run.log.forget()
     free(state)  # With two states in memory, going back would take more than training.
-    found = run.checkpoints.restore(abstract_state(run.setup), functools.partial(_good, run))
+    is_good = functools.partial(integrity.is_good, every=run.config.checkpoint.every)
+    found = run.checkpoints.restore(abstract_state(run.setup), is_good)
     step, extra, state = found or (0, {}, run.first_state())
     run.load_evaluations(step, extra)  # Later ones are dropped, but for the best.
     run.judge.roll_back()
@@ -55,10 +55,6 @@ def roll_back(run: Run, state: State) -> tuple[int, State]:
     state = run.program.at_step(state, trouble.end)
     run.log.throughput.pause(time.perf_counter() - began)
     return trouble.end, state
-
-
-def _good(run: Run, step: int, extra: dict[str, Any]) -> bool:
-    return integrity.is_good(step, extra, run.config.checkpoint.every)
 
 
 def _diagnosis(run: Run, trouble: Trouble, state: State) -> RunError:

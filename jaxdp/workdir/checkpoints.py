@@ -115,10 +115,8 @@ class Checkpoints:
         found = None
         if processes.is_main():
             folder = self._folder / str(step)
-            recorded = self._patiently(lambda: integrity.eval_loss(folder), step)
-            if recorded is not None:
-                found = recorded, self._patiently(lambda: integrity.eval_tokens(folder), step)
-            found = self._saver.evaluations.get(step, found)
+            recorded = self._patiently(lambda: integrity.evaluation(folder), step)
+            found = self._saver.evaluations.get(step, recorded)
         found = json.loads(messages.from_main(json.dumps(found)))
         return tuple(found) if found else None
 

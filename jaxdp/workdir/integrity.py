@@ -190,21 +190,20 @@ def record_eval_loss(checkpoint: Path, loss: float, tokens: int | None = None) -
     write_atomically(path, json.dumps({METRIC: loss} | known))
 
 
-def eval_loss(checkpoint: Path) -> float | None:
-    """Returns the recorded validation loss, infinite if it isn't finite; None if there is none."""
-    return _eval_loss(checkpoint) if _metrics_file(checkpoint).exists() else None
+def evaluation(checkpoint: Path) -> tuple[float, int | None] | None:
+    """Returns the recorded validation loss and its number of tokens; None if there is no loss.
+
+    The loss is infinite if it isn't finite; the number is None if it isn't known.
+    """
+    return _evaluation(checkpoint) if _metrics_file(checkpoint).exists() else None
 
 
-def eval_tokens(checkpoint: Path) -> int | None:
-    """Returns the number of tokens that the recorded loss is the mean of; None if unknown."""
-    found = (_metrics(checkpoint) or {}).get(TOKENS)
-    return found if type(found) is int else None
-
-
-def _eval_loss(checkpoint: Path) -> float:
-    """Returns the validation loss of a checkpoint; infinite if it has none."""
-    found = (_metrics(checkpoint) or {}).get(METRIC, math.inf)
-    return found if -math.inf < found < math.inf else math.inf
+def _evaluation(checkpoint: Path) -> tuple[float, int | None]:
+    """Returns what `evaluation` does; the loss is infinite, too, if there is none."""
+    metrics = _metrics(checkpoint) or {}
+    loss, tokens = metrics.get(METRIC, math.inf), metrics.get(TOKENS)
+    finite = -math.inf < loss < math.inf
+    return loss if finite else math.inf, tokens if type(tokens) is int else None
 
 
 def _metrics_file(checkpoint: Path) -> Path:
@@ -230,14 +229,11 @@ def best_steps(folder: Path, steps: list[int]) -> list[int]:
     means of another number of tokens. The number of the newest loss comes first; of equal losses,
     the newest. Where the number isn't known, as in older versions, it is taken to be any.
     """
-    finite = {step: x for step in steps if (x := _eval_loss(folder / str(step))) < math.inf}
-    tokens = {step: eval_tokens(folder / str(step)) for step in finite}
-    known = [tokens[step] for step in sorted(finite, reverse=True) if tokens[step] is not None]
-    groups = [
-        [step for step in finite if tokens[step] in (number, None)]
-        for number in (dict.fromkeys(known) or [None])
-    ]
-    return [min(group, key=lambda step: (finite[step], -step)) for group in groups if group]
+    found = [(step, *_evaluation(folder / str(step))) for step in sorted(steps, reverse=True)]
+    finite = [(loss, -step, tokens) for step, loss, tokens in found if loss < math.inf]
+    numbers = dict.fromkeys(tokens for *_, tokens in finite if tokens is not None) or [None]
+    groups = [[one for one in finite if one[2] in (number, None)] for number in numbers]
+    return [-min(group, key=lambda one: one[:2])[1] for group in groups if group]
 
 
 def step_of(folder: Path, steps: list[int], which: str | int) -> int:

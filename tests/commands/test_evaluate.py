@@ -111,7 +111,7 @@ def parts(short, tmp_path):
 
 
 def test_evaluation_on_what_the_run_trained_on_is_said(parts):
-    """A part of the run's files is another text, of which all is evaluated."""
+    """Given some of the files that the run has, all of their text is evaluated, with a warning."""
     folder, evaluate = parts
     (folder / "other.txt").write_text(TEXT[900:1900])
     every = ",".join(f"{folder}/set/{name}.txt" for name in "abc")

@@ -120,9 +120,8 @@ def test_a_run_that_is_shortened_to_where_it_was_stopped_is_evaluated(config, tm
     assert len(records) == len({r["step"] for r in records})
     assert records[-1]["step"] == whole.step and ("train/loss" in records[-1]) == (log_every == 1)
     assert records[-1]["eval/loss"] == result.evaluations[""].loss
-    loss, _ = checkpoints_of(tmp_path / "run")[result.step]
+    (loss, tokens), _ = checkpoints_of(tmp_path / "run")[result.step]
     assert loss == result.evaluations[""].loss
-    tokens = integrity.eval_tokens(tmp_path / "run" / "checkpoints" / str(result.step))
     assert tokens == result.evaluations[""].tokens
     assert loop.train(config, tmp_path / "run", devices=devices).evaluations == {}
 

@@ -23,11 +23,11 @@ def figures(workdir):
 
 
 def checkpoints_of(workdir):
-    """{step: (its validation loss, the state of early stopping in it)}."""
+    """{step: (its validation loss with the tokens, the state of early stopping in it)}."""
     found = {}
     for path in integrity.steps(workdir / "checkpoints"):
         extra = json.loads((path / "extra" / "metadata").read_text())
-        found[int(path.name)] = integrity.eval_loss(path), extra["stopping"]
+        found[int(path.name)] = integrity.evaluation(path), extra["stopping"]
     return found
 
 

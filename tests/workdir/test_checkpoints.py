@@ -100,8 +100,8 @@ def test_no_later_step_is_saved_before_a_loss_is_recorded(tmp_path, config, monk
         )
         monkeypatch.undo()
         assert checkpoints.finish(state_of(2)) == ""
-        assert integrity.eval_loss(tmp_path / "checkpoints" / "1") == 2.0
-        assert integrity.eval_loss(tmp_path / "checkpoints" / "2") == 1.0
+        assert integrity.evaluation(tmp_path / "checkpoints" / "1") == (2.0, None)
+        assert integrity.evaluation(tmp_path / "checkpoints" / "2") == (1.0, None)
         checkpoints.save(3, state_of(3), {})
         monkeypatch.setattr(integrity, "record_eval_loss", full)
         checkpoints.evaluated(3, 3.0)
